@@ -1,0 +1,992 @@
+"""data.py - from a file on disk to a batch of uint8 pixels.
+
+    a list of files   UCF101, HMDB51, class folders, "path label" lists, CIFAR-10 / STL-10      -> list_videos ...
+    frame numbers     dense (length x stride) or one per segment, random or test-time          -> dense_clip ...
+    decoding          PyAV, one thread, only the frames that are kept are converted            -> read_clips
+    one crop          random resized, VideoMAE's multi-scale, centre; the same for all frames  -> make_crop
+    a dataset item    uint8 (R, T, H, W, 3) or (R, H, W, 3); R clips of one decoded video      -> ClipDataset
+    a toy world       rendered scenes with exact depth and classes, so that nothing need be downloaded
+
+What item i gets in an epoch (crop, flip, clip position) is drawn from a generator seeded with (seed, epoch, i):
+a dataset is indexed with the pair (epoch, i), and workers need no state. A file that cannot be read is named in
+the log and another one is taken; it never ends the run and never becomes silent zeros.
+
+Run   python data.py toy toy                             (1 min on 2 cores: the toy world, 600 clips, 2,000 images)
+      python data.py check UCF101                        (decodes everything, lists what is broken, draws a sheet)
+      python data.py shrink UCF101 UCF101-128 --short-side 128     (smaller files decode faster: do it once)
+Next  mae_image.py: the first model, and the training loop.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from masking import InputError, OneLineParser, run_script
+
+VIDEO = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts")
+IMAGE = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
+
+
+def seeded(*numbers):
+    """A generator that is a function of whole numbers, e.g. (seed, epoch, item): what ran before has no part in it."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ============================================================================================================
+#  PART 1: which files, with which labels                                                    (needs: InputError)
+# ============================================================================================================
+
+
+@dataclass
+class Files:
+    """A split of a data set. paths and labels are arrays: a list of objects would be copied into every worker."""
+
+    paths: np.ndarray  # of str
+    labels: np.ndarray  # of int, 0 .. len(classes) - 1, or -1 where none is known
+    classes: list
+    pixels: np.ndarray = None  # (N, H, W, 3) uint8 where the images are in memory (CIFAR-10, STL-10)
+
+
+def list_videos(root, split="train", fold=1, allow_missing=False):
+    """The videos of one split ("train" or "val") of:
+
+    root/UCF-101/ + root/ucfTrainTestlist/                  UCF101 as downloaded; fold 1, 2 or 3
+    root/hmdb51_org/ + root/testTrainMulti_7030_splits/     HMDB51 as downloaded; fold 1, 2 or 3
+    root/<Class>/*.avi + root/trainlist01.txt ...           lists in UCF101's format beside the class folders
+    root/train/<class>/*, root/val/<class>/*                (or valid, validation, test)
+    root/<class>/* or root/*                                every 20th file is held out as "val"
+    a file of lines "path label"                            (space or comma); val: val.csv or test.csv beside it
+
+    Raises InputError for a missing or empty folder and for listed files that are absent (unless allow_missing).
+    """
+    root = find_root(root, "videos")
+    if root.is_dir():
+        if (found := find_official(root)) is not None:
+            return read_official(*found, split, fold, allow_missing)
+    return list_plain(root, split, VIDEO, allow_missing)
+
+
+def list_images(root, split="train", allow_missing=False):
+    """The images of one split of a folder or list file (as in list_videos), or of "cifar10" or "stl10"."""
+    if str(root).lower() in ("cifar10", "stl10"):
+        return load_torchvision(str(root).lower(), split)
+    return list_plain(find_root(root, "rgb"), split, IMAGE, allow_missing)
+
+
+def find_root(root, part):
+    """The folder or file, or its part "videos" / "rgb" where it has one, as the toy world does."""
+    root = Path(root)
+    if not root.exists():
+        raise InputError(f"{root} does not exist: --data needs a folder or a list file")
+    return root / part if (root / part).is_dir() else root
+
+
+def find_official(root):
+    """-> (name, folder of lists, folder of videos) if root looks like UCF101 or HMDB51, else None."""
+    layouts = (
+        ("UCF101", "ucfTrainTestlist", "UCF-101", "unzip UCF101TrainTestSplits-RecognitionTask.zip", "UCF101.rar"),
+        ("HMDB51", "testTrainMulti_7030_splits", "hmdb51_org", "unpack test_train_splits.rar", "hmdb51_org.rar"),
+    )
+    for name, lists, videos, get_lists, archive in layouts:
+        if (root / lists).is_dir() or (root / videos).is_dir():
+            if not (root / lists).is_dir():
+                raise InputError(f"{root} has {videos}/ but not {name}'s lists, {lists}/: {get_lists} in {root}")
+            if not (root / videos).is_dir():
+                raise InputError(f"{root} has {lists}/ but not {name}'s videos, {videos}/: unpack {archive} there, "
+                                 f"e.g. with: bsdtar -xf {archive} (or unrar x, 7z x)")  # fmt: skip
+            return name, root / lists, root / videos
+        if root.name == videos and (root.parent / lists).is_dir():  # the folder of videos itself was given
+            return name, root.parent / lists, root
+    if (root / "classInd.txt").is_file():
+        return "UCF101", root, root
+    return None
+
+
+def read_official(name, lists, videos, split, fold, allow_missing):
+    """One fold of the official lists.   Traps: see the comments."""
+    if fold not in (1, 2, 3):
+        raise InputError(f"--fold {fold}: {name} has the folds 1, 2 and 3")
+    wanted = []  # (path in the list, label)
+    if name == "UCF101":
+        numbered = [line.split(maxsplit=1) for line in read_lines(lists / "classInd.txt")]
+        classes = [c for _, c in sorted((int(n), c) for n, c in numbered)]
+        index = {c.lower(): i for i, c in enumerate(classes)}
+        for line in read_lines(lists / f"{'train' if split == 'train' else 'test'}list0{fold}.txt"):
+            # trainlist has a label column (1-based), testlist has none: the folder is the class in both
+            path = line.rsplit(maxsplit=1)[0] if line.rsplit(maxsplit=1)[-1].isdigit() else line
+            label = index.get(path.split("/")[0].lower())
+            if label is None:
+                raise InputError(f"{lists}: the class of '{line}' is not in classInd.txt")
+            wanted.append((path, label))
+    else:
+        tables = sorted(lists.glob(f"*_test_split{fold}.txt"))
+        classes = [t.name.removesuffix(f"_test_split{fold}.txt") for t in tables]
+        code = "1" if split == "train" else "2"  # 1 train, 2 test, 0 in neither
+        for label, table in enumerate(tables):
+            for line in read_lines(table):
+                path, use = line.rsplit(maxsplit=1)
+                if use == code:
+                    wanted.append((f"{classes[label]}/{path}", label))
+    return resolve(wanted, classes, videos, lists, VIDEO, allow_missing)
+
+
+def read_lines(path):
+    """Lines that are not empty.   Raises InputError if the file is missing or no text."""
+    try:
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the list {path}: {error}") from None
+
+
+def resolve(wanted, classes, folder, source, kinds, allow_missing):
+    """Listed paths -> files that exist.
+
+    Names are matched without regard to case (UCF101's lists and folders disagree about HandStandPushups) and to
+    the suffix (a re-encoded copy may be .mp4 where the list says .avi). Absolute paths are taken as they are.
+    """
+    there = {path_key(p.relative_to(folder)): p for p in walk(folder, kinds)}
+    found = []
+    for path, label in wanted:
+        file = Path(path) if os.path.isabs(path) and os.path.isfile(path) else there.get(path_key(Path(path)))
+        found.append((file, label))
+    missing = [path for (path, _), (file, _) in zip(wanted, found) if file is None]
+    if len(missing) == len(wanted) or (missing and not allow_missing):
+        raise InputError(f"{len(missing)} of {len(wanted)} files listed in {source} are not in {folder}, e.g. "
+                         f"{', '.join(missing[:3])}; --allow-missing goes on with those that are there")  # fmt: skip
+    return make_files([(f, label) for f, label in found if f is not None], classes)
+
+
+def path_key(path):
+    return str(path.with_suffix("")).lower()
+
+
+def walk(folder, kinds):
+    """All regular files of these kinds below folder, sorted, so that every machine sees the same order."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(kinds) and not name.startswith(".") and os.path.isfile(os.path.join(parent, name)):
+                yield Path(parent, name)
+
+
+def make_files(pairs, classes):
+    return Files(np.array([str(p) for p, _ in pairs]), np.array([label for _, label in pairs], dtype=np.int64), classes)
+
+
+def list_plain(root, split, kinds, allow_missing):
+    """Class folders, a folder of files, or a list file; see list_videos."""
+    if root.is_file():
+        other = next((root.with_name(n + root.suffix) for n in ("val", "test") if root.with_name(n + root.suffix).exists()
+                      and n != root.stem), None)  # fmt: skip
+        if split == "val" and other:
+            return read_list(other, kinds, allow_missing)
+        return hold_out(read_list(root, kinds, allow_missing), split if not other else "all")
+    parts = [name for name in ("train",) + ("val", "valid", "validation", "test") if (root / name).is_dir()]
+    if parts[:1] == ["train"]:
+        if split == "train" or len(parts) > 1:
+            return list_folder(root / (parts[0] if split == "train" else parts[1]), kinds)
+        return hold_out(list_folder(root / "train", kinds), "val")
+    return hold_out(list_folder(root, kinds), split)
+
+
+def list_folder(folder, kinds):
+    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and next(walk(d, kinds), None))
+    pairs = [(p, i) for i, c in enumerate(classes) for p in walk(folder / c, kinds)]
+    if not classes:
+        pairs, classes = [(p, -1) for p in walk(folder, kinds)], []
+    if not pairs:
+        raise InputError(f"{folder} holds no files that end in {', '.join(kinds[:4])} ...: is it the right folder?")
+    return make_files(pairs, classes)
+
+
+def read_list(path, kinds, allow_missing):
+    """Lines "path label", "path,label" or "path": the csv of VideoMAE and Kinetics. Labels are whole numbers."""
+    wanted = []
+    for line in read_lines(path):
+        parts = line.rsplit("," if "," in line else None, maxsplit=1)
+        labelled = len(parts) == 2 and parts[1].strip().lstrip("-").isdigit() and not (path.parent / line).exists()
+        wanted.append((parts[0].strip(), int(parts[1])) if labelled else (line, -1))
+    if not wanted:
+        raise InputError(f"the list {path} is empty")
+    labels = max(label for _, label in wanted) + 1
+    return resolve(wanted, [str(i) for i in range(labels)], path.parent, path, kinds, allow_missing)
+
+
+def hold_out(files, split):
+    """Every 20th file is "val", where a data set brings no split of its own."""
+    if split == "all" or len(files.paths) == 1:
+        return files
+    val = np.arange(len(files.paths)) % 20 == 19
+    val[-1] |= not val.any()
+    use = val if split == "val" else ~val
+    return Files(files.paths[use], files.labels[use], files.classes)
+
+
+def load_torchvision(name, split):
+    """CIFAR-10 or STL-10 through torchvision, downloaded to data/NAME when they are not there."""
+    folder = Path("data") / name
+    try:
+        if name == "cifar10":
+            found = datasets.CIFAR10(folder, train=split == "train", download=True)
+            pixels, labels, classes = found.data, found.targets, found.classes
+        else:  # STL-10's unlabelled 100,000 are what it is for
+            found = datasets.STL10(folder, "train+unlabeled" if split == "train" else "test", download=True)
+            pixels, labels, classes = found.data.transpose(0, 2, 3, 1), found.labels, found.classes
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"torchvision could not get {name} into {folder}: {str(error).splitlines()[0]}") from None
+    names = np.array([f"{name}/{split}/{i}" for i in range(len(pixels))])
+    return Files(names, np.array(labels, dtype=np.int64), list(classes), np.ascontiguousarray(pixels))
+
+
+# ============================================================================================================
+#  PART 2: which frames                                                                           (needs: numpy)
+#
+#  n is the number of frames of the video. Every function returns int (T,) frame numbers in [0, n); a video that
+#  is too short gives its last frames several times.
+# ============================================================================================================
+
+
+def dense_clip(n, length, stride, start):
+    """`length` frames, `stride` apart: VideoMAE Sec. 3.3 "temporal downsampling" (stride 4, on SSv2 2)."""
+    frames = start + stride * np.arange(length)
+    return np.minimum(frames, start + (n - 1 - start) // stride * stride)
+
+
+def dense_start(n, length, stride, generator):
+    """A random start for dense_clip, each valid one equally likely (0 for a video that is too short)."""
+    return int(torch.randint(max(n - length * stride + 1, 1), (1,), generator=generator))
+
+
+def dense_views(n, length, stride, views):
+    """Test-time clips at even distances over the whole video -> (views, T). One view: the middle of the video.
+
+    VideoMAE's public code thins the video to every stride-th frame and moves a window over what is left."""
+    thin = np.arange(0, n, stride)
+    room = max(len(thin) - length, 0)
+    starts = [room // 2] if views == 1 else [int(i * room / (views - 1)) for i in range(views)]
+    return np.stack([thin[np.minimum(s + np.arange(length), len(thin) - 1)] for s in starts])
+
+
+def linspace_clip(n, length, stride, start):
+    """MAE-ST's (public code): a real-valued start, `length` points from start to start + length*stride - 1,
+    truncated. The step drifts a little: 0, 4, 8, 12, 16, 21, ..."""
+    points = np.linspace(start, start + length * stride - 1, length, dtype=np.float32)
+    return np.clip(points, 0, n - 1).astype(np.int64)
+
+
+def segment_clip(n, length, generator):
+    """One random frame from each of `length` equal segments of the whole video (TSN; VideoMAE on SSv2).
+
+    DIFFERS from VideoMAE's public code, which rounds the segments down and so never sees the end of a video."""
+    edges = np.arange(length + 1) * n / length
+    u = torch.rand(length, generator=generator).double().numpy()
+    low, high = np.floor(edges[:-1]), np.maximum(np.floor(edges[1:]), np.floor(edges[:-1]) + 1)
+    return np.minimum(low + np.floor(u * (high - low)), n - 1).astype(np.int64)
+
+
+def segment_views(n, length, views):
+    """Test-time clips of one frame per segment -> (views, T). One view: the middle of each segment.
+
+    Two views, as in VideoMAE's public code for SSv2: the starts of the segments, and their middles."""
+    shifts = [0.5] if views == 1 else [v / views for v in range(views)]
+    return np.stack([np.minimum((np.arange(length) + s) * n / length, n - 1).astype(np.int64) for s in shifts])
+
+
+# ============================================================================================================
+#  PART 3: decoding                                                                        (needs: av, pillow)
+# ============================================================================================================
+
+
+class BrokenFile(Exception):
+    """This file cannot be read; the message says why."""
+
+
+def open_video(path):
+    """-> container, video stream.   Called in the worker: an open container does not survive a fork."""
+    if not os.path.isfile(path):  # a pipe or device of that name would wait for ever
+        raise BrokenFile("no such file")
+    container = av.open(path, metadata_errors="ignore")  # HMDB51 has titles that are not UTF-8
+    if not container.streams.video:
+        container.close()
+        raise BrokenFile("no video stream in it")
+    stream = container.streams.video[0]
+    stream.thread_type = "SLICE"  # important: FRAME or AUTO can hang when a loop is left early beside torch,
+    stream.codec_context.thread_count = 1  # and more threads than workers gain nothing
+    return container, stream
+
+
+def count_frames(path):
+    """Frames by the header or, where it does not say, by the packets. Decoding may still give a few less."""
+    container, stream = open_video(path)
+    with container:
+        return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+
+
+LONG = 600  # frames; before a clip that begins later than this the decoder jumps to a key frame
+
+
+def grab(path, wanted):
+    """Decode the frames `wanted` -> {number: (H, W, 3) uint8}, number of frames met.
+
+    Frames are counted: UCF101's and HMDB51's AVIs have no usable time stamps (packed B-frames). Only frames that
+    are kept are converted. In a long video the jump to a key frame does rely on time stamps, so a clip may begin
+    a few frames beside the number asked for; where they are useless, it decodes from the beginning.
+    """
+    found, wanted, first = {}, set(wanted.tolist()), int(wanted.min())
+    last, convert = max(wanted), av.video.reformatter.VideoReformatter()
+    container, stream = open_video(path)
+    with container:
+        i = 0
+        if first > LONG and (rate := stream.average_rate) and (base := stream.time_base):
+            begin = stream.start_time or 0
+            container.seek(begin + int(first / rate / base), stream=stream)
+            frame = next(container.decode(stream), None)
+            i = round(float((frame.pts - begin) * base * rate)) if frame and frame.pts is not None else last + 1
+            container.seek(begin + int(first / rate / base) if i <= first else 0, stream=stream)
+            i = i if i <= first else 0
+        for frame in container.decode(stream):
+            if i in wanted:
+                found[i] = convert.reformat(frame, format="rgb24").to_ndarray()
+            i += 1
+            if i > last:
+                break
+    return found, i
+
+
+def read_clips(path, choose):
+    """R clips of one video, decoded once.
+
+    choose   n -> int (R, T), the frame numbers of R clips in a video of n frames
+    returns  uint8 (R, T, H, W, 3);   raises BrokenFile
+    """
+    try:
+        n = count_frames(path)
+        clips = choose(n) if n else np.zeros((1, 1), np.int64)
+        found, n = grab(path, np.unique(clips))
+        if any(f not in found for f in clips.flat):  # the header promised more frames than there are: draw again
+            if n == 0:
+                raise BrokenFile("no frame can be decoded")
+            clips = choose(n)
+            found, _ = grab(path, np.unique(clips))
+        return np.stack([[found[f] for f in clip] for clip in clips])
+    except BrokenFile:
+        raise
+    except Exception as error:  # decoders raise many kinds on a damaged file
+        raise BrokenFile(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+
+
+def read_image(path):
+    """-> uint8 (H, W, 3), whatever the file holds: grey, palette, RGBA, CMYK, 16 bits; turned as EXIF says."""
+    try:
+        if not os.path.isfile(path):
+            raise BrokenFile("no such file")
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip all above 255 to white
+                image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+            return np.array(image.convert("RGB"))
+    except BrokenFile:
+        raise
+    except Exception as error:
+        raise BrokenFile(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+
+
+# ============================================================================================================
+#  PART 4: one crop and one flip for all frames of a clip                                  (needs: torchvision)
+# ============================================================================================================
+
+
+def multi_scale_crop(H, W, generator):
+    """VideoMAE's crop (public code): -> top, left, height, width.
+
+    Sides are 1, .875, .75 or .66 of the short side, height and width at most one step apart; the corner is one
+    of 13 places on a grid of quarters: the four corners, the centre, and eight between them.
+    """
+    pick = lambda n: int(torch.randint(n, (1,), generator=generator))
+    sides = [int(min(H, W) * s) for s in (1, 0.875, 0.75, 0.66)]
+    pairs = [(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1]
+    h, w = pairs[pick(len(pairs))]
+    places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
+    row, col = places[pick(len(places))]
+    return row * ((H - h) // 4), col * ((W - w) // 4), h, w
+
+
+def make_crop(pixels, size, kind, min_crop, flip, generator, bicubic=False):
+    """Crop, resize to size x size, perhaps flip.   uint8 (T, H, W, 3) -> uint8 (T, size, size, 3)
+
+    kind      "random": area min_crop .. 1 of the frame, aspect 3/4 .. 4/3 (torchvision's RandomResizedCrop)
+              "multiscale": VideoMAE's;  "center": short side to size, centre crop, no flip
+    """
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (T, 3, H, W), channels last in memory: the fast path
+    how = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
+    if kind == "random":
+        box = random_box(x, (min_crop, 1.0), generator)
+    elif kind == "multiscale":
+        box = multi_scale_crop(*x.shape[-2:], generator)
+    else:
+        side = min(x.shape[-2:])
+        box = (x.shape[-2] - side) // 2, (x.shape[-1] - side) // 2, side, side
+    x = TF.resized_crop(x, *box, [size, size], interpolation=how, antialias=True)
+    if kind != "center" and flip and torch.rand(1, generator=generator) < 0.5:
+        x = TF.horizontal_flip(x)
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def random_box(x, scale, generator):
+    """RandomResizedCrop's box from an explicit generator; torchvision draws from the global one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        box = v2.RandomResizedCrop(1, scale=scale).make_params([x])
+    return box["top"], box["left"], box["height"], box["width"]
+
+
+# ============================================================================================================
+#  PART 5: datasets and the loader                                                             (needs: the above)
+# ============================================================================================================
+
+
+class ClipDataset(Dataset):
+    """dataset[epoch, i] -> uint8 (R, T, H, W, 3), number of the file used, [(path, reason) of broken files].
+
+    frames, stride   T frames, `stride` apart ("dense", "linspace"), or spread over the video ("segments")
+    size             side of the square clips;   crop, min_crop, flip: see make_crop
+    repeat           R clips of every decoded video, with their own position and crop: MAE-ST Sec. 4 "repeated
+                     sampling". Decoding is the slow part, so R clips cost little more than one.
+    train            False: the middle of the video, no randomness
+    """
+
+    def __init__(self, files, frames, stride, size, seed, sampling="dense", crop="random", min_crop=0.5, flip=True,
+                 repeat=1, train=True):  # fmt: skip
+        self.paths, self.labels, self.classes, self.seed, self.repeat = files.paths, files.labels, files.classes, seed, repeat
+        self.frames, self.stride, self.size, self.sampling, self.train = frames, stride, size, sampling, train
+        self.crop, self.min_crop, self.flip = crop if train else "center", min_crop, flip
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        return read_or_redraw(self, *key)
+
+    def read(self, i, generator):
+        clips = read_clips(self.paths[i], lambda n: self.choose(n, generator))
+        return torch.stack([make_crop(c, self.size, self.crop, self.min_crop, self.flip, generator) for c in clips])
+
+    def choose(self, n, generator):
+        """Frame numbers (R, T) for a video of n frames."""
+        T, stride = self.frames, self.stride
+        if not self.train:
+            return segment_views(n, T, 1) if self.sampling == "segments" else dense_views(n, T, stride, 1)
+        if self.sampling == "segments":
+            return np.stack([segment_clip(n, T, generator) for _ in range(self.repeat)])
+        if self.sampling == "dense":
+            return np.stack([dense_clip(n, T, stride, dense_start(n, T, stride, generator)) for _ in range(self.repeat)])
+        starts = torch.rand(self.repeat, generator=generator).numpy() * max(n - T * stride, 0)
+        return np.stack([linspace_clip(n, T, stride, s) for s in starts])
+
+
+class ImageDataset(Dataset):
+    """dataset[epoch, i] -> uint8 (1, H, W, 3), number of the file used, [(path, reason) of broken files]."""
+
+    repeat = 1
+
+    def __init__(self, files, size, seed, min_crop=0.2, flip=True, train=True):
+        self.paths, self.labels, self.classes, self.pixels = files.paths, files.labels, files.classes, files.pixels
+        self.size, self.seed, self.crop, self.min_crop, self.flip = size, seed, "random" if train else "center", min_crop, flip
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        return read_or_redraw(self, *key)
+
+    def read(self, i, generator):
+        pixels = self.pixels[i] if self.pixels is not None else read_image(self.paths[i])
+        return make_crop(pixels[None], self.size, self.crop, self.min_crop, self.flip, generator, bicubic=True)
+
+
+def read_or_redraw(dataset, epoch, i, tries=10):
+    """Item i of an epoch, or another one in place of a broken file. After `tries` broken ones in a row: InputError."""
+    broken = []
+    for attempt in range(tries):
+        try:
+            return dataset.read(i, seeded(dataset.seed, 0, epoch, i)), i, broken
+        except BrokenFile as error:
+            broken.append((str(dataset.paths[i]), str(error)))
+            i = int(torch.randint(len(dataset), (1,), generator=seeded(dataset.seed, 3, epoch, i, attempt)))
+    names = ", ".join(f"{path} ({reason})" for path, reason in broken[:3])
+    raise InputError(f"{tries} files in a row cannot be read: {names} ...: python data.py check lists them")
+
+
+def collate(items):
+    """-> uint8 (sum of R, ...), file numbers, broken files."""
+    pixels, numbers, broken = zip(*items)
+    return torch.cat(pixels), list(numbers), sum(broken, [])
+
+
+def make_loader(dataset, batch_sampler, workers, device):
+    return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=workers, collate_fn=collate,
+                      worker_init_fn=leave_ctrl_c_to_the_parent, pin_memory=torch.device(device).type == "cuda",
+                      prefetch_factor=4 if workers else None)  # fmt: skip
+
+
+def leave_ctrl_c_to_the_parent(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ============================================================================================================
+#  PART 6: the toy world                                                                          (needs: numpy)
+#
+#  A room with a patterned floor and wall, an object that matters and some that do not, seen by a camera that
+#  drifts sideways. Rays are cast through every pixel, so depth and class maps are exact. Units are metres.
+#
+#  Images: the class is the kind of the large object, visible in one frame.
+#  Videos: the object travels on an upright circle, away and back, and the class is how. Where it begins is drawn
+#  uniformly, so a single frame looks the same in every class: motion decides. A mirror image keeps the class.
+# ============================================================================================================
+
+KINDS = ("Ball", "Box", "Cone", "Post")
+MAPS = ("floor", "wall") + KINDS  # class numbers of the semantic maps
+MOTIONS = {  # class -> angle on the circle, in turns, at time 0 .. 1
+    "Still": lambda t: 0 * t,
+    "OverTowards": lambda t: t,
+    "OverAway": lambda t: -t,
+    "FastTowards": lambda t: 2 * t,
+    "FastAway": lambda t: -2 * t,
+    "ThereAndBack": lambda t: 1 - abs(2 * t - 1),
+}
+FAR = 16.0  # depth maps hold depth / FAR * 65535
+
+
+def draw_pattern(rng):
+    """A floor or wall: two waves that mix two colours."""
+    parts = {"waves": rng.uniform(-3.5, 3.5, (2, 2)), "phase": rng.uniform(0, 6.28, 2), "colors": rng.uniform(0.1, 0.95, (2, 3))}
+    return {name: np.float32(part) for name, part in parts.items()}
+
+
+def draw_object(rng, kind, place, radius):
+    """place (3,) or (T, 3): x to the right, y up, z away from the camera; y is the object's middle."""
+    return {"kind": kind, "place": np.float32(place), "radius": np.float32(radius), "turn": rng.uniform(0, 1.57),
+            "color": np.float32(rng.uniform(0.15, 1.0, 3))}  # fmt: skip
+
+
+def draw_scene(rng, room, kind, main_place, times):
+    """What is in view at each of the times 0 .. 1. `room` seeds what the clips of one group share."""
+    look = np.random.default_rng(room)
+    others = [draw_object(rng, rng.choice(KINDS), (x, 0.35, rng.uniform(6.6, 8.2)), 0.35) for x in
+              (rng.uniform(-3, -0.8), rng.uniform(0.8, 3))]  # fmt: skip
+    return {"floor": draw_pattern(look), "wall": draw_pattern(look),
+            "objects": [draw_object(rng, kind, main_place, rng.uniform(0.55, 0.7))] + others,
+            "camera": np.float32(rng.uniform(-0.4, 0.4) + rng.uniform(-0.5, 0.5) * times)}  # fmt: skip
+
+
+def draw_image_scene(rng, kind, room):
+    place = (rng.uniform(-0.8, 0.8), rng.uniform(0.6, 1.6), rng.uniform(3.6, 4.6))
+    return draw_scene(rng, room, kind, place, np.zeros(1))
+
+
+def draw_video_scene(rng, motion, room, frames):
+    times = np.arange(frames) / frames
+    angle = 2 * math.pi * (rng.uniform() + rng.choice([-1, 1] if motion == "ThereAndBack" else [1]) * MOTIONS[motion](times))
+    x = rng.uniform(-0.7, 0.7)
+    place = np.stack([np.full(frames, x), 1.6 + 1.0 * np.sin(angle), 4.6 + 1.2 * np.cos(angle)], axis=1)  # (T, 3)
+    return draw_scene(rng, room, rng.choice(KINDS), place, times)
+
+
+def render(scene, size):
+    """-> pixels (T, size, size, 3) uint8, depth (T, size, size) float32 in metres, classes (T, size, size) uint8.
+
+    Pixels are rendered at twice the size and averaged, or edges would flicker; the maps are not smoothed."""
+    T, S = len(scene["camera"]), 2 * size
+    at = np.float32((np.arange(S) + 0.5) / S * 2 - 1)
+    right, down = np.meshgrid(at * 0.55, at * 0.55)
+    slope = 0.12  # the camera looks down a little; a ray is (right, up, 1), so its length counts depth
+    ray = np.stack([right, -down * math.cos(slope) - math.sin(slope), math.cos(slope) - down * math.sin(slope)], -1)
+    ray = np.broadcast_to(np.float32(ray), (T, S, S, 3))
+    eye = np.float32(np.stack([scene["camera"], np.full(T, 1.7), np.zeros(T)], -1))[:, None, None]  # (T, 1, 1, 3)
+
+    floor, wall = -eye[..., 1] / np.minimum(ray[..., 1], -1e-6), 9.0 / ray[..., 2]
+    depth, classes = np.minimum(floor, wall), np.where(floor < wall, 0, 1).astype(np.uint8)
+    point = eye + depth[..., None] * ray
+    on_floor, on_wall = paint(scene["floor"], point[..., 0], point[..., 2]), paint(scene["wall"], point[..., 0], point[..., 1])
+    for thing in scene["objects"]:  # a soft shadow straight below makes height visible
+        x, _, z = np.moveaxis(thing["place"].reshape(-1, 3), -1, 0).reshape(3, -1, 1, 1)
+        gap = ((point[..., 0] - x) ** 2 + (point[..., 2] - z) ** 2) / thing["radius"] ** 2
+        on_floor = on_floor * (1 - 0.6 * np.exp(-gap))[..., None]
+    color = np.where((classes == 0)[..., None], on_floor, on_wall)
+    for thing in scene["objects"]:
+        x, y, z = np.moveaxis(thing["place"] - eye[:, 0, 0], -1, 0)  # only the pixels around it are looked at
+        ahead, below = z * math.cos(slope) - y * math.sin(slope), -y * math.cos(slope) - z * math.sin(slope)
+        margin = 1.8 * thing["radius"]
+        box = (slice(None), span((below - margin) / ahead, (below + margin) / ahead, S),
+               span((x - margin) / ahead, (x + margin) / ahead, S))  # fmt: skip
+        hit, normal = intersect(thing, eye, ray[box])
+        near = hit < depth[box]
+        light = 0.45 + 0.55 * np.clip(dot(normal, np.float32([0, 0.8, -0.6])), 0, 1)
+        depth[box] = np.where(near, hit, depth[box])
+        classes[box] = np.where(near, MAPS.index(thing["kind"]), classes[box])
+        color[box] = np.where(near[..., None], light[..., None] * thing["color"], color[box])
+    pixels = sum(color[:, r::2, c::2] for r in (0, 1) for c in (0, 1)) / 4
+    return (pixels * 255).clip(0, 255).astype(np.uint8), depth[:, ::2, ::2].astype(np.float32), classes[:, ::2, ::2]
+
+
+def span(low, high, S):
+    """From and to which pixel, over all frames, something lies between two slopes of the ray."""
+    low, high = ((int((v / 0.55 + 1) / 2 * S)) for v in (low.min(), high.max()))
+    return slice(min(max(low, 0), S - 1), max(min(high + 1, S), 1))
+
+
+def paint(pattern, a, b):
+    """Colour of a pattern at coordinates a, b."""
+    waves = [np.sin(wave[0] * a + wave[1] * b + phase) for wave, phase in zip(pattern["waves"], pattern["phase"])]
+    mix = (0.5 + 0.25 * sum(waves))[..., None]
+    return mix * pattern["colors"][0] + (1 - mix) * pattern["colors"][1]
+
+
+def intersect(thing, eye, ray):
+    """Where rays meet an object: -> depth (inf where they miss), surface normal (T, S, S, 3)."""
+    r, o = np.float32(thing["radius"]), (eye - thing["place"].reshape(-1, 1, 1, 3)).astype(np.float32)
+    o = np.broadcast_to(o, ray.shape)
+    if thing["kind"] == "Box":
+        return hit_box(o, ray, 0.8 * r, thing["turn"])
+    if thing["kind"] == "Ball":
+        hit = hit_quadric(dot(ray, ray), dot(o, ray), dot(o, o) - r**2, np.ones_like)
+        return hit, unit(o + np.where(np.isfinite(hit), hit, 0)[..., None] * ray)
+    # a cone or a post: radius low + lean * (height above the foot), between foot and top
+    low, lean = (r, -r / (2 * r)) if thing["kind"] == "Cone" else (0.45 * r, np.float32(0))
+    foot = low + lean * (o[..., 1] + r)
+    a = ray[..., 0] ** 2 + ray[..., 2] ** 2 - (lean * ray[..., 1]) ** 2
+    b = o[..., 0] * ray[..., 0] + o[..., 2] * ray[..., 2] - lean * foot * ray[..., 1]
+    c = o[..., 0] ** 2 + o[..., 2] ** 2 - foot**2
+    hit = hit_quadric(a, b, c, lambda t: np.abs(o[..., 1] + t * ray[..., 1]) <= r)
+    p = o + np.where(np.isfinite(hit), hit, 0)[..., None] * ray
+    normal = unit(np.stack([p[..., 0], -lean * np.hypot(p[..., 0], p[..., 2]), p[..., 2]], -1))
+    for y, radius in ((-r, low), (r, low + lean * 2 * r)):  # the flat foot and top
+        t = (y - o[..., 1]) / ray[..., 1]
+        inside = (o[..., 0] + t * ray[..., 0]) ** 2 + (o[..., 2] + t * ray[..., 2]) ** 2 < radius**2
+        near = inside & (t > 0) & (t < hit)
+        hit, normal = np.where(near, t, hit), np.where(near[..., None], np.float32([0, np.sign(y), 0]), normal)
+    return hit, normal
+
+
+def hit_quadric(a, b, c, valid):
+    """The nearest positive root of a t^2 + 2 b t + c = 0 for which valid(t); inf where there is none."""
+    root = np.sqrt(np.maximum(b * b - a * c, 0))
+    hit = np.full(b.shape, np.inf, np.float32)
+    for t in ((-b + root) / a, (-b - root) / a):
+        hit = np.where((b * b >= a * c) & (t > 0) & (t < hit) & (valid(t) > 0), t, hit)
+    return hit
+
+
+def hit_box(o, ray, half, turn):
+    """An upright cube, turned about its vertical axis: the slab method."""
+    c, s = np.float32(math.cos(turn)), np.float32(math.sin(turn))
+    rotate = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]], np.float32)
+    o, d = o @ rotate, ray @ rotate
+    d = np.where(np.abs(d) < 1e-6, np.float32(1e-6), d)
+    t0, t1 = np.minimum((-half - o) / d, (half - o) / d), np.maximum((-half - o) / d, (half - o) / d)
+    enter, leave = np.maximum.reduce(np.moveaxis(t0, -1, 0)), np.minimum.reduce(np.moveaxis(t1, -1, 0))
+    hit = np.where((enter < leave) & (enter > 0), enter, np.float32(np.inf))
+    axis = t0.argmax(-1)[..., None] == np.arange(3)
+    return hit, (-np.sign(d) * axis).astype(np.float32) @ rotate.T
+
+
+def dot(a, b):
+    """Over the last axis. (Faster than sum(-1) over an axis of three.)"""
+    return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
+
+
+def unit(v):
+    return v / np.maximum(np.sqrt(dot(v, v)), 1e-6)[..., None]
+
+
+def write_toy_clip(folder, motion, group, clip, size, frames):
+    """One video file of the toy world; all its randomness comes from its name."""
+    number = list(MOTIONS).index(motion)
+    scene = draw_video_scene(np.random.default_rng([1, number, group, clip]), motion, [2, group], frames)
+    path = folder / motion / f"v_{motion}_g{group:02d}_c{clip:02d}.mp4"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, render(scene, size)[0], Fraction(12))
+
+
+def write_toy_image(folder, split, i, size):
+    """One image with its depth map (16 bits) and class map (8 bits) in three parallel folders."""
+    kind = KINDS[i % len(KINDS)]
+    rng = np.random.default_rng([3, split == "val", i])
+    pixels, depth, classes = render(draw_image_scene(rng, kind, [4, split == "val", i]), size)
+    for part, suffix, array in (("rgb", "jpg", pixels[0]), ("depth", "png", (depth[0] / FAR * 65535).clip(0, 65535)),
+                                ("semseg", "png", classes[0])):  # fmt: skip
+        path = folder / part / split / kind / f"{i:05d}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array.astype(np.uint16) if part == "depth" else array).save(path, quality=95)
+
+
+def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400)):
+    """Write the toy world; nothing happens if it is there already.
+
+    folder/videos/<Motion>/v_<Motion>_gXX_cYY.mp4, classInd.txt, trainlist01.txt ...   UCF101's format: clips of one
+        group share their room, and no group is in both lists of a fold
+    folder/{rgb,depth,semseg}/{train,val}/<Kind>/00000.{jpg,png,png}                    aligned maps
+    """
+    folder = Path(folder)
+    if (folder / "videos").is_dir() and (folder / "rgb").is_dir():
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} exists and is no toy world: name an empty folder")
+    partial = folder.with_name(folder.name + ".part")  # renamed when complete
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        (partial / "videos").mkdir(parents=True)
+        jobs = [functools.partial(write_toy_clip, partial / "videos", m, g, c, size, frames)
+                for m in MOTIONS for g in range(1, groups + 1) for c in range(1, clips + 1)]  # fmt: skip
+        jobs += [functools.partial(write_toy_image, partial, split, i, size)
+                 for split, count in zip(("train", "val"), images) for i in range(count)]  # fmt: skip
+        for _, error in in_parallel(call, jobs, f"rendering the toy world into {folder}"):
+            if error:
+                raise error
+        (partial / "videos" / "classInd.txt").write_text("".join(f"{i} {m}\n" for i, m in enumerate(MOTIONS, 1)))
+        for fold in (1, 2, 3):  # like UCF101, whose fold 1 tests on the groups 1 to 7 of 25
+            width = max(1, groups * 7 // 25)
+            test = range(1 + (fold - 1) * width, 1 + fold * width)
+            for name, keep in (("train", lambda g: g not in test), ("test", lambda g: g in test)):
+                lines = [f"{m}/v_{m}_g{g:02d}_c{c:02d}.mp4" + (f" {i}" if name == "train" else "")
+                         for i, m in enumerate(MOTIONS, 1) for g in range(1, groups + 1) if keep(g)
+                         for c in range(1, clips + 1)]  # fmt: skip
+                (partial / "videos" / f"{name}list0{fold}.txt").write_text("\n".join(lines) + "\n")
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot write the toy world to {folder}: {error}") from None
+
+
+def make_toy_if_asked(name, rank=0, world=1):
+    """The scripts' default, --data toy: written by the first process while the others wait."""
+    if name == "toy" and rank == 0:
+        make_toy(name)
+    if world > 1:
+        torch.distributed.barrier()
+
+
+def call(job):
+    return job()
+
+
+def write_video(path, frames, rate, codec="libx264"):
+    """uint8 frames (H, W, 3), all of one even-sided size, -> a video file. H.264, or MPEG-4 where PyAV lacks it."""
+    codec = codec if codec in av.codecs_available else "mpeg4"
+    options = {"crf": "18", "preset": "veryfast", "g": "12"} if codec == "libx264" else {}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
+        if codec == "mpeg4":  # nearly lossless, a key frame every 12
+            stream.codec_context.qmin, stream.codec_context.qmax, stream.codec_context.gop_size = 2, 4, 12
+        count = 0
+        for count, frame in enumerate(frames, 1):
+            if count == 1:
+                stream.height, stream.width = frame.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        if not count:
+            raise BrokenFile("no frame can be decoded")
+        container.mux(stream.encode())
+
+
+# ============================================================================================================
+#  THE RUN: toy, check, shrink
+# ============================================================================================================
+
+
+def in_parallel(work, jobs, what, workers=None):
+    """Yield (result, error) of work(job) in the order of jobs, from all CPU cores, with progress and ETA."""
+    start, shown = time.perf_counter(), 0.0
+    with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), initializer=one_thread) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        try:
+            for i, future in enumerate(futures, 1):
+                error = future.exception()
+                yield (None, error) if error else (future.result(), None)
+                now = time.perf_counter()
+                if now - shown > (0.5 if sys.stderr.isatty() else 20) or i == len(jobs):
+                    left, shown = (now - start) / i * (len(jobs) - i), now
+                    end = "\r" if sys.stderr.isatty() and i < len(jobs) else "\n"
+                    print(f"{what}: {i} of {len(jobs)}, {left:.0f} s left  ", end=end, file=sys.stderr, flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def one_thread():
+    leave_ctrl_c_to_the_parent(0)
+    torch.set_num_threads(1)
+
+
+def check_file(path):
+    """Decode one file in full: -> text for the report, reason if broken (else ""), small picture of its middle."""
+    try:
+        if path.suffix.lower() in IMAGE:
+            pixels = read_image(path)
+            return f"{pixels.shape[1]}x{pixels.shape[0]}", "", thumbnail(pixels)
+        promised = count_frames(path)
+        found, n = grab(path, np.array([promised // 2, 10**9]))  # decodes to the end, keeps the middle frame
+        if n == 0:
+            raise BrokenFile("no frame can be decoded")
+        # B-frames at either end may be lost, so one or two frames less than promised is common and harmless
+        reason = f"the header says {promised} frames, {n} can be decoded" if n < 0.9 * promised - 2 else ""
+        picture = next(iter(found.values())) if found else read_clips(path, lambda n: np.array([[0]]))[0, 0]
+        return f"{n} frames {picture.shape[1]}x{picture.shape[0]}", reason, thumbnail(picture)
+    except BrokenFile as error:
+        return "", str(error), None
+    except Exception as error:
+        return "", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", None
+
+
+def thumbnail(pixels, size=96):
+    return np.asarray(ImageOps.pad(Image.fromarray(pixels), (size, size)))
+
+
+def check(root, sheet):
+    """Decode everything below root, list what is broken, draw a contact sheet. Exit code 1 if anything is broken."""
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root} is no folder")
+    paths = list(walk(root, VIDEO + IMAGE))
+    if not paths:
+        raise InputError(f"{root} holds no videos and no images")
+    broken, pictures = [], []
+    shown = set(np.linspace(0, len(paths) - 1, min(len(paths), 48)).round().astype(int).tolist())
+    for i, ((report, error), path) in enumerate(zip(in_parallel(check_file, paths, f"checking {root}"), paths)):
+        text, reason, picture = report or ("", str(error), None)
+        if reason:
+            broken.append(path)
+            print(f"broken: {path}: {reason}")
+        if picture is not None and i in shown:
+            pictures.append(picture)
+    if (found := find_official(root)) is not None:
+        for fold, split in [(f, s) for f in (1, 2, 3) for s in ("train", "val")]:
+            try:
+                count = len(read_official(*found, split, fold, allow_missing=False).paths)
+                print(f"fold {fold} {split}: {count} files listed, all there")
+            except InputError as error:
+                print(f"fold {fold} {split}: {error}")
+    if pictures:
+        columns = min(8, len(pictures))
+        canvas = Image.new("RGB", (columns * 100, -(-len(pictures) // columns) * 100), "white")
+        for i, picture in enumerate(pictures):
+            canvas.paste(Image.fromarray(picture), (i % columns * 100 + 2, i // columns * 100 + 2))
+        try:
+            canvas.save(sheet)
+            print(f"wrote {sheet}")
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot write {sheet}: {error}") from None
+    print(f"{len(paths)} files decoded, {len(broken)} broken")
+    sys.exit(1 if broken else 0)
+
+
+def shrink_file(job):
+    """Re-encode one video with a smaller short side and a key frame every 12 frames -> reason if broken."""
+    source, target, short = job
+    if target.exists():
+        return ""
+    partial = target.with_name(target.stem + ".part" + target.suffix)
+    try:
+        container, stream = open_video(source)
+        with container:
+            W, H = stream.codec_context.width, stream.codec_context.height
+            scale = min(1, short / min(W, H))
+            W, H = max(2, round(W * scale / 2) * 2), max(2, round(H * scale / 2) * 2)
+            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+            convert = av.video.reformatter.VideoReformatter()
+            frames = (convert.reformat(f, W, H, "rgb24", interpolation="AREA").to_ndarray() for f in container.decode(stream))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_video(partial, frames, Fraction(rate).limit_denominator(1001), "mpeg4")
+        os.replace(partial, target)
+        return ""
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def shrink(source, target, short):
+    """Re-encode every video below source into target, with the same names, and copy the lists.
+
+    MPEG-4 without B-frames: on clips this small it decodes several times faster than H.264. A second call
+    does what the first left undone.   Exit code 1 if a file is broken.
+    """
+    source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise InputError(f"{source} is no folder")
+    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
+        raise InputError(f"{target} lies in {source}: the copy needs a folder of its own")
+    if short < 16:
+        raise InputError(f"--short-side {short} is too small for a picture: 128 is common")
+    videos = list(walk(source, VIDEO))
+    if not videos:
+        raise InputError(f"{source} holds no videos")
+    keep = (".avi", ".mp4", ".mkv", ".mov", ".m4v")  # containers that take MPEG-4; others become .mp4
+    jobs = [(p, target / (r if r.suffix.lower() in keep else r.with_suffix(".mp4")), short)
+            for p in videos for r in [p.relative_to(source)]]  # fmt: skip
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for path in walk(source, (".txt", ".csv")):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    except OSError as error:
+        raise InputError(f"cannot write to {target}: {error}") from None
+    broken = 0
+    for (reason, error), (path, _, _) in zip(in_parallel(shrink_file, jobs, f"shrinking into {target}"), jobs):
+        if reason or error:
+            broken += 1
+            print(f"broken, left out: {path}: {reason or error}")
+    sizes = [sum(p.stat().st_size for p in walk(folder, VIDEO)) / 1e6 for folder in (source, target)]
+    print(f"{len(videos) - broken} videos in {target}, {sizes[0]:.1f} MB before, {sizes[1]:.1f} MB after, {broken} broken")
+    sys.exit(1 if broken else 0)
+
+
+def main():
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+    toy = commands.add_parser("toy", help="write the toy world: rendered videos, images, depth and class maps")
+    toy.add_argument("folder", help="new folder")
+    toy.add_argument("--size", type=int, default=64, help="side of pictures and clips in pixels (default: 64)")
+    toy.add_argument("--groups", type=int, default=25, help="rooms; each holds 4 clips a class (default: 25)")
+    toy.add_argument("--images", type=int, default=1600, help="training images; a quarter more to test (default: 1600)")
+    look = commands.add_parser("check", help="decode everything, list what is broken, draw a contact sheet")
+    look.add_argument("folder", help="data set, or any folder")
+    look.add_argument("--sheet", default="contact_sheet.png", help="file for the contact sheet")
+    less = commands.add_parser("shrink", help="re-encode videos once, so that decoding does not starve the GPU")
+    less.add_argument("source", help="folder of videos")
+    less.add_argument("target", help="folder for the smaller copies")
+    less.add_argument("--short-side", type=int, default=128, help="new short side in pixels (default: 128)")
+    args = parser.parse_args()
+    if args.command == "check":
+        check(args.folder, args.sheet)
+    elif args.command == "shrink":
+        shrink(args.source, args.target, args.short_side)
+    else:
+        if args.size < 16 or args.size % 2 or args.groups < 4 or args.images < 4:
+            raise InputError("the toy world needs an even --size of 16 or more, 4 --groups and 4 --images")
+        make_toy(args.folder, args.size, groups=args.groups, images=(args.images, args.images // 4))
+        print(f"the toy world is in {args.folder}")
+
+
+if __name__ == "__main__":
+    run_script(main)

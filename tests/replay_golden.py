@@ -1,0 +1,345 @@
+"""replay_golden.py - do our models compute what the official ones do?
+
+    python tests/replay_golden.py tests/golden/mae_pretrain_normpix.npz ...
+
+A golden file NAME.npz (with NAME.json beside it) holds inputs and results of an official implementation with
+small random weights. The weights follow from a seed by a fixed rule, so they are not stored. For every array this
+prints the largest difference as a share of its tolerance; the exit code is 0 only if all shares are at most 1.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402
+import mae_image  # noqa: E402
+import mae_video  # noqa: E402
+from masking import dirichlet_mask, hidden, hide_largest, num_hidden, restore, tube_mask  # noqa: E402
+from masking import causal_mask, random_mask  # noqa: E402
+
+KIND = {
+    "weight": lambda x: x / np.sqrt(np.prod(x.shape[1:])),
+    "table": lambda x: 0.5 * x,
+    "small": lambda x: 0.02 * x,
+    "scale": lambda x: 1 + 0.1 * x,
+    "bias": lambda x: 0.1 * x,
+}
+
+
+class Replay:
+    """One golden file: inputs, weights, and what was compared so far."""
+
+    def __init__(self, path):
+        path = Path(path)
+        if path.suffix != ".npz" or not path.is_file() or not path.with_suffix(".json").is_file():
+            raise SystemExit(f"{path}: a golden file is NAME.npz with NAME.json beside it")
+        self.name, self.meta = path.stem, json.loads(path.with_suffix(".json").read_text())
+        with np.load(path) as content:
+            self.arrays = {key: content[key] for key in content.files}
+        self.config, self.names = self.meta["config"], [k for k, _, kind in self.meta["tensors"] if kind != "fixed"]
+        self.shares, self.weights = {}, {}
+        if self.meta["tensors"]:
+            draw = np.random.RandomState(self.meta["weight_seed"])
+            for key, shape, kind in self.meta["tensors"]:
+                if kind != "fixed":
+                    self.weights[key] = torch.from_numpy(KIND[kind](draw.standard_normal(tuple(shape))).astype(np.float32))
+            total = sum(float(w.double().abs().sum()) for w in self.weights.values())
+            assert abs(total / self.meta["weights_check"]["sum_abs"] - 1) < 1e-5, "the weights were drawn wrongly"
+
+    def check(self, name, value):
+        """Note how far `value` (the full array) is from the stored one, as a share of the tolerance."""
+        doc, want = self.meta["arrays"][name], self.arrays[name].astype(np.float64)
+        value = np.asarray(value.detach() if torch.is_tensor(value) else value, dtype=np.float64)
+        assert list(value.shape) == doc["shape"], f"{name}: shape {value.shape}, not {doc['shape']}"
+        if doc["stride"] > 1:
+            value = value.reshape(-1)[:: doc["stride"]]
+        if name.endswith("steps_param_norm"):
+            value = np.where(want < 0, want, value)  # -1: not compared, see the note on key biases below
+        gap, allowed = np.abs(value - want), doc.get("atol", 0) + doc.get("rtol", 0) * np.abs(want)
+        share = np.where(gap == 0, 0, gap / np.where(allowed == 0, 1e-300, allowed))
+        self.shares[name] = float(share.max()) if np.isfinite(value).all() else np.inf
+
+
+def pixels(r, key):
+    """Model input as the golden files define it."""
+    c, x = r.config, r.arrays[key].astype(np.float32)
+    shape = (1, 3) + (1,) * (x.ndim - 2)
+    mean, std = (np.float32(c[k]).reshape(shape) for k in ("input_mean", "input_std"))
+    return torch.from_numpy((x / np.float32(255) - mean) / std)
+
+
+def per_official_tensor(r, model, of):
+    """A number per official tensor. `of` maps a parameter of ours to a tensor of its shape (its gradient, itself).
+
+    Ours are the official tensors renamed, except for q, k, v: their parts are cut out of the fused qkv."""
+    own, values = dict(model.named_parameters()), []
+    part = lambda key, i: of(own[key]).chunk(3)[i] if of(own[key]) is not None else None
+    for name in r.names:
+        ours = name
+        if r.meta["method"] == "VideoMAE":
+            ours = ours.replace("encoder_to_decoder", "decoder_embed").removeprefix("encoder.")
+            for old, new in (("blocks.", "blocks."), ("norm.", "norm."), ("head.", "pred.")):
+                ours = ours.replace(f"decoder.{old}", f"decoder_{new}")
+        if ours.endswith(("q_bias", "v_bias")):
+            tensor = part(ours[:-6] + "qkv.bias", 0 if "q_bias" in ours else 2)
+        elif ".attn.q." in ours or ".attn.k." in ours or ".attn.v." in ours:
+            letter = ours.split(".attn.")[1][0]
+            tensor = part(ours.replace(f".attn.{letter}.", ".attn.qkv."), "qkv".index(letter))
+        else:
+            tensor = of(own[ours])
+        values.append(-1.0 if tensor is None else float(tensor.detach().double().norm()))
+    return np.array(values)
+
+
+def probe_norms(r, model):
+    """One tiny vector through every LayerNorm: the only array that sees a wrong epsilon in each of them."""
+    layers = dict(model.named_modules())
+    for key, name in (("norm_probe", "norm_probe"), ("norm_probe_dec", "norm_probe_dec")):
+        x = torch.from_numpy(r.arrays[f"{key}_in"])
+        ours = [n.removeprefix("encoder.").replace("decoder.", "decoder_") for n in r.config[key]]
+        r.check(f"{name}_out", torch.stack([layers[n](x) for n in ours]))
+
+
+def three_updates(r, model, x, mask):
+    """AdamW as in config.steps, with the groups of our own param_groups.
+
+    The gradient of a key bias is rounding noise around zero, which Adam turns into full-size updates: the files
+    exclude tensors that hold one from steps_param_norm.
+    """
+    s = r.config["steps"]
+    groups = mae_image.param_groups(model, s["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, s["lr"], betas=tuple(s["betas"]), eps=s["eps"])
+    losses = []
+    for _ in range(s["updates"]):
+        loss, _ = model(x, mask)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    losses.append(model(x, mask)[0].item())
+    r.check("steps_loss", losses)
+    r.check("steps_param_norm", per_official_tensor(r, model, lambda p: p))
+
+
+def in_order_of(ids_keep, x):
+    """Our visible tokens are in raster order; the official ones in the order of ids_keep."""
+    rank = ids_keep.argsort(dim=1).argsort(dim=1)  # place of each official token in raster order
+    return x.gather(1, rank[..., None].expand(-1, -1, x.shape[2]))
+
+
+def replay_pretrain(r):
+    """MAE, MAE-ST and VideoMAE pretraining: every stored step from tokens to the third update."""
+    c, a, method = r.config, r.arrays, r.meta["method"]
+    size = (c["embed_dim"], c["depth"], c["num_heads"])
+    decoder = (c["decoder_embed_dim"], c["decoder_depth"], c["decoder_num_heads"])
+    norm_pix = c.get("norm_pix_loss", c.get("normalize_target"))
+    if method == "MAE":
+        model, x = mae_image.MAE(c["img_size"], c["patch_size"], size, decoder, norm_pix), pixels(r, "image_u8")
+        patches = mae_image.patchify(x, c["patch_size"])
+    else:
+        shape = (c["num_frames"], c["img_size"], c["t_patch_size"], c["patch_size"], size, decoder, norm_pix)
+        if method == "VideoMAE":
+            model = mae_video.VideoMAE(*shape)
+        else:
+            model = mae_video.MAEST(*shape, c["pred_t_dim"], c["sep_pos_embed"], c["cls_embed"])
+        x = pixels(r, "video_u8")
+        patches = mae_video.patchify(x, c["t_patch_size"], c["patch_size"])
+    model.load_state_dict(model.from_public(dict(r.weights)))
+
+    N = c["num_patches"]
+    if method == "VideoMAE":
+        mask = torch.from_numpy(a["mask"]).bool()
+        frames, per_frame = c["grid"][0], c["grid"][1] * c["grid"][2]
+        assert num_hidden(per_frame, c["mask_ratio"], "hide") == c["masked_per_frame"]
+        assert N - frames * c["masked_per_frame"] == c["num_visible"] == int((~mask[0]).sum())
+    else:
+        noise = torch.from_numpy(a["noise"])
+        mask = hide_largest(noise, num_hidden(N, c["mask_ratio"], "keep"))
+        r.check("mask", mask.float())
+        ids_keep = noise.argsort(dim=1)[:, : c["len_keep"]]
+        r.check("ids_keep", ids_keep)
+        assert torch.equal(ids_keep.sort(dim=1).values, torch.arange(N).expand_as(mask)[~mask].reshape(len(mask), -1))
+
+    for name, table in (("pos_encoder", getattr(model, "pos_embed", None)), ("pos_decoder", getattr(model, "decoder_pos_embed", None))):
+        if name in a:
+            rows = c["pos_rows"]
+            if method == "MAE":  # the official table has a row of zeros for the class token
+                table = torch.cat([torch.zeros(1, 1, table.shape[2]), table], dim=1)
+            r.check(name, table[0, rows])
+    r.check("tokens", model.patch_embed(patches))
+    probe_norms(r, model)
+    if "frame_index" in a:
+        r.check("frame_index", model.frame_index)
+
+    target = model.target_patches(x)
+    target = model.forward_target(hidden(target, mask) if method == "VideoMAE" else target)
+    latent = model.forward_encoder(patches, mask)
+    loss, pred = model(x, mask)
+    if method == "VideoMAE":
+        all_pred = pred
+        r.check("latent", latent)
+    else:
+        all_pred = model.decoder_pred(model.forward_decoder(latent, mask))
+        cls = latent[:, : len(latent[0]) - c["len_keep"]]
+        kept = in_order_of(ids_keep, latent[:, cls.shape[1] :])
+        r.check("latent", torch.cat([cls, kept], dim=1) if method == "MAE" else kept)
+        assert torch.allclose(hidden(all_pred, mask), pred, atol=1e-6)
+    r.check("pred", all_pred)
+    r.check("target", target)
+    r.check("token_loss", ((all_pred - target) ** 2).mean(dim=-1))
+    r.check("loss", loss)
+    loss.backward()
+    r.check("grad_norm", per_official_tensor(r, model, lambda p: p.grad))
+    three_updates(r, model, x, mask)
+
+
+def weight_decays(model, names, weight_decay, ours):
+    """Decay of every named official parameter under our param_groups."""
+    groups = mae_image.param_groups(model, weight_decay)
+    of = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    own = dict(model.named_parameters())
+    return [of[id(own[ours(name)])] for name in names]
+
+
+def replay_functions_mae(r):
+    c, a = r.config, r.arrays
+    for name in ("sincos_table", "sincos_table_nocls"):
+        s = c[name]
+        table = mae_image.sincos_2d(s["embed_dim"], s["grid_size"], s["grid_size"])
+        r.check(name, torch.cat([torch.zeros(int(s["cls_token"]), s["embed_dim"]), table]))
+    s = c["sincos_full_rows"]
+    table = mae_image.sincos_2d(s["embed_dim"], s["grid_size"], s["grid_size"])
+    r.check("sincos_full_rows", torch.cat([torch.zeros(1, s["embed_dim"]), table])[s["rows"]])
+    x, p = torch.from_numpy(a["patchify_in"]), c["patchify"]["patch_size"]
+    r.check("patchify_out", mae_image.patchify(x, p))
+    assert torch.equal(mae_image.unpatchify(mae_image.patchify(x, p), p, x.shape[2] // p, x.shape[3] // p), x)
+    s = c["pretrain"]
+    model = mae_image.MAE(32, 8, (48, s["depth"], 3), (32, s["decoder_depth"], 4))
+    r.check("pretrain_weight_decay", weight_decays(model, r.meta["names"]["pretrain"], s["weight_decay"], lambda n: n))
+    s = c["lr"]
+    values = [mae_image.lr_at(e, s["lr"], s["min_lr"], s["warmup_epochs"], s["epochs"]) for e in s["epoch"]]
+    r.check("lr_values", np.outer(values, s["lr_scale"]))
+    # the rest of this file (layer decay, LARS, table resizing, probe head) is about fine-tuning
+
+
+def replay_functions_mae_st(r):
+    c, a = r.config, r.arrays
+    for i, (frames, predicted) in enumerate(c["target_frames"]):
+        r.check(f"target_frames_{i}", mae_video.target_frames(frames, predicted))
+    s, x = c["patchify"], torch.from_numpy(a["patchify_in"])
+    model = mae_video.MAEST(s["num_frames"], tuple(x.shape[3:]), s["t_patch_size"], s["patch_size"], (48, 1, 3), (32, 1, 4),
+                            False, s["pred_t_dim"])  # fmt: skip
+    r.check("patchify_out", model.target_patches(x))
+    s = c["pretrain"]
+    fused = lambda name: name.replace(".q.", ".qkv.").replace(".k.", ".qkv.").replace(".v.", ".qkv.")
+    model = mae_video.MAEST(8, 32, 2, 8, (48, s["depth"], 3), (32, s["decoder_depth"], 4), True, None, s["sep_pos_embed"],
+                            s["cls_embed"])  # fmt: skip
+    r.check("pretrain_weight_decay", weight_decays(model, r.meta["names"]["pretrain"], s["weight_decay"], fused))
+    s, start = c["train_clip"], float(a["train_clip_start_end"][0])
+    r.check("train_clip_frames", data.linspace_clip(s["video_frames"], s["num_frames"], s["sampling_rate"], start))
+    s = c["test_clip"]
+    gap = (s["video_frames"] - s["num_frames"] * s["sampling_rate"]) // (s["num_views"] - 1)
+    views = [data.linspace_clip(s["video_frames"], s["num_frames"], s["sampling_rate"], v * gap) for v in range(s["num_views"])]
+    r.check("test_clip_frames", np.stack(views))
+
+
+def replay_functions_videomae(r):
+    c = r.config
+    s = c["sinusoid_table"]
+    r.check("sinusoid_table", mae_video.sinusoid(s["dim"], s["num_positions"])[None])
+    s = c["sinusoid_full_rows"]
+    r.check("sinusoid_full_rows", mae_video.sinusoid(s["dim"], s["num_positions"])[s["rows"]])
+    s, n = c["lr"], c["lr"]["iterations_per_epoch"]
+    total, warm = s["epochs"] * n, s["warmup_epochs"] * n
+    r.check("lr_schedule", [mae_image.lr_at(i, s["base"], s["final"], warm, total, inclusive=True) for i in range(total)])
+    s = c["pretrain"]
+    model = mae_video.VideoMAE(8, 32, 2, 8, (48, s["depth"], 3), (32, s["decoder_depth"], 4))
+    ours = lambda n: (n.replace("encoder_to_decoder", "decoder_embed").removeprefix("encoder.").replace("decoder.head", "decoder_pred")
+                      .replace("decoder.", "decoder_").replace("q_bias", "qkv.bias").replace("v_bias", "qkv.bias"))  # fmt: skip
+    r.check("pretrain_weight_decay", weight_decays(model, r.meta["names"]["pretrain"], s["weight_decay"], ours))
+    s = c["tube_mask"]
+    mask = tube_mask(3, s["window"], s["mask_ratio"], torch.Generator().manual_seed(0)).reshape(3, s["window"][0], -1)
+    assert (mask == mask[:, :1]).all()
+    r.check("tube_counts", [int(mask[0, 0].sum()), int(mask[0].sum())])
+    s, clips = c["clips"], []
+    for n in s["durations"]:
+        np.random.seed(s["numpy_seed"])  # the official code draws from numpy's global generator
+        start = np.random.randint(max(n - s["num_frames"] * s["sampling_rate"] + 1, 1))
+        clips.append(data.dense_clip(n, s["num_frames"], s["sampling_rate"], start))
+    r.check("clips_pretrain", np.stack(clips))
+    s = c["clips_test_dense"]
+    r.check("clips_test_dense", data.dense_views(s["video_frames"], 16, s["sampling_rate"], s["num_views"]))
+    s = c["clips_ssv2"]
+    views = [data.segment_views(n, s["num_frames"], s["num_views"]) for n in s["durations"]]
+    r.check("clips_ssv2_test", np.stack(views))
+
+
+def replay_mask_statistics(r):
+    """Our own draws against the distribution of the official ones."""
+    c, n = r.config, r.config["num_draws"]
+    rows = {k: [] for k in ("mean", "std", "p_none", "p_all", "quantiles", "corr")}
+    for i, (count, tokens, alpha, subset_first) in enumerate(c["multimae"]):
+        mask = dirichlet_mask(n, [tokens] * 3, count, torch.Generator().manual_seed(i), alpha, subset_first)
+        seen = (~mask).reshape(n, 3, tokens).sum(dim=2).double()  # (n, 3)
+        rows["mean"].append(seen.mean(0).tolist())
+        rows["std"].append(seen.std(0).tolist())
+        rows["p_none"].append((seen == 0).double().mean(0).tolist())
+        rows["p_all"].append((seen == tokens).double().mean(0).tolist())
+        rows["quantiles"].append(np.quantile(seen[:, 0].numpy(), [0.05, 0.25, 0.5, 0.75, 0.95]).tolist())
+        rows["corr"].append(np.corrcoef(seen[:, 0], seen[:, 1])[0, 1])
+    for key, values in rows.items():
+        r.check(f"multimae_{key}", values)
+    kinds = {"tube": tube_mask, "causal": causal_mask, "random": lambda *args: random_mask(*args, rule="hide")}
+    counts = []
+    for kind, mask_type, size, frames, patch, ratio in c["omnimae"]:
+        t = 1 if kind == "image" else frames // c["omnimae_t_patch_size"]
+        mask = kinds[mask_type](2, (t, size // patch, size // patch), ratio, torch.Generator().manual_seed(0))
+        slots, hid = mask.reshape(2, t, -1), int(mask[0].sum())
+        counts.append([mask.shape[1], hid, int((slots == slots[:, :1]).all()), int(mask[:, -hid:].all())])
+    r.check("omnimae_counts", counts)
+
+
+def replay(path):
+    """-> Replay with shares filled in.   Raises NotImplementedError for a method that is not rebuilt here."""
+    r = Replay(path)
+    method, name = r.meta["method"], r.name
+    if method in ("MAE", "MAE-ST", "VideoMAE") and "steps" in r.config:
+        replay_pretrain(r)
+    elif "mask_statistics" in name or "multimae_columns" in r.config:
+        replay_mask_statistics(r)
+    elif method == "MAE" and "sincos_table" in r.config:
+        replay_functions_mae(r)
+    elif method == "MAE-ST" and "target_frames" in r.config:
+        replay_functions_mae_st(r)
+    elif method == "VideoMAE" and "sinusoid_table" in r.config:
+        replay_functions_videomae(r)
+    else:
+        raise NotImplementedError(f"{name}: {method}, {r.meta['what']}: not rebuilt here")
+    return r
+
+
+def main(paths):
+    if not paths or paths[0].startswith("-"):
+        raise SystemExit(__doc__)
+    worst = 0.0
+    for path in paths:
+        try:
+            r = replay(path)
+        except NotImplementedError as error:
+            print(f"{error}")
+            worst = float("inf")
+            continue
+        print(f"{r.name}")
+        for name, share in r.shares.items():
+            print(f"  {name:24s} {share:8.4f} of its tolerance{'' if share <= 1 else '   <-- TOO FAR'}")
+        worst = max([worst, *r.shares.values()])
+    sys.exit(0 if worst <= 1 else 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
