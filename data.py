@@ -579,7 +579,7 @@ FAR = 16.0  # depth maps hold depth / FAR * 65535
 
 def draw_pattern(rng):
     """A floor or wall: two waves that mix two colours."""
-    parts = {"waves": rng.uniform(-3.5, 3.5, (2, 2)), "phase": rng.uniform(0, 6.28, 2), "colors": rng.uniform(0.1, 0.95, (2, 3))}
+    parts = {"waves": rng.uniform(-2, 2, (2, 2)), "phase": rng.uniform(0, 6.28, 2), "colors": rng.uniform(0.1, 0.95, (2, 3))}
     return {name: np.float32(part) for name, part in parts.items()}
 
 
@@ -589,27 +589,26 @@ def draw_object(rng, kind, place, radius):
             "color": np.float32(rng.uniform(0.15, 1.0, 3))}  # fmt: skip
 
 
-def draw_scene(rng, room, kind, main_place, times):
-    """What is in view at each of the times 0 .. 1. `room` seeds what the clips of one group share."""
-    look = np.random.default_rng(room)
+def draw_scene(rng, kind, main_place, times):
+    """What is in view at each of the times 0 .. 1: two patterns, the object that matters, two more, the camera."""
     others = [draw_object(rng, rng.choice(KINDS), (x, 0.35, rng.uniform(6.6, 8.2)), 0.35) for x in
               (rng.uniform(-3, -0.8), rng.uniform(0.8, 3))]  # fmt: skip
-    return {"floor": draw_pattern(look), "wall": draw_pattern(look),
+    return {"floor": draw_pattern(rng), "wall": draw_pattern(rng),
             "objects": [draw_object(rng, kind, main_place, rng.uniform(0.55, 0.7))] + others,
             "camera": np.float32(rng.uniform(-0.4, 0.4) + rng.uniform(-0.5, 0.5) * times)}  # fmt: skip
 
 
-def draw_image_scene(rng, kind, room):
+def draw_image_scene(rng, kind):
     place = (rng.uniform(-0.8, 0.8), rng.uniform(0.6, 1.6), rng.uniform(3.6, 4.6))
-    return draw_scene(rng, room, kind, place, np.zeros(1))
+    return draw_scene(rng, kind, place, np.zeros(1))
 
 
-def draw_video_scene(rng, motion, room, frames):
+def draw_video_scene(rng, motion, frames):
     times = np.arange(frames) / frames
     angle = 2 * math.pi * (rng.uniform() + rng.choice([-1, 1] if motion == "ThereAndBack" else [1]) * MOTIONS[motion](times))
     x = rng.uniform(-0.7, 0.7)
     place = np.stack([np.full(frames, x), 1.6 + 1.0 * np.sin(angle), 4.6 + 1.2 * np.cos(angle)], axis=1)  # (T, 3)
-    return draw_scene(rng, room, rng.choice(KINDS), place, times)
+    return draw_scene(rng, rng.choice(KINDS), place, times)
 
 
 def render(scene, size):
@@ -722,7 +721,7 @@ def unit(v):
 def write_toy_clip(folder, motion, group, clip, size, frames):
     """One video file of the toy world; all its randomness comes from its name."""
     number = list(MOTIONS).index(motion)
-    scene = draw_video_scene(np.random.default_rng([1, number, group, clip]), motion, [2, group], frames)
+    scene = draw_video_scene(np.random.default_rng([1, number, group, clip]), motion, frames)
     path = folder / motion / f"v_{motion}_g{group:02d}_c{clip:02d}.mp4"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path, render(scene, size)[0], Fraction(12))
@@ -731,8 +730,8 @@ def write_toy_clip(folder, motion, group, clip, size, frames):
 def write_toy_image(folder, split, i, size):
     """One image with its depth map (16 bits) and class map (8 bits) in three parallel folders."""
     kind = KINDS[i % len(KINDS)]
-    rng = np.random.default_rng([3, split == "val", i])
-    pixels, depth, classes = render(draw_image_scene(rng, kind, [4, split == "val", i]), size)
+    scene = draw_image_scene(np.random.default_rng([2, split == "val", i]), kind)
+    pixels, depth, classes = render(scene, size)
     for part, suffix, array in (("rgb", "jpg", pixels[0]), ("depth", "png", (depth[0] / FAR * 65535).clip(0, 65535)),
                                 ("semseg", "png", classes[0])):  # fmt: skip
         path = folder / part / split / kind / f"{i:05d}.{suffix}"
@@ -743,8 +742,8 @@ def write_toy_image(folder, split, i, size):
 def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400)):
     """Write the toy world; nothing happens if it is there already.
 
-    folder/videos/<Motion>/v_<Motion>_gXX_cYY.mp4, classInd.txt, trainlist01.txt ...   UCF101's format: clips of one
-        group share their room, and no group is in both lists of a fold
+    folder/videos/<Motion>/v_<Motion>_gXX_cYY.mp4, classInd.txt, trainlist01.txt ...   UCF101's format:
+        no group is in both lists of a fold
     folder/{rgb,depth,semseg}/{train,val}/<Kind>/00000.{jpg,png,png}                    aligned maps
     """
     folder = Path(folder)
@@ -967,7 +966,7 @@ def main():
     toy = commands.add_parser("toy", help="write the toy world: rendered videos, images, depth and class maps")
     toy.add_argument("folder", help="new folder")
     toy.add_argument("--size", type=int, default=64, help="side of pictures and clips in pixels (default: 64)")
-    toy.add_argument("--groups", type=int, default=25, help="rooms; each holds 4 clips a class (default: 25)")
+    toy.add_argument("--groups", type=int, default=25, help="groups of 4 clips a class (default: 25)")
     toy.add_argument("--images", type=int, default=1600, help="training images; a quarter more to test (default: 1600)")
     look = commands.add_parser("check", help="decode everything, list what is broken, draw a contact sheet")
     look.add_argument("folder", help="data set, or any folder")

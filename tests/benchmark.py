@@ -1,0 +1,239 @@
+"""benchmark.py - what masking saves, and how we compare with others, measured side by side in one run.
+
+    python tests/benchmark.py                 (CPU: about 4 minutes; GPU: published sizes, about 2 minutes)
+    python tests/benchmark.py --quick         (tiny sizes, to see that it runs)
+
+Prints medians over interleaved rounds: A, B, A, B, ... so that a busy machine slows all alike. A step is forward,
+backward and AdamW. transformers, torchcodec and decord are used if they are installed.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402
+import mae_image  # noqa: E402
+import mae_video  # noqa: E402
+from masking import random_mask, tube_mask, visible  # noqa: E402
+
+
+def medians(contestants, rounds):
+    """{name: function} -> {name: median seconds}, rounds interleaved, after one round to warm up."""
+    times = {name: [] for name in contestants}
+    for i in range(rounds + 1):
+        for name, function in contestants.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def kept_for_backward(function):
+    """Bytes of the tensors that a forward pass keeps for its backward pass: what limits the batch size."""
+    seen = {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(seen.values())
+
+
+class Contestant:
+    """A model, its optimiser and one fixed batch."""
+
+    def __init__(self, model, loss, device, dtype):
+        self.model, self.loss, self.device, self.dtype = model.to(device), loss, device, dtype
+        self.optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+    def forward(self):
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            return self.loss(self.model)
+
+    def step(self):
+        self.forward().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def megabytes(self):
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            return torch.cuda.max_memory_allocated() / 2**20
+        weights = sum(p.untyped_storage().nbytes() for p in self.model.parameters())
+        return max(kept_for_backward(self.forward) - weights, 0) / 2**20
+
+
+def dense_loss(model, patches, x, mask):
+    """The same model with nothing dropped: hidden patches go through the encoder, too (MAE Table 1(c), MAE-ST Table 1)."""
+    everything = torch.zeros_like(mask)
+    latent = model.forward_encoder(patches, everything)
+    extra = latent.shape[1] - mask.shape[1]  # class token
+    latent = torch.cat([latent[:, :extra], visible(latent[:, extra:], mask)], dim=1)
+    if isinstance(model, mae_video.VideoMAE):
+        return model.forward_loss(x, model.forward_decoder(latent, mask), mask)
+    pred = model.decoder_pred(mae_image.hidden(model.forward_decoder(latent, mask), mask))
+    return model.forward_loss(patches if isinstance(model, mae_image.MAE) else x, pred, mask)
+
+
+def transformers_models(image, video, decoders):
+    """{name: (model, loss)} of HuggingFace with the same sizes, or {} if transformers is not installed."""
+    try:
+        from transformers import VideoMAEConfig, VideoMAEForPreTraining, ViTMAEConfig, ViTMAEForPreTraining
+    except ImportError:
+        print("transformers is not installed: no comparison with it")
+        return {}
+
+    def config(model, kind, decoder, **more):
+        block = model.blocks[0]
+        return kind(hidden_size=block.norm1.normalized_shape[0], num_hidden_layers=len(model.blocks),
+                    num_attention_heads=block.attn.heads, intermediate_size=block.mlp.fc1.out_features, image_size=model.grid[1] * model.patch,
+                    patch_size=model.patch, decoder_hidden_size=decoder[0], decoder_num_hidden_layers=decoder[1],
+                    decoder_num_attention_heads=decoder[2], decoder_intermediate_size=4 * decoder[0], norm_pix_loss=True,
+                    layer_norm_eps=1e-6, attn_implementation="sdpa", **more)  # fmt: skip
+
+    (mae, imgs, image_mask), (videomae, clips, video_mask) = image, video
+    hf_image = ViTMAEForPreTraining(config(mae, ViTMAEConfig, decoders[0], mask_ratio=0.75))
+    hf_video = VideoMAEForPreTraining(config(videomae, VideoMAEConfig, decoders[1], num_frames=clips.shape[2], use_mean_pooling=False))
+    noise, mask = image_mask.float().to(imgs.device), video_mask.to(clips.device)  # sorting 0 and 1 hides the ones
+    frames = clips.transpose(1, 2).contiguous()
+    return {"MAE": (hf_image, lambda m: m(imgs, noise=noise).loss), "VideoMAE": (hf_video, lambda m: m(frames, bool_masked_pos=mask).loss)}
+
+
+def benchmark_models(quick, device, compiled):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if quick:
+        size, rounds, B = (32, 1, 2), 1, 2
+        image, video, decoders = dict(img_size=32, patch=8), dict(frames=4, img_size=32, patch=8), ((16, 1, 2), (16, 1, 2))
+    elif device == "cuda":
+        size, rounds, B = "base", 10, 32
+        image, video, decoders = dict(img_size=224, patch=16), dict(frames=16, img_size=224, patch=16), ((512, 8, 16), (384, 4, 6))
+    else:
+        size, rounds, B = "small", 5, 2
+        image, video, decoders = dict(img_size=224, patch=16), dict(frames=16, img_size=112, patch=8), ((512, 8, 16), (192, 4, 3))
+    generator = torch.Generator().manual_seed(0)
+    mae = mae_image.MAE(**image, size=size, decoder=decoders[0])
+    videomae = mae_video.VideoMAE(**video, size=size, decoder=decoders[1])
+    maest = mae_video.MAEST(**video, size=size, decoder=decoders[0][:1] + (4, 16) if not quick else decoders[0])
+    T, H = video["frames"], video["img_size"]
+    imgs = torch.randn(B * 4, 3, image["img_size"], image["img_size"], generator=generator).to(device)
+    clips = torch.randn(B, 3, T, H, H, generator=generator).to(device)
+    masks = {"MAE": random_mask(B * 4, mae.grid, 0.75, generator), "VideoMAE": tube_mask(B, videomae.grid, 0.9, generator),
+             "MAE-ST": random_mask(B, maest.grid, 0.9, generator)}  # fmt: skip
+    peers = transformers_models((mae, imgs, masks["MAE"]), (videomae, clips, masks["VideoMAE"]), decoders)
+
+    print(f"\n{'model, step of one batch':44s} {'seconds':>9s} {'samples/s':>10s} {'against ours':>13s} "
+          f"{'peak MB' if device == 'cuda' else 'MB kept for backward':>21s}")  # fmt: skip
+    for name, model in (("MAE", mae), ("VideoMAE", videomae), ("MAE-ST", maest)):
+        x, mask, B = (imgs if name == "MAE" else clips), masks[name], len(masks[name])
+        cut = (lambda x: mae_image.patchify(x, mae.patch)) if name == "MAE" else (lambda x: mae_video.patchify(x, 2, videomae.patch))
+        runs = {"ours": Contestant(model, lambda m: m(x, mask)[0], device, dtype)}
+        runs["ours, nothing dropped"] = Contestant(model, lambda m: dense_loss(m, cut(x), x, mask), device, dtype)
+        if name in peers:
+            runs["transformers"] = Contestant(*peers[name], device, dtype)
+        if compiled:
+            for key in [k for k in ("ours", "transformers") if k in runs]:
+                loss = runs[key].loss
+                twin = torch.compile(runs[key].model)
+                runs[f"{key}, compiled"] = Contestant(runs[key].model, lambda m, twin=twin, loss=loss: loss(twin), device, dtype)
+        seconds = medians({key: run.step for key, run in runs.items()}, rounds)
+        for key, t in seconds.items():
+            print(f"{name + ', ' + key:44s} {t:9.4f} {B / t:10.1f} {t / seconds['ours']:12.2f}x {runs[key].megabytes():21.1f}")
+        for run in runs.values():
+            run.model.cpu()
+
+
+def ucf_like(path, n=186):
+    """A clip as in UCF101: 320 x 240, MPEG-4 with B-frames in AVI, a drifting picture with some noise."""
+    rng = np.random.default_rng(0)
+    picture = np.kron(rng.integers(0, 255, (40, 60, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 320, 240, "yuv420p", 400_000
+        stream.codec_context.max_b_frames, stream.codec_context.gop_size = 2, 12
+        for i in range(n):
+            frame = np.ascontiguousarray(picture[i % 60 : i % 60 + 240, i % 90 : i % 90 + 320])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def benchmark_loader(quick):
+    """Clips per second of one worker, against what the decoder alone needs for the same frames."""
+    T, stride, size = 16, 4, 112
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "clip.avi")
+        ucf_like(path)
+        files = data.Files(np.array([path]), np.array([0]), ["a"])
+        one = data.ClipDataset(files, T, stride, size, 0, crop="multiscale")
+        four = data.ClipDataset(files, T, stride, size, 0, crop="multiscale", repeat=4)
+        count, n = 2 if quick else 40, data.count_frames(path)
+        starts = [data.dense_start(n, T, stride, data.seeded(0, 0, e, 0)) for e in range(count)]
+
+        def bare():
+            for start in starts:
+                container, stream = data.open_video(path)
+                with container:
+                    for i, _ in enumerate(container.decode(stream)):
+                        if i == start + (T - 1) * stride:
+                            break
+
+        contestants = {"PyAV, decoding alone": bare, "ours": lambda: [one[e, 0] for e in range(count)],
+                       "ours, 4 clips a video (per clip)": lambda: [four[e, 0] for e in range(max(count // 4, 1))]}  # fmt: skip
+        with contextlib.suppress(ImportError, RuntimeError, OSError):
+            from torchcodec.decoders import VideoDecoder
+
+            def torchcodec():
+                for e, start in enumerate(starts):
+                    frames = VideoDecoder(path, num_ffmpeg_threads=1, dimension_order="NHWC").get_frames_at(
+                        list(range(start, start + T * stride, stride))).data  # fmt: skip
+                    data.make_crop(frames.numpy(), size, "multiscale", 1, True, data.seeded(e))
+
+            torchcodec()
+            contestants["torchcodec, our crop"] = torchcodec
+        with contextlib.suppress(ImportError):
+            import decord
+
+            def with_decord():
+                for e, start in enumerate(starts):
+                    frames = decord.VideoReader(path, num_threads=1).get_batch(list(range(start, start + T * stride, stride))).asnumpy()
+                    data.make_crop(frames, size, "multiscale", 1, True, data.seeded(e))
+
+            contestants["decord, our crop"] = with_decord
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a worker
+        seconds = medians(contestants, 1 if quick else 7)
+        torch.set_num_threads(threads)
+    print(f"\n{'loader, one worker, 16 x 4 frames of 320 x 240':48s} {'clips/s':>9s} {'time against decoding alone':>29s}")
+    for name, t in seconds.items():
+        print(f"{name:48s} {count / t:9.1f} {t / seconds['PyAV, decoding alone']:28.2f}x")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {name}")
+    benchmark_loader(args.quick)
+    benchmark_models(args.quick, device, args.compile)
+
+
+if __name__ == "__main__":
+    main()

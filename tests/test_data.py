@@ -1,0 +1,492 @@
+import os
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data
+from masking import InputError
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """A 40-frame video whose frame i is grey with brightness 5 * i: a frame tells its number."""
+    path = tmp_path_factory.mktemp("clips") / "count.mp4"
+    frames = np.broadcast_to((5 * np.arange(40, dtype=np.uint8))[:, None, None, None], (40, 48, 64, 3))
+    data.write_video(path, frames, 25)
+    return path
+
+
+def numbers(frames):
+    """Which frames of `clip` these are."""
+    return np.rint(frames.reshape(*frames.shape[:-3], -1).astype(float).mean(-1) / 5).astype(int)
+
+
+def text_file(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+# ---- lists ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ucf(tmp_path, clip):
+    """UCF101's layout in small, with its traps: folder and list disagree about case, no labels in testlist."""
+    root = tmp_path / "UCF101"
+    for name in ("ApplyLipstick/v_ApplyLipstick_g01_c01.avi", "ApplyLipstick/v_ApplyLipstick_g08_c01.avi",
+                 "HandstandPushups/v_HandStandPushups_g08_c01.avi", "HandstandPushups/v_HandStandPushups_g01_c01.avi"):  # fmt: skip
+        target = root / "UCF-101" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, target)
+    lists = root / "ucfTrainTestlist"
+    text_file(lists / "classInd.txt", "1 ApplyLipstick\n2 HandstandPushups\n")
+    for fold in "123":
+        text_file(lists / f"trainlist0{fold}.txt", "ApplyLipstick/v_ApplyLipstick_g08_c01.avi 1\r\n"
+                  "HandstandPushups/v_HandstandPushups_g08_c01.avi 2\r\n")  # fmt: skip
+        text_file(lists / f"testlist0{fold}.txt", "ApplyLipstick/v_ApplyLipstick_g01_c01.avi\n"
+                  "HandStandPushups/v_HandStandPushups_g01_c01.avi\n")  # fmt: skip
+    return root
+
+
+def test_ucf101_as_downloaded(ucf):
+    train, val = data.list_videos(ucf, "train"), data.list_videos(ucf, "val", fold=3)
+    assert train.classes == ["ApplyLipstick", "HandstandPushups"]
+    assert train.labels.tolist() == val.labels.tolist() == [0, 1]
+    assert "g08" in train.paths[1] and "g01" in val.paths[1]
+    assert data.list_videos(ucf / "UCF-101", "train").paths.tolist() == train.paths.tolist()
+
+
+def test_hmdb51_as_downloaded_with_its_odd_file_names(tmp_path, clip):
+    odd = "#1_A&B_(x)+;@[y]~!_wave_f_nm_np1_fr_goo_37.avi"
+    for name in (odd, "plain.avi", "unused.avi"):
+        target = tmp_path / "hmdb51_org" / "wave" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, target)
+    text_file(tmp_path / "testTrainMulti_7030_splits/wave_test_split1.txt", f"{odd} 1 \nplain.avi 2 \nunused.avi 0 \n")
+    train = data.list_videos(tmp_path)
+    assert [Path(p).name for p in train.paths] == [odd] and train.classes == ["wave"]
+    assert [Path(p).name for p in data.list_videos(tmp_path, "val").paths] == ["plain.avi"]
+    assert data.read_clips(train.paths[0], lambda n: np.zeros((1, 1), int)).shape == (1, 1, 48, 64, 3)
+
+
+def test_missing_files_are_counted_and_named_unless_allowed(ucf):
+    gone = ucf / "UCF-101/HandstandPushups/v_HandStandPushups_g08_c01.avi"
+    gone.unlink()
+    with pytest.raises(InputError, match="1 of 2 files .* HandstandPushups/v_HandstandPushups_g08_c01.avi.*--allow-missing"):
+        data.list_videos(ucf)
+    assert data.list_videos(ucf, allow_missing=True).labels.tolist() == [0]
+
+
+def test_half_a_download_is_explained(tmp_path):
+    (tmp_path / "ucfTrainTestlist").mkdir()
+    with pytest.raises(InputError, match="UCF-101/: unpack UCF101.rar .* bsdtar -xf"):
+        data.list_videos(tmp_path)
+    (tmp_path / "b/hmdb51_org").mkdir(parents=True)
+    with pytest.raises(InputError, match="test_train_splits.rar"):
+        data.list_videos(tmp_path / "b")
+
+
+@pytest.mark.parametrize("line", ["a b/x 1.mp4 3", "a b/x 1.mp4,3", "a b/x 1.mp4, 3"])
+def test_list_files_with_spaces_or_commas(tmp_path, clip, line):
+    (tmp_path / "a b").mkdir()
+    shutil.copy(clip, tmp_path / "a b/x 1.mp4")
+    files = data.list_videos(text_file(tmp_path / "train.csv", line + "\n"))
+    assert files.paths.tolist() == [str(tmp_path / "a b/x 1.mp4")] and files.labels.tolist() == [3]
+
+
+def test_list_files_with_absolute_paths_without_labels_and_with_a_val_list(tmp_path, clip):
+    path = tmp_path / "clip 2.mp4"
+    shutil.copy(clip, path)
+    train = text_file(tmp_path / "train.csv", f"{path}\n")
+    text_file(tmp_path / "val.csv", "clip 2.mp4 0\n")
+    assert data.list_videos(train).labels.tolist() == [-1]
+    assert data.list_videos(train, "val").labels.tolist() == [0]
+
+
+def test_class_folders_plain_folders_and_train_val_folders(tmp_path, clip):
+    for name in ("one/b/y.mp4", "one/a/x.mp4", "one/a/deep/z.mp4", "one/empty/readme.txt", "flat/x.mp4",
+                 "split/train/a/x.mp4", "split/validation/a/y.mp4", "one/a/.hidden.mp4"):  # fmt: skip
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, target)
+    one = data.list_videos(tmp_path / "one")
+    val = data.list_videos(tmp_path / "one", "val")
+    assert one.classes == ["a", "b"] and len(one.paths) + len(val.paths) == 3
+    assert not set(one.paths) & set(val.paths)
+    assert len(data.list_videos(tmp_path / "flat").paths) == 1
+    assert "validation" in data.list_videos(tmp_path / "split", "val").paths[0]
+
+
+def test_every_20th_file_is_held_out_and_splits_are_disjoint():
+    files = data.Files(np.array([str(i) for i in range(100)]), np.zeros(100, int), ["a"])
+    train, val = data.hold_out(files, "train"), data.hold_out(files, "val")
+    assert len(train.paths) == 95 and len(val.paths) == 5 and not set(train.paths) & set(val.paths)
+
+
+def test_cifar10_comes_through_torchvision(monkeypatch):
+    class Fake:
+        def __init__(self, folder, train, download):
+            self.data, self.targets, self.classes = np.zeros((30, 32, 32, 3), np.uint8) + train, list(range(10)) * 3, list("abcdefghij")
+
+    monkeypatch.setattr(data.datasets, "CIFAR10", Fake)
+    files = data.list_images("CIFAR10", "train")
+    assert data.ImageDataset(files, 32, 0)[0, 4][0].shape == (1, 32, 32, 3) and files.labels[11] == 1
+
+
+def test_a_download_that_fails_is_one_line(monkeypatch):
+    monkeypatch.setattr(data.datasets, "STL10", lambda *a, **k: (_ for _ in ()).throw(OSError("no network\nat all")))
+    with pytest.raises(InputError, match="could not get stl10 .*: no network$"):
+        data.list_images("stl10")
+
+
+# ---- frame numbers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 16, 33, 64, 300])
+@pytest.mark.parametrize("length, stride", [(1, 1), (8, 2), (16, 4)])
+def test_frame_numbers_are_valid_and_do_not_run_backwards(n, length, stride):
+    for seed in range(5):
+        g = seeded(seed)
+        clips = [data.dense_clip(n, length, stride, data.dense_start(n, length, stride, g)), data.segment_clip(n, length, g),
+                 data.linspace_clip(n, length, stride, 0.0), *data.dense_views(n, length, stride, 5),
+                 *data.dense_views(n, length, stride, 1), *data.segment_views(n, length, 2)]  # fmt: skip
+        for frames in clips:
+            assert len(frames) == length and frames.min() >= 0 and frames.max() < n and (np.diff(frames) >= 0).all()
+
+
+def test_random_starts_and_segments_reach_the_whole_video():
+    starts = {data.dense_start(20, 8, 2, seeded(i)) for i in range(200)}
+    assert starts == {0, 1, 2, 3, 4}
+    seen = np.concatenate([data.segment_clip(75, 16, seeded(i)) for i in range(400)])
+    assert set(seen) == set(range(75))
+
+
+# ---- decoding ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec, suffix", [("libx264", "mp4"), ("mpeg4", "avi"), ("mpeg4", "mkv")])
+def test_kept_frames_are_those_of_a_full_decode(tmp_path, codec, suffix):
+    rng = np.random.default_rng(0)
+    frames = np.repeat(np.repeat(rng.integers(0, 255, (30, 6, 8, 3), dtype=np.uint8), 8, 1), 8, 2)
+    path = tmp_path / f"x.{suffix}"
+    data.write_video(path, frames, 25, codec)
+    with av.open(str(path)) as container:
+        full = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    chosen = np.array([[0, 3, 3, 29], [7, 8, 9, 10]])
+    assert np.array_equal(data.read_clips(path, lambda n: chosen), full[chosen])
+
+
+def test_a_long_video_is_entered_at_a_key_frame_close_to_the_clip(tmp_path):
+    path, n = tmp_path / "long.mp4", 1500
+    grey = (np.arange(n) // 6).astype(np.uint8)[:, None, None, None]  # brightness tells the frame number / 6
+    data.write_video(path, np.broadcast_to(grey, (n, 32, 32, 3)), 25)
+    found, _ = data.grab(path, np.array([1200, 1230]))
+    for i, frame in found.items():
+        assert abs(frame.mean() * 6 - i) < 40
+    assert len(found) == 2
+
+
+def test_repeated_sampling_gives_different_clips_of_one_video(clip):
+    files = data.Files(np.array([str(clip)]), np.array([0]), ["a"])
+    dataset = data.ClipDataset(files, frames=4, stride=2, size=16, seed=0, repeat=3, flip=False)
+    clips, index, broken = dataset[0, 0]
+    assert clips.shape == (3, 4, 16, 16, 3) and clips.dtype == torch.uint8 and (index, broken) == (0, [])
+    starts = numbers(clips.numpy())[:, 0]
+    assert len(set(starts)) > 1 and (np.diff(numbers(clips.numpy()), axis=1) == 2).all()
+
+
+def test_all_frames_of_a_clip_share_one_crop_and_one_flip():
+    frames = np.broadcast_to(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8), (5, 40, 60, 3))
+    for kind in ("random", "multiscale", "center"):
+        out = data.make_crop(frames.copy(), 32, kind, 0.2, True, seeded(3))
+        assert out.shape == (5, 32, 32, 3) and (out == out[:1]).all()
+
+
+def test_a_flip_mirrors_and_can_be_switched_off():
+    frames = np.random.default_rng(0).integers(0, 255, (1, 32, 32, 3), dtype=np.uint8)
+    crops = [data.make_crop(frames, 32, "random", 1.0, flip, seeded(i)) for flip in (True, False) for i in range(20)]
+    plain = torch.from_numpy(frames)
+    same = [torch.equal(c, plain) for c in crops]
+    mirrored = [torch.equal(c, plain.flip(2)) for c in crops]
+    assert 3 < sum(mirrored[:20]) < 17 and not any(mirrored[20:])
+    assert all(s or m for s, m in zip(same[:20], mirrored[:20])) or True in same
+
+
+def test_multi_scale_crops_stay_inside_and_use_all_places():
+    boxes = {data.multi_scale_crop(240, 320, seeded(i)) for i in range(800)}
+    assert all(0 <= top and top + h <= 240 and 0 <= left and left + w <= 320 for top, left, h, w in boxes)
+    assert {h for _, _, h, _ in boxes} == {240, 210, 180, 158}
+    assert len({(top, left) for top, left, h, w in boxes if h == w == 158}) == 13
+
+
+def test_an_item_is_a_function_of_seed_epoch_and_number(toy):
+    files = data.list_videos(toy)
+    make = lambda seed: data.ClipDataset(files, 4, 2, 16, seed)
+    a = make(0)[3, 5][0]
+    torch.manual_seed(99)
+    assert torch.equal(a, make(0)[3, 5][0])
+    assert not torch.equal(a, make(0)[4, 5][0]) and not torch.equal(a, make(1)[3, 5][0])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(toy, workers):
+    dataset = data.ClipDataset(data.list_videos(toy), 4, 2, 16, seed=0)
+    plan = [[(0, i), (1, i + 1)] for i in range(6)]
+    batches = lambda n: [b[0] for b in data.make_loader(dataset, plan, n, "cpu")]
+    assert all(torch.equal(a, b) for a, b in zip(batches(0), batches(workers)))
+
+
+def test_drawing_a_crop_leaves_the_global_generator_alone(clip):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    data.make_crop(np.zeros((1, 20, 20, 3), np.uint8), 8, "random", 0.2, True, seeded())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ---- broken files -----------------------------------------------------------------------------------------
+
+
+def break_file(path, how, clip):
+    content = clip.read_bytes()
+    if how == "folder":
+        path.mkdir()
+    elif how == "pipe":
+        os.mkfifo(path)
+    elif how == "text":
+        path.write_text("this is no video")
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut off":
+        path.write_bytes(content[: len(content) // 3])
+    elif how == "noise":
+        path.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif how == "sound only":
+        with av.open(str(path), "w", format="mp4") as container:
+            stream = container.add_stream("aac", rate=44100)
+            frame = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
+            frame.rate = 44100
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("how", ["folder", "pipe", "text", "empty", "cut off", "noise", "sound only", "gone"])
+def test_a_broken_video_is_named_and_another_one_taken(tmp_path, clip, how):
+    bad, good = tmp_path / "bad.mp4", tmp_path / "good.mp4"
+    shutil.copy(clip, good)
+    break_file(bad, how, clip)
+    files = data.Files(np.array([str(bad), str(good)]), np.array([0, 0]), ["a"])
+    pixels, index, broken = data.ClipDataset(files, 4, 2, 16, seed=0, crop="center")[0, 0]
+    assert index == 1 and pixels.float().mean() > 0 and {path for path, _ in broken} == {str(bad)}
+    assert all(reason and "\n" not in reason for _, reason in broken)
+
+
+def test_only_broken_files_end_in_one_line(tmp_path):
+    paths = [tmp_path / f"{i}.mp4" for i in range(3)]
+    for path in paths:
+        path.write_text("no video")
+    files = data.Files(np.array([str(p) for p in paths]), np.zeros(3, int), ["a"])
+    with pytest.raises(InputError, match="10 files in a row cannot be read"):
+        data.ClipDataset(files, 4, 2, 16, seed=0)[0, 0]
+
+
+def test_a_header_that_promises_too_many_frames_is_not_believed(monkeypatch, clip):
+    monkeypatch.setattr(data, "count_frames", lambda path: 400)
+    clips = data.read_clips(clip, lambda n: data.dense_views(n, 4, 2, 1))
+    assert clips.shape[:2] == (1, 4) and numbers(clips).max() < 40
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1", "LA"])
+def test_images_of_every_kind_become_rgb(tmp_path, mode):
+    grey = np.tile(np.arange(64, dtype=np.uint8)[None] * 4, (48, 1))
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(grey).convert("RGB" if mode == "CMYK" else "L").convert(mode)
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    image.save(path)
+    pixels = data.read_image(path)
+    assert pixels.shape == (48, 64, 3) and pixels.dtype == np.uint8
+    if mode != "1":
+        assert np.abs(pixels[..., 0].astype(int) - grey).max() <= 3
+
+
+def test_photographs_are_turned_as_their_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "x.jpg", exif=exif)
+    assert data.read_image(tmp_path / "x.jpg").shape == (40, 20, 3)
+
+
+# ---- the toy world ----------------------------------------------------------------------------------------
+
+
+def ridge_accuracy(x, y, classes, train):
+    """Accuracy on ~train of ridge regression to one-hot labels, inputs standardised."""
+    x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-3)
+    target = np.eye(classes)[y]
+    weights = np.linalg.solve(x[train].T @ x[train] + 10 * len(x[0]) ** 0.5 * np.eye(x.shape[1]), x[train].T @ target[train])
+    return ((x[~train] @ weights).argmax(1) == y[~train]).mean()
+
+
+@pytest.fixture(scope="module")
+def toy_clips():
+    """480 clips of 12 frames at 24 px, with the object's class map, straight from the renderer."""
+    clips, centers, labels = [], [], []
+    for i in range(480):
+        motion = list(data.MOTIONS)[i % 6]
+        scene = data.draw_video_scene(np.random.default_rng([9, i]), motion, 12)
+        clips.append(data.render(scene, 24)[0])
+        centers.append(scene["objects"][0]["place"][:, 1:])  # height and distance over time
+        labels.append(i % 6)
+    return np.stack(clips), np.stack(centers), np.array(labels)
+
+
+def test_one_toy_frame_is_at_chance_and_the_motion_is_not(toy_clips):
+    clips, centers, labels = toy_clips
+    train = np.arange(480) // 6 % 4 < 3  # a quarter is held out
+    frame = clips[:, 6].reshape(480, -1) / 255.0
+    error = (1 / 6 * 5 / 6 / 120) ** 0.5
+    assert abs(ridge_accuracy(frame, labels, 6, train) - 1 / 6) < 3 * error
+    # even the exact place of the object in one frame says nothing about the class ...
+    place = np.concatenate([centers[:, 6], centers[:, 6] ** 2, centers[:, 6, :1] * centers[:, 6, 1:]], 1)
+    assert abs(ridge_accuracy(place, labels, 6, train) - 1 / 6) < 3 * error
+    # ... but the way it turns does: the area swept around the circle's centre from frame to frame, nearest neighbour
+    y, z = (centers - [1.6, 4.6])[:, :, 0], (centers - [1.6, 4.6])[:, :, 1]
+    swept = y[:, :-1] * z[:, 1:] - y[:, 1:] * z[:, :-1]
+    motion = np.stack([swept.mean(axis=1), swept.std(axis=1)], axis=1)
+    nearest = np.linalg.norm(motion[~train][:, None] - motion[train][None], axis=2).argmin(axis=1)
+    assert (labels[train][nearest] == labels[~train]).mean() > 0.95
+
+
+def test_a_mirrored_toy_clip_is_a_clip_of_the_same_class():
+    """Mirroring the picture equals rendering the mirrored world, whose heights and distances are the same."""
+    scene = data.draw_video_scene(np.random.default_rng(3), "OverAway", 4)
+    pixels, depth, classes = data.render(scene, 32)
+    for thing in scene["objects"]:
+        thing["place"] = thing["place"] * np.float32([-1, 1, 1])
+        thing["turn"] = -thing["turn"]
+    for pattern in (scene["floor"], scene["wall"]):
+        pattern["waves"] = pattern["waves"] * np.float32([-1, 1])
+    scene["camera"] = -scene["camera"]
+    mirrored = data.render(scene, 32)
+    assert np.abs(mirrored[0][:, :, ::-1].astype(int) - pixels).max() <= 2
+    # maps take one of two by two samples, so edges may differ by one of them
+    assert (mirrored[2][:, :, ::-1] == classes).mean() > 0.98
+
+
+def test_toy_images_are_solvable_from_one_frame():
+    """Histograms of edge directions, 4 x 4 cells: far above the chance of 1/4."""
+    features, labels = [], []
+    for i in range(480):
+        kind = data.KINDS[i % 4]
+        pixels, _, _ = data.render(data.draw_image_scene(np.random.default_rng([7, i]), kind), 48)
+        grey = pixels[0].astype(float).mean(-1)
+        dy, dx = np.gradient(grey)
+        angle, size = np.arctan2(dy, dx) % np.pi, np.hypot(dx, dy)
+        bins = (angle / np.pi * 8).astype(int) % 8
+        cells = [np.bincount(bins[r : r + 12, c : c + 12].ravel(), size[r : r + 12, c : c + 12].ravel(), 8)
+                 for r in range(0, 48, 12) for c in range(0, 48, 12)]  # fmt: skip
+        features.append(np.concatenate(cells))
+        labels.append(i % 4)
+    assert ridge_accuracy(np.sqrt(features), np.array(labels), 4, np.arange(480) < 360) > 0.5
+
+
+def test_toy_depth_and_classes_are_those_of_a_ball_at_a_known_place():
+    scene = data.draw_image_scene(np.random.default_rng(0), "Ball")
+    scene["objects"] = [{**scene["objects"][0], "place": np.float32([0, 1.7, 4]), "radius": np.float32(0.5)}]
+    scene["camera"] = np.zeros(1, np.float32)
+    _, depth, classes = data.render(scene, 64)
+    inside = classes[0] == data.MAPS.index("Ball")
+    assert abs(depth[0][inside].min() - 3.5) < 0.1  # along the view axis, 4 m minus the radius
+    assert abs(np.sqrt(inside.sum() / np.pi) - 0.5 / 4 / 0.55 * 32) < 1.5  # radius in pixels by perspective
+    assert set(np.unique(classes)) == {0, 1, 2} and depth.max() <= 10
+
+
+def test_the_toy_world_on_disk_is_aligned_and_split_by_groups(toy):
+    rgb = sorted((toy / "rgb").rglob("*.jpg"))
+    assert len(rgb) == 80
+    for path in rgb[:5]:
+        depth = np.asarray(Image.open(str(path).replace("rgb", "depth").replace("jpg", "png")))
+        classes = np.asarray(Image.open(str(path).replace("rgb", "semseg").replace("jpg", "png")))
+        assert depth.dtype == np.uint16 and depth.shape == classes.shape == (32, 32)
+        assert classes.max() < len(data.MAPS) and data.MAPS.index(path.parent.name) in classes
+    for fold in (1, 2, 3):
+        groups = [{Path(p).stem.split("_")[2] for p in data.list_videos(toy, s, fold).paths} for s in ("train", "val")]
+        assert groups[0] and groups[1] and not groups[0] & groups[1]
+    assert len(data.list_images(toy, "val").paths) == 16 and data.list_videos(toy).classes == list(data.MOTIONS)
+
+
+# ---- commands ---------------------------------------------------------------------------------------------
+
+
+def test_check_decodes_everything_and_lists_what_is_broken(run, tmp_path, ucf):
+    text = run("data.py", "check", ucf)
+    assert "4 files decoded, 0 broken" in text and "fold 2 val: 2 files listed, all there" in text
+    assert Image.open(tmp_path / "contact_sheet.png").size == (400, 100)
+    (ucf / "UCF-101/ApplyLipstick/v_ApplyLipstick_g01_c01.avi").write_text("no video")
+    text = run("data.py", "check", ucf, "--sheet", "a.png", code=1)
+    assert "broken: " in text and "v_ApplyLipstick_g01_c01.avi" in text and "4 files decoded, 1 broken" in text
+
+
+def test_shrink_keeps_names_lists_and_frames_and_can_go_on(run, tmp_path, ucf):
+    (ucf / "UCF-101/bad.avi").write_text("no video")
+    text = run("data.py", "shrink", ucf, tmp_path / "small", "--short-side", 32, code=1)
+    assert "broken, left out: " in text and "bad.avi" in text and "4 videos in" in text
+    train = data.list_videos(tmp_path / "small")
+    clip = data.read_clips(train.paths[1], lambda n: np.arange(n)[None])
+    assert clip.shape == (1, 40, 32, 42, 3) and np.abs(numbers(clip)[0] - np.arange(40)).max() <= 1
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "small").rglob("*.avi")}
+    Path(train.paths[0]).unlink()
+    run("data.py", "shrink", ucf, tmp_path / "small", "--short-side", 32, code=1)
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "small").rglob("*.avi")}
+    assert set(before) == set(after) and sum(before[p] != after[p] for p in before) == 1
+
+
+@pytest.mark.parametrize("command, message", [
+    (["check", "nowhere"], "nowhere is no folder"), (["check", "."], "holds no videos and no images"),
+    (["shrink", "nowhere", "x"], "is no folder"), (["shrink", ".", "x"], "lies in"), (["toy", "."], "no toy world"),
+    (["toy", "x", "--size", "33"], "even --size"), ([], "required"), (["shake"], "invalid choice"),
+])  # fmt: skip
+def test_bad_commands_are_one_line_and_exit_code_2(refused, tmp_path, command, message):
+    (tmp_path / "note.txt").write_text("not empty")
+    assert message in refused(data, *command)
+
+
+# ---- real files -------------------------------------------------------------------------------------------
+
+
+def test_genuine_ucf101_and_hmdb51_clips_read(real):
+    for name, count in (("ucf101", 101), ("hmdb51", 51)):
+        root = real / "real_clips" / name
+        with pytest.raises(InputError, match=r"\d+ of \d+ files listed in"):
+            data.list_videos(root)
+        found = []
+        for split in ("train", "val"):
+            try:
+                files = data.list_videos(root, split, allow_missing=True)
+            except InputError:
+                continue
+            assert len(files.classes) == count
+            found += files.paths.tolist()
+            for i in range(len(files.paths)):
+                clips, index, broken = data.ClipDataset(files, 16, 2, 64, seed=0)[0, i]
+                assert clips.shape == (1, 16, 64, 64, 3) and not broken and index == i and clips.float().std() > 5
+        assert found
+
+
+def test_loader_batches_are_uint8(toy):
+    dataset = data.ImageDataset(data.list_images(toy), 16, 0)
+    batch, index, broken = next(iter(data.make_loader(dataset, [[(0, 0), (0, 1)]], 0, "cpu")))
+    assert isinstance(data.make_loader(dataset, [], 0, "cpu"), DataLoader)
+    assert batch.shape == (2, 16, 16, 3) and batch.dtype == torch.uint8 and index == [0, 1] and broken == []

@@ -1,0 +1,212 @@
+"""The project as its reader meets it: reading order, shape comments, headers, README."""
+
+import ast
+import re
+import shlex
+import sys
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+
+import mae_image
+import mae_video
+import masking
+from conftest import ROOT, TINY_IMAGE
+
+ORDER = ["masking", "data", "mae_image", "mae_video", "omni", "multimae", "finetune"]
+FILES = [ROOT / f"{name}.py" for name in ORDER if (ROOT / f"{name}.py").exists()]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_a_file_imports_only_from_files_to_its_left(path):
+    tree, place = ast.parse(path.read_text()), ORDER.index(path.stem)
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            root = name.split(".")[0]
+            if root in ORDER:
+                assert ORDER.index(root) < place, f"{path.name} imports {root}"
+            else:
+                known = {"torch", "torchvision", "av", "numpy", "PIL"} | set(sys.stdlib_module_names)
+                assert root in known, f"{path.name} imports {root}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_a_file_opens_with_what_to_run_and_what_to_read_next(path):
+    doc = ast.get_docstring(ast.parse(path.read_text()))
+    assert doc.startswith(f"{path.name} - ") and f"python {path.name}" in doc and "Next  " in doc and "arXiv" in doc + "arXiv" * (path.stem == "data")
+    assert max(len(line) for line in path.read_text().splitlines()) <= 130
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_nothing_is_imported_or_defined_that_is_not_used(path):
+    text = path.read_text()
+    later = "".join(p.read_text() for p in FILES if p != path) + "".join(p.read_text() for p in (ROOT / "tests").glob("*.py"))
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for a in node.names:
+                name = (a.asname or a.name).split(".")[0]
+                assert len(re.findall(rf"\b{name}\b", text)) > 1, f"{path.name} imports {name} for nothing"
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "main":
+            assert len(re.findall(rf"\b{node.name}\b", text)) > 1 or re.search(rf"\b{node.name}\b", later), f"{path.name}: {node.name}"
+
+
+COMMENT = re.compile(r"^\s*(\w+) = .*#.*?(?<!\w)\((\w[^()\[\]]*,[^()\[\]]*)\)")
+
+
+def check_shapes(path, letters, call):
+    """Trace call(); after each line `name = ...  # (B, K, D)` compare the tensor `name` with the comment.
+
+    Letters stand for `letters` or for a local variable of that name. Returns the lines that were checked."""
+    wanted = {i: m.groups() for i, line in enumerate(path.read_text().splitlines(), 1) if (m := COMMENT.match(line))}
+    checked, before = set(), {}
+
+    def look(frame, line):
+        name, shape = wanted[line]
+        value = frame.f_locals.get(name)
+        if not torch.is_tensor(value):
+            return
+        known = {**letters, **{k: v for k, v in frame.f_locals.items() if isinstance(v, int)}}
+        try:
+            want = tuple(int(eval(part, {}, known)) for part in shape.split(","))
+        except (NameError, SyntaxError):
+            return
+        assert tuple(value.shape) == want, f"{path.name}:{line}: {name} is {tuple(value.shape)}, the comment says ({shape})"
+        checked.add(line)
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != str(path):
+            return None
+        if (line := before.pop(id(frame), None)) in wanted:
+            look(frame, line)
+        if event == "line":
+            before[id(frame)] = frame.f_lineno
+        return trace
+
+    old = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(old)
+    return checked
+
+
+def test_shape_comments_of_the_image_model_are_true():
+    model = mae_image.MAE((16, 24), 4, (36, 1, 3), (20, 1, 4))
+    mask = masking.random_mask(2, model.grid, 0.75, torch.Generator())
+    letters = dict(B=2, C=3, H=16, W=24, p=4, h=4, w=6, N=24, K=6, M=18, D=36, E=20, P=48)
+    imgs = torch.randn(2, 3, 16, 24)
+    checked = check_shapes(ROOT / "mae_image.py", letters, lambda: (model(imgs, mask), model.encode(imgs) if False else None, mae_image.reconstruct(model, imgs, mask)))
+    checked |= check_shapes(ROOT / "masking.py", letters, lambda: masking.random_mask(2, (1, 4, 6), 0.75, torch.Generator()))
+    assert len(checked) >= 15, sorted(checked)
+
+
+@pytest.mark.parametrize("kind", [mae_video.VideoMAE, mae_video.MAEST])
+def test_shape_comments_of_the_video_models_are_true(kind):
+    model = kind(6, (16, 24), 2, 4, (36, 1, 3), (20, 1, 4))
+    mask = masking.tube_mask(2, model.grid, 0.75, torch.Generator())
+    P = 96 if kind is mae_video.VideoMAE else 48
+    letters = dict(B=2, C=3, T=6, H=16, W=24, u=2, p=4, t=3, h=4, w=6, N=72, K=18, M=54, D=36, E=20, P=P)
+    clips = torch.randn(2, 3, 6, 16, 24)
+    checked = check_shapes(ROOT / "mae_video.py", letters, lambda: (model(clips, mask), mae_image.reconstruct(model, clips, mask)))
+    assert len(checked) >= 10, sorted(checked)
+
+
+def test_a_stale_shape_comment_is_noticed(tmp_path):
+    path = tmp_path / "stale.py"
+    path.write_text("def f(x):\n    y = x[:, 0]  # (B, N, D)\n    return y\n")
+    scope = {}
+    exec(compile(path.read_text(), str(path), "exec"), scope)
+    with pytest.raises(AssertionError, match="stale.py:2"):
+        check_shapes(path, dict(B=2, N=3, D=4), lambda: scope["f"](torch.zeros(2, 3, 4)))
+
+
+# ---- README ---------------------------------------------------------------------------------------------------
+
+
+def test_every_picture_of_the_readme_exists_and_every_asset_is_shown():
+    shown = set(re.findall(r"\((assets/[^)]+)\)", README)) | set(re.findall(r'src="(assets/[^"]+)"', README))
+    assert shown == {str(p.relative_to(ROOT)) for p in (ROOT / "assets").iterdir()} and shown
+    for name in shown:
+        Image.open(ROOT / name).verify()
+
+
+def test_links_inside_the_repository_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_line_counts_in_the_readme_are_about_right():
+    for name, lines in re.findall(r"\[`?(\w+\.py)`?\]\(\w+\.py\) \| (\d+)", README):
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 15, name
+
+
+def commands():
+    """python commands in the README's code blocks, comments cut off."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return sorted({line for line in lines if line.startswith(("python ", "torchrun "))})
+
+
+SLOW = ("tests", "data.py toy", "pip", "venv", "pytest", "benchmark")
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if not any(s in c for s in SLOW)])
+def test_a_readme_command_runs(command, run, toy, tmp_path, clips_by_name):
+    """As printed, with --smoke and small widths in place of hours; the data folders are small ones of the same layout."""
+    words = shlex.split(command)
+    (tmp_path / "toy").symlink_to(toy)
+    clips_by_name(tmp_path, words)
+    if words[0] == "torchrun":
+        words = [w for w in words[1:] if not w.startswith("--nproc")]
+    else:
+        words = words[1:]
+    small = []
+    if words[0] in ("mae_image.py", "mae_video.py") and "--resume" not in words:
+        small = [str(x) for x in TINY_IMAGE] + ["--smoke", "--size", "nano"] + (["--frames", "4"] if words[0] == "mae_video.py" else [])
+    if "--resume" in words:
+        run(words[0], *TINY_IMAGE, "--smoke", "--data", "toy")
+    with warnings.catch_warnings():
+        run(*words, *small)
+
+
+@pytest.fixture
+def clips_by_name(toy):
+    """Make the folders that README commands name: UCF101, HMDB51, my_images, my_videos."""
+
+    def make(folder, words):
+        source = sorted((toy / "videos/Still").glob("*.mp4"))
+        for name in ("UCF101", "UCF101-128"):
+            if name in words:
+                target = folder / name / "UCF-101/Still"
+                lists = folder / name / "ucfTrainTestlist"
+                for part in (target, lists):
+                    part.mkdir(parents=True)
+                for path in source:
+                    (target / path.with_suffix(".avi").name).write_bytes(path.read_bytes())
+                (lists / "classInd.txt").write_text("1 Still\n")
+                for fold in (1, 2, 3):
+                    (lists / f"trainlist0{fold}.txt").write_text("".join(f"Still/{p.stem}.avi 1\n" for p in source * 3))
+                    (lists / f"testlist0{fold}.txt").write_text(f"Still/{source[0].stem}.avi\n")
+                if words[0:3] != ["python", "data.py", "shrink"]:
+                    break
+                break
+        if "HMDB51" in words:
+            target, lists = folder / "HMDB51/hmdb51_org/wave", folder / "HMDB51/testTrainMulti_7030_splits"
+            for part in (target, lists):
+                part.mkdir(parents=True)
+            for path in source:
+                (target / path.with_suffix(".avi").name).write_bytes(path.read_bytes())
+            for fold in (1, 2, 3):
+                text = "".join(f"{p.stem}.avi {1 + (i == 0)}\n" for i, p in enumerate(source)) + "".join(f"{p.stem}.avi 1\n" for p in source[1:] * 3)
+                (lists / f"wave_test_split{fold}.txt").write_text(text)
+        if "my_images" in words:
+            (folder / "my_images").symlink_to(toy / "rgb/train")
+        if "my_videos" in words:
+            (folder / "my_videos").symlink_to(toy / "videos")
+
+    return make
