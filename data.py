@@ -579,7 +579,7 @@ FAR = 16.0  # depth maps hold depth / FAR * 65535
 
 def draw_pattern(rng):
     """A floor or wall: two waves that mix two colours."""
-    parts = {"waves": rng.uniform(-2, 2, (2, 2)), "phase": rng.uniform(0, 6.28, 2), "colors": rng.uniform(0.1, 0.95, (2, 3))}
+    parts = {"waves": rng.uniform(-0.8, 0.8, (2, 2)), "phase": rng.uniform(0, 6.28, 2), "colors": rng.uniform(0.1, 0.95, (2, 3))}
     return {name: np.float32(part) for name, part in parts.items()}
 
 
@@ -594,12 +594,12 @@ def draw_scene(rng, kind, main_place, times):
     others = [draw_object(rng, rng.choice(KINDS), (x, 0.35, rng.uniform(6.6, 8.2)), 0.35) for x in
               (rng.uniform(-3, -0.8), rng.uniform(0.8, 3))]  # fmt: skip
     return {"floor": draw_pattern(rng), "wall": draw_pattern(rng),
-            "objects": [draw_object(rng, kind, main_place, rng.uniform(0.55, 0.7))] + others,
+            "objects": [draw_object(rng, kind, main_place, rng.uniform(0.7, 0.9))] + others,
             "camera": np.float32(rng.uniform(-0.4, 0.4) + rng.uniform(-0.5, 0.5) * times)}  # fmt: skip
 
 
 def draw_image_scene(rng, kind):
-    place = (rng.uniform(-0.8, 0.8), rng.uniform(0.6, 1.6), rng.uniform(3.6, 4.6))
+    place = (rng.uniform(-0.8, 0.8), rng.uniform(0.9, 1.8), rng.uniform(3.6, 4.6))
     return draw_scene(rng, kind, place, np.zeros(1))
 
 
@@ -607,7 +607,7 @@ def draw_video_scene(rng, motion, frames):
     times = np.arange(frames) / frames
     angle = 2 * math.pi * (rng.uniform() + rng.choice([-1, 1] if motion == "ThereAndBack" else [1]) * MOTIONS[motion](times))
     x = rng.uniform(-0.7, 0.7)
-    place = np.stack([np.full(frames, x), 1.6 + 1.0 * np.sin(angle), 4.6 + 1.2 * np.cos(angle)], axis=1)  # (T, 3)
+    place = np.stack([np.full(frames, x), 1.8 + 1.0 * np.sin(angle), 4.6 + 1.2 * np.cos(angle)], axis=1)  # (T, 3)
     return draw_scene(rng, rng.choice(KINDS), place, times)
 
 
@@ -844,12 +844,12 @@ def check_file(path):
             pixels = read_image(path)
             return f"{pixels.shape[1]}x{pixels.shape[0]}", "", thumbnail(pixels)
         promised = count_frames(path)
-        found, n = grab(path, np.array([promised // 2, 10**9]))  # decodes to the end, keeps the middle frame
+        found, n = grab(path, np.array([0, promised // 2, 10**9]))  # from the first frame to the end
         if n == 0:
             raise BrokenFile("no frame can be decoded")
         # B-frames at either end may be lost, so one or two frames less than promised is common and harmless
         reason = f"the header says {promised} frames, {n} can be decoded" if n < 0.9 * promised - 2 else ""
-        picture = next(iter(found.values())) if found else read_clips(path, lambda n: np.array([[0]]))[0, 0]
+        picture = found[max(found)]
         return f"{n} frames {picture.shape[1]}x{picture.shape[0]}", reason, thumbnail(picture)
     except BrokenFile as error:
         return "", str(error), None

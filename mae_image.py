@@ -47,7 +47,7 @@ from masking import MASKS, InputError, OneLineParser, hidden, restore, run_scrip
 # Published encoders: width D, blocks, heads. tiny is DeiT's (arXiv 2012.12877), small VideoMAE's Table 7, the
 # others MAE's; huge comes with 14 x 14 patches in MAE, 16 x 16 in VideoMAE. nano is ours, for a laptop.
 ENCODERS = {
-    "nano": (128, 4, 4),
+    "nano": (96, 3, 3),
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
@@ -63,9 +63,18 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # ============================================================================================================
 
 
+def check_divides(length, part, what, of, flag):
+    """Raise InputError, with the two nearest sizes that work, if `part` does not divide `length`."""
+    if part < 1 or length < part or length % part:
+        low, high = max(length // max(part, 1), 1) * part, (length // max(part, 1) + 1) * part
+        raise InputError(f"{what} {length} is not a multiple of {of} {part}: use {flag} {low} or {high}")
+
+
 def patchify(imgs, p):
     """Cut images into patches: (B, C, H, W) -> (B, N, p*p*C), N = h*w in raster order, values (row, col, channel)."""
     B, C, H, W = imgs.shape
+    check_divides(H, p, "image height", "patch", "--img-size")
+    check_divides(W, p, "image width", "patch", "--img-size")
     h, w = H // p, W // p
     x = imgs.reshape(B, C, h, p, w, p)
     x = x.permute(0, 2, 4, 3, 5, 1)  # (B, h, w, p, p, C)
@@ -243,6 +252,7 @@ class MAE(nn.Module):
     def forward_encoder(self, patches, mask):
         """Only visible patches enter: Sec. 3 "MAE encoder".   (B, N, P), (B, N) -> (B, 1+K, D), class token first"""
         B, N, P = patches.shape
+        check_grid(N, self.grid, mask)
         x = self.patch_embed(visible(patches, mask))  # (B, K, D)
         x = x + visible(self.pos_embed.expand(B, -1, -1), mask)  # (B, K, D)
         # App. A.1: the class token is a dummy for later use. Its position is zero, so nothing is added.
@@ -284,8 +294,9 @@ class MAE(nn.Module):
 
     def forward_loss(self, patches, pred, mask):
         """Mean squared error on hidden patches only. Visible ones would teach copying (Sec. 3, footnote 1)."""
-        error = (pred.float() - self.forward_target(hidden(patches, mask))) ** 2  # (B, M, P)
-        return error.sum() / max(error.numel(), 1)  # nothing hidden: 0, not 0 / 0
+        if pred.shape[1] == 0:
+            return pred.float().sum()  # nothing hidden: 0, not 0 / 0
+        return F.mse_loss(pred.float(), self.forward_target(hidden(patches, mask)))
 
     def encode(self, imgs):
         """Every token, no mask: what fine-tuning, probing and features use.   (B, 3, H, W) -> (B, 1+N, D)"""
@@ -303,10 +314,10 @@ class MAE(nn.Module):
         return {k: v for k, v in state.items() if k not in ("pos_embed", "decoder_pos_embed")}
 
 
-def check_divides(length, part, what, of, flag):
-    if part < 1 or length < part or length % part:
-        low, high = max(length // max(part, 1), 1) * part, (length // max(part, 1) + 1) * part
-        raise InputError(f"{what} {length} is not a multiple of {of} {part}: use {flag} {low} or {high}")
+def check_grid(N, grid, mask):
+    """Raise InputError if an input, or its mask, has not the N = t*h*w tokens that the model was built for."""
+    if not N == math.prod(grid) == mask.shape[1]:
+        raise InputError(f"{N} patches and a mask of {mask.shape[1]}, but the model was built for {grid} (t, h, w)")
 
 
 def normalize(pixels, mean, std):
@@ -358,17 +369,17 @@ class Config:
     # model
     size: str = "nano"  # encoder: nano, tiny, small, base, large, huge
     patch: int = 8  # side of a patch in pixels
-    decoder_width: int = 96  # the paper's is 512
+    decoder_width: int = 64  # the paper's is 512
     decoder_depth: int = 2  # blocks; the paper has 8
     decoder_heads: int = 4  # the paper has 16
     mask: typing.Literal["random", "block"] = "random"  # which patches are hidden
     mask_ratio: float = 0.75  # share of patches that are hidden
     norm_pix: bool = False  # predict patches normalised by their own mean and variance, as the paper's best
     # optimiser
-    epochs: int = 40  # passes over the data
+    epochs: int = 60  # passes over the data
     batch: int = 64  # samples per update, over all processes and accumulation steps
     accum: int = 1  # forward-backward passes per update: raise it when memory runs out
-    lr: float = 3e-3  # base rate, for a batch of 256; the paper's is 1.5e-4, for runs a thousand times longer
+    lr: float = 8e-3  # base rate, for a batch of 256; the paper's is 1.5e-4, for runs a thousand times longer
     min_lr: float = 0.0  # base rate at the end of the cosine
     warmup: float = 4  # epochs of linear warm-up
     weight_decay: float = 0.05  # of matrices
@@ -467,7 +478,7 @@ def load_file(path):
         # weights_only refuses pickles that would run code; a Namespace of flags, common in public files, is harmless
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except Exception as error:  # torch raises many kinds on a damaged file
         code = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
@@ -481,8 +492,8 @@ def load_file(path):
 def load_weights(model, path, script):
     """Start `model` from a file: a checkpoint of this script, or a public one of its paper. Returns a report.
 
-    A file without decoder is fine (most releases are encoders only). Raises InputError for anything else that
-    does not fit: a missing, left-over or misshapen tensor.
+    A file without decoder is fine (most releases are encoders only), half a decoder is not. Raises InputError for
+    whatever else does not fit: a missing, left-over or misshapen tensor.
     """
     content = load_file(path)
     if "script" in content:
@@ -494,11 +505,12 @@ def load_weights(model, path, script):
         state = model.from_public({k: v for k, v in inner.items() if torch.is_tensor(v)})
     own = model.state_dict()
     missing = [k for k in own if k not in state]
-    fresh = [k for k in missing if k.startswith(("decoder", "mask_token"))]
+    decoder = ("decoder", "mask_token")
+    fresh = [k for k in missing if k.startswith(decoder) and not any(s.startswith(decoder) for s in state)]
     left = [k for k in state if k not in own]
     shape = [f"{k} {tuple(v.shape)}, here {tuple(own[k].shape)}" for k, v in state.items()
              if k in own and v.shape != own[k].shape]  # fmt: skip
-    wrong = ([f"no {k}" for k in missing if k not in fresh] + [f"unknown {k}" for k in left] + shape)  # fmt: skip
+    wrong = [f"no {k}" for k in missing if k not in fresh] + [f"unknown {k}" for k in left] + shape
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise InputError(f"checkpoint {path} does not fit this model: {wrong[0]}{more}; same --size and --patch?")
@@ -801,9 +813,8 @@ class Run:
     def check_finite(self, losses):
         for step, loss, names in losses:
             if not math.isfinite(loss):
-                shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
                 sys.exit(f"{self.script}.py: loss is {float(loss)} in update {step + 1}, stopped; try a lower --lr, "
-                         f"--clip 1 or --precision float32. The batch was: {shown}")  # fmt: skip
+                         f"--clip 1 or --precision float32. The batch was: {', '.join(names)}")  # fmt: skip
 
     def save(self, done, losses, must):
         """After an epoch, unless saving would take more than a twentieth of the time; always at the end."""

@@ -227,6 +227,9 @@ def run_script(main):
     except InputError as error:
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -19,6 +19,11 @@ import data  # noqa: E402
 from masking import run_script  # noqa: E402
 
 
+def pytest_configure(config):
+    for kind in ("DeprecationWarning", "FutureWarning"):  # what a library plans to remove, we do not use
+        config.addinivalue_line("filterwarnings", f"error::{kind}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():
     torch.set_num_threads(2)
@@ -47,9 +52,10 @@ def run(tmp_path):
 
     def call(*command, code=0, cwd=tmp_path, env=None, timeout=300):
         script, *flags = [str(x) for x in command]
-        result = subprocess.run([sys.executable, ROOT / script, *flags], cwd=cwd, capture_output=True, text=True,
-                                timeout=timeout, env={**os.environ, **(env or {})})  # fmt: skip
+        result = subprocess.run([sys.executable, "-W", "always::DeprecationWarning", ROOT / script, *flags], cwd=cwd,
+                                capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})})  # fmt: skip
         assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+        assert "DeprecationWarning" not in result.stderr and "FutureWarning" not in result.stderr, result.stderr
         return result.stdout + result.stderr
 
     return call

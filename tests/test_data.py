@@ -362,7 +362,7 @@ def test_one_toy_frame_is_at_chance_and_the_motion_is_not(toy_clips):
     place = np.concatenate([centers[:, 6], centers[:, 6] ** 2, centers[:, 6, :1] * centers[:, 6, 1:]], 1)
     assert abs(ridge_accuracy(place, labels, 6, train) - 1 / 6) < 3 * error
     # ... but the way it turns does: the area swept around the circle's centre from frame to frame, nearest neighbour
-    y, z = (centers - [1.6, 4.6])[:, :, 0], (centers - [1.6, 4.6])[:, :, 1]
+    y, z = (centers - [1.8, 4.6])[:, :, 0], (centers - [1.8, 4.6])[:, :, 1]
     swept = y[:, :-1] * z[:, 1:] - y[:, 1:] * z[:, :-1]
     motion = np.stack([swept.mean(axis=1), swept.std(axis=1)], axis=1)
     nearest = np.linalg.norm(motion[~train][:, None] - motion[train][None], axis=2).argmin(axis=1)

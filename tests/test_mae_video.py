@@ -157,6 +157,16 @@ def test_any_number_of_frames_and_any_size_goes(kind, frames, size):
     assert torch.isfinite(loss)
 
 
+@pytest.mark.parametrize("kind", [VideoMAE, MAEST])
+def test_clips_and_masks_of_another_size_are_named(kind):
+    model = tiny(kind)
+    clips, mask = masked(model)
+    with pytest.raises(InputError, match="frame height 30 is not a multiple of patch 8"):
+        model(clips[..., :30, :], mask)
+    with pytest.raises(InputError, match=r"32 patches and a mask of 64, but the model was built for \(4, 4, 4\)"):
+        model(clips[:, :, :4], mask)
+
+
 def test_initial_weights_have_the_published_spread():
     """Standard deviations measured on the official models at ViT-B."""
     torch.manual_seed(0)
@@ -186,17 +196,17 @@ def test_parameter_counts_are_the_published_ones():
 def test_the_loss_falls(kind):
     model = tiny(kind, norm_pix=False)
     color = torch.rand(64, 3, 1, 1, 1, generator=torch.Generator().manual_seed(0)) * 4 - 2
-    clips = color * torch.linspace(-1, 1, 32) + torch.linspace(-1, 1, 8)[:, None, None]
+    clips = color * torch.linspace(-1, 1, 32) + torch.linspace(-1, 1, 8)[:, None, None] + torch.zeros(32, 32)
     optimizer = torch.optim.AdamW(mae_image.param_groups(model, 0.05), 3e-3)
     draw = tube_mask if kind is VideoMAE else random_mask
     losses = []
-    for step in range(60):
+    for step in range(90):
         loss, _ = model(clips, draw(64, model.grid, 0.75, torch.Generator().manual_seed(step)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * model.target_patches(clips).var().item() < losses[0]
+    assert losses[-1] < 0.65 * model.target_patches(clips).var().item() < losses[0]
 
 
 @pytest.mark.parametrize("kind", [VideoMAE, MAEST])
@@ -315,7 +325,7 @@ def test_a_run_resumes_with_the_settings_it_had(toy, run, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--frames", 5], "clip length 5 is not a multiple of tubelet 2: use --frames 4 or 6"), (["--img-size", 60], "use --img-size 56 or 64"),
-    (["--decoder-heads", 5], "multiple of 5 heads"), (["--mask-ratio", 1.5], "outside [0, 1)"), (["--mask-ratio", 0.999], "hides all"),
+    (["--decoder-heads", 5], "multiple of 5 heads"), (["--mask-ratio", 1.5], "outside [0, 1)"), (["--mask", "random", "--mask-ratio", 0.999], "hides all"),
     (["--mask", "frame", "--mask-ratio", 0.1], "hides nothing"), (["--fold", 7], "folds 1, 2 and 3"), (["--batch", 6, "--repeat", 4], "multiple of 4"),
     (["--data", "nowhere"], "does not exist"), (["--model", "vivit"], "invalid choice"), (["--frame", 8], "did you mean --frames"),
 ])  # fmt: skip
