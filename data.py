@@ -195,8 +195,8 @@ def make_files(pairs, classes):
 def list_plain(root, split, kinds, allow_missing):
     """Class folders, a folder of files, or a list file; see list_videos."""
     if root.is_file():
-        other = next((root.with_name(n + root.suffix) for n in ("val", "test") if root.with_name(n + root.suffix).exists()
-                      and n != root.stem), None)  # fmt: skip
+        siblings = [root.with_name(name + root.suffix) for name in ("val", "test")]
+        other = next((path for path in siblings if path.is_file() and path != root), None)
         if split == "val" and other:
             return read_list(other, kinds, allow_missing)
         return hold_out(read_list(root, kinds, allow_missing), split if not other else "all")
@@ -477,7 +477,13 @@ class ClipDataset(Dataset):
 
     def __init__(self, files, frames, stride, size, seed, sampling="dense", crop="random", min_crop=0.5, flip=True,
                  repeat=1, train=True):  # fmt: skip
-        self.paths, self.labels, self.classes, self.seed, self.repeat = files.paths, files.labels, files.classes, seed, repeat
+        self.paths, self.labels, self.classes, self.seed, self.repeat = (
+            files.paths,
+            files.labels,
+            files.classes,
+            seed,
+            repeat,
+        )
         self.frames, self.stride, self.size, self.sampling, self.train = frames, stride, size, sampling, train
         self.crop, self.min_crop, self.flip = crop if train else "center", min_crop, flip
 
@@ -499,7 +505,9 @@ class ClipDataset(Dataset):
         if self.sampling == "segments":
             return np.stack([segment_clip(n, T, generator) for _ in range(self.repeat)])
         if self.sampling == "dense":
-            return np.stack([dense_clip(n, T, stride, dense_start(n, T, stride, generator)) for _ in range(self.repeat)])
+            return np.stack(
+                [dense_clip(n, T, stride, dense_start(n, T, stride, generator)) for _ in range(self.repeat)]
+            )
         starts = torch.rand(self.repeat, generator=generator).numpy() * max(n - T * stride, 0)
         return np.stack([linspace_clip(n, T, stride, s) for s in starts])
 
@@ -511,7 +519,13 @@ class ImageDataset(Dataset):
 
     def __init__(self, files, size, seed, min_crop=0.2, flip=True, train=True):
         self.paths, self.labels, self.classes, self.pixels = files.paths, files.labels, files.classes, files.pixels
-        self.size, self.seed, self.crop, self.min_crop, self.flip = size, seed, "random" if train else "center", min_crop, flip
+        self.size, self.seed, self.crop, self.min_crop, self.flip = (
+            size,
+            seed,
+            "random" if train else "center",
+            min_crop,
+            flip,
+        )
 
     def __len__(self):
         return len(self.paths)
@@ -579,7 +593,11 @@ FAR = 16.0  # depth maps hold depth / FAR * 65535
 
 def draw_pattern(rng):
     """A floor or wall: two waves that mix two colours."""
-    parts = {"waves": rng.uniform(-0.8, 0.8, (2, 2)), "phase": rng.uniform(0, 6.28, 2), "colors": rng.uniform(0.1, 0.95, (2, 3))}
+    parts = {
+        "waves": rng.uniform(-0.8, 0.8, (2, 2)),
+        "phase": rng.uniform(0, 6.28, 2),
+        "colors": rng.uniform(0.1, 0.95, (2, 3)),
+    }
     return {name: np.float32(part) for name, part in parts.items()}
 
 
@@ -605,7 +623,11 @@ def draw_image_scene(rng, kind):
 
 def draw_video_scene(rng, motion, frames):
     times = np.arange(frames) / frames
-    angle = 2 * math.pi * (rng.uniform() + rng.choice([-1, 1] if motion == "ThereAndBack" else [1]) * MOTIONS[motion](times))
+    angle = (
+        2
+        * math.pi
+        * (rng.uniform() + rng.choice([-1, 1] if motion == "ThereAndBack" else [1]) * MOTIONS[motion](times))
+    )
     x = rng.uniform(-0.7, 0.7)
     place = np.stack([np.full(frames, x), 1.8 + 1.0 * np.sin(angle), 4.6 + 1.2 * np.cos(angle)], axis=1)  # (T, 3)
     return draw_scene(rng, rng.choice(KINDS), place, times)
@@ -626,7 +648,10 @@ def render(scene, size):
     floor, wall = -eye[..., 1] / np.minimum(ray[..., 1], -1e-6), 9.0 / ray[..., 2]
     depth, classes = np.minimum(floor, wall), np.where(floor < wall, 0, 1).astype(np.uint8)
     point = eye + depth[..., None] * ray
-    on_floor, on_wall = paint(scene["floor"], point[..., 0], point[..., 2]), paint(scene["wall"], point[..., 0], point[..., 1])
+    on_floor, on_wall = (
+        paint(scene["floor"], point[..., 0], point[..., 2]),
+        paint(scene["wall"], point[..., 0], point[..., 1]),
+    )
     for thing in scene["objects"]:  # a soft shadow straight below makes height visible
         x, _, z = np.moveaxis(thing["place"].reshape(-1, 3), -1, 0).reshape(3, -1, 1, 1)
         gap = ((point[..., 0] - x) ** 2 + (point[..., 2] - z) ** 2) / thing["radius"] ** 2
@@ -913,7 +938,9 @@ def shrink_file(job):
             W, H = max(2, round(W * scale / 2) * 2), max(2, round(H * scale / 2) * 2)
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             convert = av.video.reformatter.VideoReformatter()
-            frames = (convert.reformat(f, W, H, "rgb24", interpolation="AREA").to_ndarray() for f in container.decode(stream))
+            frames = (
+                convert.reformat(f, W, H, "rgb24", interpolation="AREA").to_ndarray() for f in container.decode(stream)
+            )
             target.parent.mkdir(parents=True, exist_ok=True)
             write_video(partial, frames, Fraction(rate).limit_denominator(1001), "mpeg4")
         os.replace(partial, target)
@@ -956,7 +983,9 @@ def shrink(source, target, short):
             broken += 1
             print(f"broken, left out: {path}: {reason or error}")
     sizes = [sum(p.stat().st_size for p in walk(folder, VIDEO)) / 1e6 for folder in (source, target)]
-    print(f"{len(videos) - broken} videos in {target}, {sizes[0]:.1f} MB before, {sizes[1]:.1f} MB after, {broken} broken")
+    print(
+        f"{len(videos) - broken} videos in {target}, {sizes[0]:.1f} MB before, {sizes[1]:.1f} MB after, {broken} broken"
+    )
     sys.exit(1 if broken else 0)
 
 

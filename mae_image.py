@@ -216,7 +216,7 @@ class MAE(nn.Module):
         D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
         E, decoder_depth, decoder_heads = decoder
         self.patch, self.grid, self.norm_pix = patch, (1, H // patch, W // patch), norm_pix
-        N, P = self.grid[1] * self.grid[2], patch * patch * 3
+        P = patch * patch * 3
 
         self.patch_embed = PatchEmbed((patch, patch), 3, D)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
@@ -747,7 +747,11 @@ class Run:
         if self.writes:
             try:
                 (self.out / "pictures").mkdir(parents=True, exist_ok=True)
-                lines = [x for x in log.read_text().splitlines() if json.loads(x)["step"] <= self.step] if log.exists() else []
+                lines = (
+                    [x for x in log.read_text().splitlines() if json.loads(x)["step"] <= self.step]
+                    if log.exists()
+                    else []
+                )
                 log.write_text("".join(x + "\n" for x in lines))
             except (OSError, ValueError) as error:
                 raise InputError(f"cannot write the run folder {self.out}: {error}") from None
@@ -845,7 +849,7 @@ class Run:
             print(f"stopped after update {self.step}; go on with: python {self.script}.py --resume --out {self.out}")
             sys.exit(130)  # what a shell expects after Ctrl-C
         self.say(f"done: held-out loss {self.scores['val_loss']:.4f} (chance {self.scores['chance']:.3f}) after "
-                 f"{clock_text(time.perf_counter() - self.began)}; weights in {self.out / 'checkpoint.pt'}")  # fmt: skip
+                 f"{clock_text(time.perf_counter() - self.began)}; weights in {self.out}/checkpoint.pt")  # fmt: skip
 
 
 def clock_text(seconds):
@@ -948,7 +952,8 @@ def main():
 
     def validate(model, path):
         loss, chance, pictures = reconstruct(model, model.normalize(batch.to(device)), mask)
-        cells = torch.stack([p[:6, 0] for p in pictures.values()], dim=1)  # (6, columns, 3, H, W)
+        some = torch.linspace(0, len(batch) - 1, min(6, len(batch))).long()
+        cells = torch.stack([p[some, 0] for p in pictures.values()], dim=1)  # (6, columns, 3, H, W)
         save_picture(picture_table(cells, list(pictures), LEAK_NOTE if model.norm_pix else ""), f"{path}.png")
         return {"val_loss": loss, "chance": chance}
 

@@ -109,23 +109,40 @@ def transformers_models(image, video, decoders):
 
     (mae, imgs, image_mask), (videomae, clips, video_mask) = image, video
     hf_image = ViTMAEForPreTraining(config(mae, ViTMAEConfig, decoders[0], mask_ratio=0.75))
-    hf_video = VideoMAEForPreTraining(config(videomae, VideoMAEConfig, decoders[1], num_frames=clips.shape[2], use_mean_pooling=False))
+    hf_video = VideoMAEForPreTraining(
+        config(videomae, VideoMAEConfig, decoders[1], num_frames=clips.shape[2], use_mean_pooling=False)
+    )
     noise, mask = image_mask.float().to(imgs.device), video_mask.to(clips.device)  # sorting 0 and 1 hides the ones
     frames = clips.transpose(1, 2).contiguous()
-    return {"MAE": (hf_image, lambda m: m(imgs, noise=noise).loss), "VideoMAE": (hf_video, lambda m: m(frames, bool_masked_pos=mask).loss)}
+    return {
+        "MAE": (hf_image, lambda m: m(imgs, noise=noise).loss),
+        "VideoMAE": (hf_video, lambda m: m(frames, bool_masked_pos=mask).loss),
+    }
 
 
 def benchmark_models(quick, device, compiled):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if quick:
         size, rounds, B = (32, 1, 2), 1, 2
-        image, video, decoders = dict(img_size=32, patch=8), dict(frames=4, img_size=32, patch=8), ((16, 1, 2), (16, 1, 2))
+        image, video, decoders = (
+            dict(img_size=32, patch=8),
+            dict(frames=4, img_size=32, patch=8),
+            ((16, 1, 2), (16, 1, 2)),
+        )
     elif device == "cuda":
         size, rounds, B = "base", 10, 32
-        image, video, decoders = dict(img_size=224, patch=16), dict(frames=16, img_size=224, patch=16), ((512, 8, 16), (384, 4, 6))
+        image, video, decoders = (
+            dict(img_size=224, patch=16),
+            dict(frames=16, img_size=224, patch=16),
+            ((512, 8, 16), (384, 4, 6)),
+        )
     else:
         size, rounds, B = "small", 5, 2
-        image, video, decoders = dict(img_size=224, patch=16), dict(frames=16, img_size=112, patch=8), ((512, 8, 16), (192, 4, 3))
+        image, video, decoders = (
+            dict(img_size=224, patch=16),
+            dict(frames=16, img_size=112, patch=8),
+            ((512, 8, 16), (192, 4, 3)),
+        )
     generator = torch.Generator().manual_seed(0)
     mae = mae_image.MAE(**image, size=size, decoder=decoders[0])
     videomae = mae_video.VideoMAE(**video, size=size, decoder=decoders[1])
@@ -141,7 +158,11 @@ def benchmark_models(quick, device, compiled):
           f"{'peak MB' if device == 'cuda' else 'MB kept for backward':>21s}")  # fmt: skip
     for name, model in (("MAE", mae), ("VideoMAE", videomae), ("MAE-ST", maest)):
         x, mask, B = (imgs if name == "MAE" else clips), masks[name], len(masks[name])
-        cut = (lambda x: mae_image.patchify(x, mae.patch)) if name == "MAE" else (lambda x: mae_video.patchify(x, 2, videomae.patch))
+        cut = (
+            (lambda x: mae_image.patchify(x, mae.patch))
+            if name == "MAE"
+            else (lambda x: mae_video.patchify(x, 2, videomae.patch))
+        )
         runs = {"ours": Contestant(model, lambda m: m(x, mask)[0], device, dtype)}
         runs["ours, nothing dropped"] = Contestant(model, lambda m: dense_loss(m, cut(x), x, mask), device, dtype)
         if name in peers:
@@ -150,10 +171,14 @@ def benchmark_models(quick, device, compiled):
             for key in [k for k in ("ours", "transformers") if k in runs]:
                 loss = runs[key].loss
                 twin = torch.compile(runs[key].model)
-                runs[f"{key}, compiled"] = Contestant(runs[key].model, lambda m, twin=twin, loss=loss: loss(twin), device, dtype)
+                runs[f"{key}, compiled"] = Contestant(
+                    runs[key].model, lambda m, twin=twin, loss=loss: loss(twin), device, dtype
+                )
         seconds = medians({key: run.step for key, run in runs.items()}, rounds)
         for key, t in seconds.items():
-            print(f"{name + ', ' + key:44s} {t:9.4f} {B / t:10.1f} {t / seconds['ours']:12.2f}x {runs[key].megabytes():21.1f}")
+            print(
+                f"{name + ', ' + key:44s} {t:9.4f} {B / t:10.1f} {t / seconds['ours']:12.2f}x {runs[key].megabytes():21.1f}"
+            )
         for run in runs.values():
             run.model.cpu()
 
@@ -210,7 +235,11 @@ def benchmark_loader(quick):
 
             def with_decord():
                 for e, start in enumerate(starts):
-                    frames = decord.VideoReader(path, num_threads=1).get_batch(list(range(start, start + T * stride, stride))).asnumpy()
+                    frames = (
+                        decord.VideoReader(path, num_threads=1)
+                        .get_batch(list(range(start, start + T * stride, stride)))
+                        .asnumpy()
+                    )
                     data.make_crop(frames, size, "multiscale", 1, True, data.seeded(e))
 
             contestants["decord, our crop"] = with_decord
@@ -218,7 +247,9 @@ def benchmark_loader(quick):
         torch.set_num_threads(1)  # as in a worker
         seconds = medians(contestants, 1 if quick else 7)
         torch.set_num_threads(threads)
-    print(f"\n{'loader, one worker, 16 x 4 frames of 320 x 240':48s} {'clips/s':>9s} {'time against decoding alone':>29s}")
+    print(
+        f"\n{'loader, one worker, 16 x 4 frames of 320 x 240':48s} {'clips/s':>9s} {'time against decoding alone':>29s}"
+    )
     for name, t in seconds.items():
         print(f"{name:48s} {count / t:9.1f} {t / seconds['PyAV, decoding alone']:28.2f}x")
 

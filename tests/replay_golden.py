@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import mae_image  # noqa: E402
 import mae_video  # noqa: E402
-from masking import dirichlet_mask, hidden, hide_largest, num_hidden, restore, tube_mask  # noqa: E402
+from masking import dirichlet_mask, hidden, hide_largest, num_hidden, tube_mask  # noqa: E402
 from masking import causal_mask, random_mask  # noqa: E402
 
 KIND = {
@@ -47,7 +47,9 @@ class Replay:
             draw = np.random.RandomState(self.meta["weight_seed"])
             for key, shape, kind in self.meta["tensors"]:
                 if kind != "fixed":
-                    self.weights[key] = torch.from_numpy(KIND[kind](draw.standard_normal(tuple(shape))).astype(np.float32))
+                    self.weights[key] = torch.from_numpy(
+                        KIND[kind](draw.standard_normal(tuple(shape))).astype(np.float32)
+                    )
             total = sum(float(w.double().abs().sum()) for w in self.weights.values())
             assert abs(total / self.meta["weights_check"]["sum_abs"] - 1) < 1e-5, "the weights were drawn wrongly"
 
@@ -165,7 +167,10 @@ def replay_pretrain(r):
         r.check("ids_keep", ids_keep)
         assert torch.equal(ids_keep.sort(dim=1).values, torch.arange(N).expand_as(mask)[~mask].reshape(len(mask), -1))
 
-    for name, table in (("pos_encoder", getattr(model, "pos_embed", None)), ("pos_decoder", getattr(model, "decoder_pos_embed", None))):
+    for name, table in (
+        ("pos_encoder", getattr(model, "pos_embed", None)),
+        ("pos_decoder", getattr(model, "decoder_pos_embed", None)),
+    ):
         if name in a:
             rows = c["pos_rows"]
             if method == "MAE":  # the official table has a row of zeros for the class token
@@ -244,7 +249,10 @@ def replay_functions_mae_st(r):
     r.check("train_clip_frames", data.linspace_clip(s["video_frames"], s["num_frames"], s["sampling_rate"], start))
     s = c["test_clip"]
     gap = (s["video_frames"] - s["num_frames"] * s["sampling_rate"]) // (s["num_views"] - 1)
-    views = [data.linspace_clip(s["video_frames"], s["num_frames"], s["sampling_rate"], v * gap) for v in range(s["num_views"])]
+    views = [
+        data.linspace_clip(s["video_frames"], s["num_frames"], s["sampling_rate"], v * gap)
+        for v in range(s["num_views"])
+    ]
     r.check("test_clip_frames", np.stack(views))
 
 
@@ -256,7 +264,9 @@ def replay_functions_videomae(r):
     r.check("sinusoid_full_rows", mae_video.sinusoid(s["dim"], s["num_positions"])[s["rows"]])
     s, n = c["lr"], c["lr"]["iterations_per_epoch"]
     total, warm = s["epochs"] * n, s["warmup_epochs"] * n
-    r.check("lr_schedule", [mae_image.lr_at(i, s["base"], s["final"], warm, total, inclusive=True) for i in range(total)])
+    r.check(
+        "lr_schedule", [mae_image.lr_at(i, s["base"], s["final"], warm, total, inclusive=True) for i in range(total)]
+    )
     s = c["pretrain"]
     model = mae_video.VideoMAE(8, 32, 2, 8, (48, s["depth"], 3), (32, s["decoder_depth"], 4))
     ours = lambda n: (n.replace("encoder_to_decoder", "decoder_embed").removeprefix("encoder.").replace("decoder.head", "decoder_pred")

@@ -83,7 +83,9 @@ def test_hmdb51_as_downloaded_with_its_odd_file_names(tmp_path, clip):
 def test_missing_files_are_counted_and_named_unless_allowed(ucf):
     gone = ucf / "UCF-101/HandstandPushups/v_HandStandPushups_g08_c01.avi"
     gone.unlink()
-    with pytest.raises(InputError, match="1 of 2 files .* HandstandPushups/v_HandstandPushups_g08_c01.avi.*--allow-missing"):
+    with pytest.raises(
+        InputError, match="1 of 2 files .* HandstandPushups/v_HandstandPushups_g08_c01.avi.*--allow-missing"
+    ):
         data.list_videos(ucf)
     assert data.list_videos(ucf, allow_missing=True).labels.tolist() == [0]
 
@@ -137,7 +139,11 @@ def test_every_20th_file_is_held_out_and_splits_are_disjoint():
 def test_cifar10_comes_through_torchvision(monkeypatch):
     class Fake:
         def __init__(self, folder, train, download):
-            self.data, self.targets, self.classes = np.zeros((30, 32, 32, 3), np.uint8) + train, list(range(10)) * 3, list("abcdefghij")
+            self.data, self.targets, self.classes = (
+                np.zeros((30, 32, 32, 3), np.uint8) + train,
+                list(range(10)) * 3,
+                list("abcdefghij"),
+            )
 
     monkeypatch.setattr(data.datasets, "CIFAR10", Fake)
     files = data.list_images("CIFAR10", "train")
@@ -335,7 +341,9 @@ def ridge_accuracy(x, y, classes, train):
     """Accuracy on ~train of ridge regression to one-hot labels, inputs standardised."""
     x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-3)
     target = np.eye(classes)[y]
-    weights = np.linalg.solve(x[train].T @ x[train] + 10 * len(x[0]) ** 0.5 * np.eye(x.shape[1]), x[train].T @ target[train])
+    weights = np.linalg.solve(
+        x[train].T @ x[train] + 10 * len(x[0]) ** 0.5 * np.eye(x.shape[1]), x[train].T @ target[train]
+    )
     return ((x[~train] @ weights).argmax(1) == y[~train]).mean()
 
 

@@ -30,7 +30,9 @@ def test_a_wrong_number_is_noticed(tmp_path, capsys):
     (tmp_path / "x.json").write_text(source.with_suffix(".json").read_text())
     with np.load(source) as content:
         arrays = dict(content)
-    arrays["latent"] = arrays["latent"] + np.float32(1e-3) * (np.arange(arrays["latent"].size) == 7).reshape(arrays["latent"].shape)
+    arrays["latent"] = arrays["latent"] + np.float32(1e-3) * (np.arange(arrays["latent"].size) == 7).reshape(
+        arrays["latent"].shape
+    )
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(SystemExit) as stop:
         replay_golden.main([str(tmp_path / "x.npz")])

@@ -287,7 +287,9 @@ def straight(toy, tmp_path_factory):
     """An uninterrupted run: 8 epochs of 4 updates, a log line every 3."""
     folder = tmp_path_factory.mktemp("straight")
     flags = [*TINY_IMAGE, "--data", toy, "--epochs", 8, "--log-every", 3]
-    subprocess.run([sys.executable, ROOT / "mae_image.py", *map(str, flags)], cwd=folder, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "mae_image.py", *map(str, flags)], cwd=folder, check=True, capture_output=True
+    )
     return folder / "runs/mae_image", flags
 
 
@@ -354,7 +356,9 @@ def test_two_processes_do_what_one_does_and_one_writes(straight, tmp_path):
     reference, flags = straight
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
                str(ROOT / "mae_image.py"), *map(str, flags), "--out", "two"]  # fmt: skip
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done: ") == 1
     close_runs(reference, tmp_path / "two")
@@ -400,7 +404,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path, c
     model.normalize = lambda batch: MAE.normalize(model, batch) + (math.nan if (batch == 7 * 9).any() else 0)
     draw = lambda batch, rows, generator: random_mask(rows, model.grid, 0.5, generator)
     with pytest.raises(SystemExit, match="loss is nan in update .* The batch was: .*image 9[, ]") as stop:
-        mae_image.pretrain(model, FakeRun(), draw, lambda *a: {"val_loss": 0.0, "chance": 1.0}, fake_config(tmp_path, batch=32), "mae_image")
+        mae_image.pretrain(
+            model,
+            FakeRun(),
+            draw,
+            lambda *a: {"val_loss": 0.0, "chance": 1.0},
+            fake_config(tmp_path, batch=32),
+            "mae_image",
+        )
     assert "image 9" in str(stop.value)
     assert not (tmp_path / "run/checkpoint.pt").exists()  # nothing was saved after it
 
@@ -430,7 +441,9 @@ def test_broken_files_are_named_and_counted_in_the_log(toy, run, tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes() if i % 4 else b"broken")
     text = run("mae_image.py", *TINY_IMAGE, "--data", folder, "--workers", 1, "--epochs", 4)
-    assert "broken file, another one taken" in text and re.search(r"\d+ broken files were met \d+ times: .*00.jpg", text)
+    assert "broken file, another one taken" in text and re.search(
+        r"\d+ broken files were met \d+ times: .*00.jpg", text
+    )
 
 
 def test_starting_from_a_public_file_without_training_draws_its_picture(toy, run, tmp_path):
@@ -470,8 +483,8 @@ def test_help_explains_every_flag(capsys, monkeypatch):
 
 
 def test_presets_are_overruled_by_flags():
-    given = mae_image.parse_config(mae_image.Config, mae_image.PRESETS, "", ["--preset", "cifar10", "--batch", "64", "--no-flip"])
+    given = mae_image.parse_config(
+        mae_image.Config, mae_image.PRESETS, "", ["--preset", "cifar10", "--batch", "64", "--no-flip"]
+    )
     cfg = mae_image.Config(**given)
     assert (cfg.batch, cfg.patch, cfg.flip, cfg.mask_ratio) == (64, 2, False, 0.75)
-
-

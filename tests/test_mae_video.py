@@ -275,7 +275,10 @@ def test_videomae_files_load(tmp_path, wrapper, encoder_only):
 @pytest.mark.parametrize("wrapper, fused", [("model", False), ("model_state", True), ("model_state", False)])
 def test_maest_files_load_with_fused_or_separate_qkv(tmp_path, wrapper, fused):
     source, path = tiny(MAEST), tmp_path / "x.pyth"
-    torch.save({wrapper: {**as_maest(source, fused), "dec_pos_embed": torch.zeros(3), "pred_head.weight": torch.zeros(2)}}, path)
+    torch.save(
+        {wrapper: {**as_maest(source, fused), "dec_pos_embed": torch.zeros(3), "pred_head.weight": torch.zeros(2)}},
+        path,
+    )
     torch.manual_seed(3)
     model = MAEST(8, 32, 2, 8, (32, 2, 4), (16, 1, 2))
     mae_image.load_weights(model, path, "mae_video")
@@ -305,7 +308,9 @@ def test_a_file_of_the_other_paper_is_refused(tmp_path):
 # ---- the script -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [["--model", "videomae"], ["--model", "mae_st", "--repeat", 4, "--sampling", "linspace", "--norm-pix"]])
+@pytest.mark.parametrize(
+    "flags", [["--model", "videomae"], ["--model", "mae_st", "--repeat", 4, "--sampling", "linspace", "--norm-pix"]]
+)
 def test_the_script_writes_checkpoint_log_strips_and_a_video_file(toy, run, tmp_path, flags):
     text = run("mae_video.py", *TINY_VIDEO, "--data", toy, *flags)
     folder = tmp_path / "runs/mae_video"
@@ -347,7 +352,19 @@ def test_real_clips_train(real, run):
     """Gestures (left and right are classes: no flip), and the few clips that are here of UCF101's and HMDB51's lists."""
     run("mae_video.py", "--data", real / "gestures10", "--no-flip", "--smoke", "--out", "g")
     for name in ("ucf101", "hmdb51"):
-        run("mae_video.py", "--data", real / "real_clips" / name, "--smoke", "--batch", 2, "--allow-missing", "--workers", 0, "--out", name)
+        run(
+            "mae_video.py",
+            "--data",
+            real / "real_clips" / name,
+            "--smoke",
+            "--batch",
+            2,
+            "--allow-missing",
+            "--workers",
+            0,
+            "--out",
+            name,
+        )
 
 
 def test_visible_and_tube_tokens_match_in_time():

@@ -75,7 +75,11 @@ def test_masks_depend_on_the_generator_alone():
 def test_visible_hidden_and_restore_agree_with_a_slow_loop(ratio):
     x, mask = torch.randn(5, 24, 3), masking.random_mask(5, (2, 3, 4), ratio, seeded())
     token = torch.randn(3)
-    see, hide, back = masking.visible(x, mask), masking.hidden(x, mask), masking.restore(masking.visible(x, mask), mask, token)
+    see, hide, back = (
+        masking.visible(x, mask),
+        masking.hidden(x, mask),
+        masking.restore(masking.visible(x, mask), mask, token),
+    )
     for b in range(5):
         assert torch.equal(see[b], torch.stack([x[b, i] for i in range(24) if not mask[b, i]]))
         slow = [x[b, i] for i in range(24) if mask[b, i]]
@@ -104,7 +108,9 @@ def test_dirichlet_masks_show_exactly_the_number_asked_for(alpha, subset_first):
     assert mask.shape == (500, 40) and ((~mask).sum(dim=1) == 13).all()
 
 
-@pytest.mark.parametrize("ratio, message", [(1, "outside"), (-0.1, "outside"), (float("nan"), "outside"), (0.99, "hides all")])
+@pytest.mark.parametrize(
+    "ratio, message", [(1, "outside"), (-0.1, "outside"), (float("nan"), "outside"), (0.99, "hides all")]
+)
 def test_impossible_ratios_are_named(ratio, message):
     with pytest.raises(InputError, match=message):
         masking.random_mask(1, (1, 4, 4), ratio, seeded())

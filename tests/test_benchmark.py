@@ -1,0 +1,10 @@
+def test_the_benchmark_runs(run):
+    text = run("tests/benchmark.py", "--quick")
+    for row in (
+        "PyAV, decoding alone",
+        "ours, 4 clips a video",
+        "MAE, ours",
+        "VideoMAE, ours, nothing dropped",
+        "MAE-ST, ours",
+    ):
+        assert row in text
