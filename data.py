@@ -22,6 +22,7 @@ import concurrent.futures
 import functools
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -128,6 +129,8 @@ def read_official(name, lists, videos, split, fold, allow_missing):
     wanted = []  # (path in the list, label)
     if name == "UCF101":
         numbered = [line.split(maxsplit=1) for line in read_lines(lists / "classInd.txt")]
+        if not all(len(pair) == 2 and pair[0].isdigit() for pair in numbered):
+            raise InputError(f"{lists / 'classInd.txt'}: every line should be a number and a class name")
         classes = [c for _, c in sorted((int(n), c) for n, c in numbered)]
         index = {c.lower(): i for i, c in enumerate(classes)}
         for line in read_lines(lists / f"{'train' if split == 'train' else 'test'}list0{fold}.txt"):
@@ -143,7 +146,7 @@ def read_official(name, lists, videos, split, fold, allow_missing):
         code = "1" if split == "train" else "2"  # 1 train, 2 test, 0 in neither
         for label, table in enumerate(tables):
             for line in read_lines(table):
-                path, use = line.rsplit(maxsplit=1)
+                path, _, use = line.rpartition(" ")
                 if use == code:
                     wanted.append((f"{classes[label]}/{path}", label))
     return resolve(wanted, classes, videos, lists, VIDEO, allow_missing)
@@ -176,12 +179,12 @@ def resolve(wanted, classes, folder, source, kinds, allow_missing):
 
 
 def path_key(path):
-    return str(path.with_suffix("")).lower()
+    return str(path.with_suffix("") if path.suffix.lower() in VIDEO + IMAGE else path).lower()
 
 
 def walk(folder, kinds):
     """All regular files of these kinds below folder, sorted, so that every machine sees the same order."""
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             if name.lower().endswith(kinds) and not name.startswith(".") and os.path.isfile(os.path.join(parent, name)):
@@ -202,14 +205,17 @@ def list_plain(root, split, kinds, allow_missing):
         return hold_out(read_list(root, kinds, allow_missing), split if not other else "all")
     parts = [name for name in ("train",) + ("val", "valid", "validation", "test") if (root / name).is_dir()]
     if parts[:1] == ["train"]:
-        if split == "train" or len(parts) > 1:
-            return list_folder(root / (parts[0] if split == "train" else parts[1]), kinds)
-        return hold_out(list_folder(root / "train", kinds), "val")
+        train = list_folder(root / "train", kinds)
+        if split == "train":
+            return train if len(parts) > 1 else hold_out(train, "train")
+        return list_folder(root / parts[1], kinds, train.classes) if len(parts) > 1 else hold_out(train, "val")
     return hold_out(list_folder(root, kinds), split)
 
 
-def list_folder(folder, kinds):
-    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and next(walk(d, kinds), None))
+def list_folder(folder, kinds, classes=None):
+    """Files of class folders, or of the folder itself where it has none. `classes`: number them as another split."""
+    if classes is None:
+        classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and next(walk(d, kinds), None))
     pairs = [(p, i) for i, c in enumerate(classes) for p in walk(folder / c, kinds)]
     if not classes:
         pairs, classes = [(p, -1) for p in walk(folder, kinds)], []
@@ -223,7 +229,7 @@ def read_list(path, kinds, allow_missing):
     wanted = []
     for line in read_lines(path):
         parts = line.rsplit("," if "," in line else None, maxsplit=1)
-        labelled = len(parts) == 2 and parts[1].strip().lstrip("-").isdigit() and not (path.parent / line).exists()
+        labelled = len(parts) == 2 and re.fullmatch(r"\s*-?\d{1,6}", parts[1]) and not (path.parent / line).exists()
         wanted.append((parts[0].strip(), int(parts[1])) if labelled else (line, -1))
     if not wanted:
         raise InputError(f"the list {path} is empty")
@@ -348,8 +354,9 @@ def grab(path, wanted):
     """Decode the frames `wanted` -> {number: (H, W, 3) uint8}, number of frames met.
 
     Frames are counted: UCF101's and HMDB51's AVIs have no usable time stamps (packed B-frames). Only frames that
-    are kept are converted. In a long video the jump to a key frame does rely on time stamps, so a clip may begin
-    a few frames beside the number asked for; where they are useless, it decodes from the beginning.
+    are kept are converted, by one converter without threads of its own (with them it takes three times as long).
+    In a long video the jump to a key frame does rely on time stamps, so a clip may begin a few frames beside the
+    number asked for; where they are useless, it decodes from the beginning.
     """
     found, wanted, first = {}, set(wanted.tolist()), int(wanted.min())
     last, convert = max(wanted), av.video.reformatter.VideoReformatter()
@@ -365,7 +372,7 @@ def grab(path, wanted):
             i = i if i <= first else 0
         for frame in container.decode(stream):
             if i in wanted:
-                found[i] = convert.reformat(frame, format="rgb24").to_ndarray()
+                found[i] = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
             i += 1
             if i > last:
                 break
@@ -774,7 +781,7 @@ def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400))
     folder = Path(folder)
     if (folder / "videos").is_dir() and (folder / "rgb").is_dir():
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists and is no toy world: name an empty folder")
     partial = folder.with_name(folder.name + ".part")  # renamed when complete
     shutil.rmtree(partial, ignore_errors=True)
@@ -847,6 +854,8 @@ def in_parallel(work, jobs, what, workers=None):
         try:
             for i, future in enumerate(futures, 1):
                 error = future.exception()
+                if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+                    raise InputError(f"{what}: a worker process was killed (out of memory?), after {i - 1} files")
                 yield (None, error) if error else (future.result(), None)
                 now = time.perf_counter()
                 if now - shown > (0.5 if sys.stderr.isatty() else 20) or i == len(jobs):
@@ -894,6 +903,7 @@ def check(root, sheet):
     paths = list(walk(root, VIDEO + IMAGE))
     if not paths:
         raise InputError(f"{root} holds no videos and no images")
+    official = find_official(root)  # now: half a download should be named before hours of decoding
     broken, pictures = [], []
     shown = set(np.linspace(0, len(paths) - 1, min(len(paths), 48)).round().astype(int).tolist())
     for i, ((report, error), path) in enumerate(zip(in_parallel(check_file, paths, f"checking {root}"), paths)):
@@ -903,10 +913,10 @@ def check(root, sheet):
             print(f"broken: {path}: {reason}")
         if picture is not None and i in shown:
             pictures.append(picture)
-    if (found := find_official(root)) is not None:
+    if official is not None:
         for fold, split in [(f, s) for f in (1, 2, 3) for s in ("train", "val")]:
             try:
-                count = len(read_official(*found, split, fold, allow_missing=False).paths)
+                count = len(read_official(*official, split, fold, allow_missing=False).paths)
                 print(f"fold {fold} {split}: {count} files listed, all there")
             except InputError as error:
                 print(f"fold {fold} {split}: {error}")

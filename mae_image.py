@@ -14,7 +14,7 @@ Run     python mae_image.py                                 (4 min on 2 CPU core
         python mae_image.py --data FOLDER --preset gpu      (any folder of images, or of class folders)
         python mae_image.py --resume                        (goes on where a run was stopped)
         torchrun --nproc_per_node=2 mae_image.py ...        (several GPUs, or processes on the CPU)
-        It ends with "done: ... runs/mae_image/last.pt".
+        It ends with "done: ... see runs/mae_image".
 Next    mae_video.py: what changes when the image gets a time axis.
 """
 
@@ -44,7 +44,7 @@ import data
 from data import seeded
 from masking import MASKS, InputError, OneLineParser, hidden, restore, run_script, visible
 
-# Published encoders: width D, blocks, heads. tiny is DeiT's (arXiv 2012.12877), small VideoMAE's Table 7, the
+# Published encoders: width D, blocks, heads. tiny is DeiT's (arXiv 2012.12877), small that of VideoMAE's code, the
 # others MAE's; huge comes with 14 x 14 patches in MAE, 16 x 16 in VideoMAE. nano is ours, for a laptop.
 ENCODERS = {
     "nano": (96, 3, 3),
@@ -281,7 +281,7 @@ class MAE(nn.Module):
         """Each patch by its own mean and variance, Sec. 3 "Reconstruction target".
 
         patches (B, M, P) -> target, mean, std, each (B, M, P).   Over all three channels together, unbiased
-        variance, epsilon inside the root: each of the five papers' codes does this a little differently.
+        variance, epsilon inside the root. VideoMAE and OmniMAE do it per channel, VideoMAE with epsilon outside.
         """
         mean = patches.mean(dim=-1, keepdim=True).expand_as(patches)
         std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt().expand_as(patches)
@@ -293,7 +293,7 @@ class MAE(nn.Module):
         return self.normalise(patches.float())[0] if self.norm_pix else patches.float()
 
     def forward_loss(self, patches, pred, mask):
-        """Mean squared error on hidden patches only. Visible ones would teach copying (Sec. 3, footnote 1)."""
+        """Mean squared error on hidden patches only: Sec. 3 "Reconstruction target"."""
         if pred.shape[1] == 0:
             return pred.float().sum()  # nothing hidden: 0, not 0 / 0
         return F.mse_loss(pred.float(), self.forward_target(hidden(patches, mask)))
@@ -430,6 +430,15 @@ def parse_config(Config, presets, doc, argv=None):
     return {**(presets[name] if name else {}), **given}
 
 
+# What a number may be, for all scripts. Sizes that must divide each other are checked where they meet.
+BIG = 10**9
+LIMITS = [(name, 1, BIG) for name in ("img_size", "patch", "frames", "tubelet", "stride", "repeat", "batch", "accum")]
+LIMITS += [(name, 1, BIG) for name in ("decoder_width", "decoder_heads", "log_every")]
+LIMITS += [
+    (name, 0, BIG) for name in ("workers", "seed", "epochs", "warmup", "pictures", "decoder_depth", "lr", "min_lr")
+]
+LIMITS += [("min_crop", 0.01, 1), ("weight_decay", 0, BIG), ("clip", 0, BIG)]
+
 # What may change when a run goes on. All else would make it another run.
 MAY_CHANGE = ("out", "resume", "workers", "device", "compile", "log_every", "accum", "pictures")
 
@@ -438,6 +447,9 @@ def read_config(Config, presets, doc, script, argv=None):
     """The config of this run: from the flags or, with --resume, from the checkpoint that it goes on with."""
     given = parse_config(Config, presets, doc, argv)
     cfg = Config(**given)
+    for name, low, high in LIMITS:
+        if not low <= getattr(cfg, name, low) <= high:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {low:g} to {high:g}")
     if not cfg.resume:
         return cfg
     content = load_file(Path(cfg.out) / "checkpoint.pt")
@@ -624,8 +636,10 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
     if cfg.compile:
         model.compile()
     if world > 1:
-        parallel = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        parallel = nn.parallel.DistributedDataParallel(model)  # no device_ids: masks stay on the CPU
     loader = iter(data.make_loader(train, Batches(plan, start, total, rank, world, cfg.accum), cfg.workers, device))
+    if hasattr(signal, "SIGCHLD"):  # torch would raise wherever the main process is; the loader notices in next()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if rank == 0 and start == 0:
         run.score(validate(model, run.picture(0)), 0)
     picture_after = {math.ceil(total * k / max(cfg.pictures, 1)) for k in range(1, cfg.pictures + 1)}
@@ -742,17 +756,14 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.losses, self.scores = state["step"], state["losses"], state["scores"]
-        elif self.writes and (checkpoint.exists() or log.exists()):
+        elif self.writes and checkpoint.exists():
             raise InputError(f"{self.out} already holds a run: --resume to go on with it, or another --out")
         if self.writes:
             try:
                 (self.out / "pictures").mkdir(parents=True, exist_ok=True)
-                lines = (
-                    [x for x in log.read_text().splitlines() if json.loads(x)["step"] <= self.step]
-                    if log.exists()
-                    else []
-                )
-                log.write_text("".join(x + "\n" for x in lines))
+                lines = log.read_text().splitlines() if log.exists() and self.cfg.resume else []
+                (self.out / "log.tmp").write_text("".join(x + "\n" for x in lines if self.belongs(x)))
+                os.replace(self.out / "log.tmp", log)
             except (OSError, ValueError) as error:
                 raise InputError(f"cannot write the run folder {self.out}: {error}") from None
             with contextlib.suppress(ImportError):  # TensorBoard only if it is installed
@@ -763,12 +774,19 @@ class Run:
                 self.say(f"resumed {self.out} after update {self.step}")
         return self.step, self.losses
 
+    def belongs(self, line):
+        """Whether a line of the log was written before the checkpoint; not one that a crash cut off."""
+        try:
+            return json.loads(line)["step"] <= self.step
+        except (ValueError, KeyError):
+            return False
+
     def say(self, text):
         if self.writes:
             print(text, flush=True)
 
     def log(self, record):
-        """One JSON line. A full disk is said once and does not end the training."""
+        """One JSON line. A full disk is reported and does not end the training."""
         try:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -806,7 +824,8 @@ class Run:
             if step > self.step:
                 self.save(step, [float(x) for x in losses], must=True)
             reason = str(error).strip().splitlines()[-1].removeprefix("masking.InputError: ")
-            sys.exit(f"{self.script}.py: the loader failed: {reason}; go on with --resume --out {self.out}")
+            hint = f"; go on with --resume --out {self.out}" if self.step else ""
+            sys.exit(f"{self.script}.py: the loader failed: {reason}{hint}")
 
     def report_broken(self, broken):
         for path, reason in broken:
@@ -848,8 +867,10 @@ class Run:
         if self.writes and self.step < total:
             print(f"stopped after update {self.step}; go on with: python {self.script}.py --resume --out {self.out}")
             sys.exit(130)  # what a shell expects after Ctrl-C
+        if total:
+            self.say(f"weights in {self.out}/checkpoint.pt")
         self.say(f"done: held-out loss {self.scores['val_loss']:.4f} (chance {self.scores['chance']:.3f}) after "
-                 f"{clock_text(time.perf_counter() - self.began)}; weights in {self.out}/checkpoint.pt")  # fmt: skip
+                 f"{clock_text(time.perf_counter() - self.began)}, see {self.out}")  # fmt: skip
 
 
 def clock_text(seconds):
@@ -946,7 +967,7 @@ def main():
     open_split = lambda split: data.list_images(cfg.data, split, cfg.allow_missing)
     train = data.ImageDataset(open_split("train"), cfg.img_size, cfg.seed, min_crop=cfg.min_crop, flip=cfg.flip)
     val = data.ImageDataset(open_split("val"), cfg.img_size, cfg.seed, min_crop=1, flip=False)
-    if cfg.init:
+    if cfg.init and not cfg.resume:
         print(load_weights(model, cfg.init, "mae_image"))
     batch, mask = held_out(val, draw_mask, cfg.seed, 64)
 

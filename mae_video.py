@@ -26,7 +26,7 @@ Run     python mae_video.py                                  (5 min on 2 CPU cor
         python mae_video.py --model mae_st
         python mae_video.py --data UCF101 --preset ucf101    (one GPU, 112 px; ucf101_paper is the paper's recipe)
         python mae_video.py --resume                         (goes on where a run was stopped)
-        It ends with "done: ... runs/mae_video/checkpoint.pt".
+        It ends with "done: ... see runs/mae_video".
 Next    omni.py: one model for images and videos.
 """
 
@@ -119,7 +119,7 @@ class VideoMAE(nn.Module):
     loss   float32 scalar;   pred (B, M, u*p*p*3), the painted hidden cubes, in the form of the target
 
     size     name in ENCODERS or (width, blocks, heads)
-    decoder  (width, blocks, heads); published: half the encoder's width, heads 64 wide, 4 blocks (large, huge: 12)
+    decoder  (width, blocks, heads); published: half the encoder's width, heads of 64 (huge 80), 4 blocks (from large on 12)
     raises   InputError if frames or sides cannot be cut evenly, or a width by its heads
 
     DIFFERS from the official code: its attention has no key bias, ours does. A constant added to every key changes
@@ -454,7 +454,7 @@ class Config:
     tubelet: int = 2  # frames in a cube
     decoder_width: int = 64  # VideoMAE: half of the encoder; MAE-ST: 512
     decoder_depth: int = 1  # blocks; both papers have 4 (VideoMAE large and huge 12)
-    decoder_heads: int = 2  # VideoMAE: width / 64; MAE-ST: 16
+    decoder_heads: int = 2  # VideoMAE: width / 64, huge / 80; MAE-ST: 16
     mask: typing.Literal["auto", "tube", "random", "frame", "block", "causal"] = "auto"  # auto: the paper's
     mask_ratio: float = 0.75  # share of cubes that are hidden; the papers: 0.9, on UCF101 and HMDB51 0.75
     norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as the papers do
@@ -484,14 +484,16 @@ _one_gpu = dict(frames=16, img_size=112, patch=8, size="small", decoder_width=19
                 mask_ratio=0.75, norm_pix=True, crop="multiscale", batch=64, lr=3e-4, warmup=20, workers=8)  # fmt: skip
 _paper = dict(frames=16, img_size=224, patch=16, size="base", decoder_width=384, decoder_depth=4, decoder_heads=6,
               mask_ratio=0.75, norm_pix=True, crop="multiscale", batch=192, lr=3e-4, min_lr=1e-5, warmup=40,
+              flip=False,
               workers=16)  # fmt: skip
 PRESETS = {
     "ucf101": dict(_one_gpu, stride=4, epochs=200, out="runs/ucf101"),
     "hmdb51": dict(_one_gpu, stride=2, epochs=400, out="runs/hmdb51"),
-    # VideoMAE App. 7 "UCF101" and "HMDB51" (8 GPUs)
+    # VideoMAE App. 7 "UCF101" and "HMDB51" (8 GPUs); no flip and the end of the cosine as in the public code
     "ucf101_paper": dict(_paper, stride=4, epochs=3200, out="runs/ucf101_paper"),
     "hmdb51_paper": dict(_paper, stride=2, epochs=4800, out="runs/hmdb51_paper"),
-    # MAE-ST Sec. 4 and its public code (Kinetics; 800 epochs are 200 passes x 4 clips)
+    # MAE-ST Sec. 4: 800 epochs are 200 passes x 4 clips. Passes and warm-up from SlowFast's configuration, rate and
+    # clipping from mae_st's PRETRAIN.md; the paper's own Table 5 was not read
     "mae_st_paper": dict(model="mae_st", frames=16, stride=4, sampling="linspace", img_size=224, patch=16, size="large",
                          decoder_width=512, decoder_depth=4, decoder_heads=16, mask_ratio=0.9, norm_pix=True, repeat=4,
                          batch=512, lr=1.6e-3, clip=0.02, epochs=200, warmup=30, workers=16, out="runs/mae_st"),
@@ -526,7 +528,7 @@ def main():
     kind = {"videomae": "tube", "mae_st": "random"}[cfg.model] if cfg.mask == "auto" else cfg.mask
     draw_mask = lambda batch, rows, generator: MASKS[kind](rows, model.grid, cfg.mask_ratio, generator)
     check_mask(draw_mask)
-    if cfg.init:
+    if cfg.init and not cfg.resume:
         print(load_weights(model, cfg.init, "mae_video"))
 
     def open_clips(split):

@@ -16,7 +16,7 @@ A mask is a bool tensor (B, N) with N = t*h*w, True = hidden. Tokens are time-ma
 row r, column c has the number (s*h + r)*w + c ("raster order"). Every row of a batch hides the same number of
 tokens, or the visible ones would not fit into one tensor (B, K, D).
 
-Run   python masking.py                       (2 s; ends with "wrote masks.png")
+Run   python masking.py                       (3 s; ends with "wrote masks.png")
       python masking.py --ratio 0.9 --grid 8 14 14 --out my_masks.png
 Next  data.py: from a file on disk to a batch.
 """

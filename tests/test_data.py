@@ -99,6 +99,24 @@ def test_half_a_download_is_explained(tmp_path):
         data.list_videos(tmp_path / "b")
 
 
+def test_lists_that_are_no_lists_are_named(tmp_path, ucf, clip):
+    text_file(ucf / "ucfTrainTestlist/classInd.txt", "ApplyLipstick\n")
+    with pytest.raises(InputError, match="a number and a class name"):
+        data.list_videos(ucf)
+    shutil.copy(clip, tmp_path / "x.mp4")
+    for line in ("x.mp4 --5", "x.mp4 12345678901"):
+        with pytest.raises(InputError, match="1 of 1 files"):
+            data.list_videos(text_file(tmp_path / "list.csv", line + "\n"))
+
+
+def test_val_classes_are_numbered_as_in_train(tmp_path, clip):
+    for name in ("train/a/x.mp4", "train/b/x.mp4", "val/b/x.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, tmp_path / name)
+    val = data.list_videos(tmp_path, "val")
+    assert val.classes == ["a", "b"] and val.labels.tolist() == [1]
+
+
 @pytest.mark.parametrize("line", ["a b/x 1.mp4 3", "a b/x 1.mp4,3", "a b/x 1.mp4, 3"])
 def test_list_files_with_spaces_or_commas(tmp_path, clip, line):
     (tmp_path / "a b").mkdir()

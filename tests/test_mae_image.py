@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_the_loss_falls():
     imgs = (torch.rand(64, 3, 1, 1) * 2 - 1) * ramp + (torch.rand(64, 3, 1, 1) * 2 - 1) * ramp[:, None]
     optimizer = torch.optim.AdamW(mae_image.param_groups(model, 0.05), 6e-3)
     losses = []
-    for step in range(120):
+    for step in range(200):
         loss, _ = model(imgs, random_mask(64, model.grid, 0.75, torch.Generator().manual_seed(step)))
         optimizer.zero_grad()
         loss.backward()
@@ -488,3 +489,42 @@ def test_presets_are_overruled_by_flags():
     )
     cfg = mae_image.Config(**given)
     assert (cfg.batch, cfg.patch, cfg.flip, cfg.mask_ratio) == (64, 2, False, 0.75)
+
+
+@pytest.mark.parametrize("flag, value", [("--seed", -1), ("--decoder-heads", 0), ("--log-every", 0), ("--workers", -1),
+                                         ("--min-crop", 0.0), ("--epochs", -1), ("--accum", 0), ("--patch", 0)])  # fmt: skip
+def test_numbers_out_of_range_are_named(refused, toy, flag, value):
+    assert f"{flag} {value}: must be" in refused(mae_image, "--data", toy, flag, value)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_can_begin_again(toy, run, tmp_path):
+    folder = tmp_path / "runs/mae_image"
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text('{"step": 0, "val_loss": 1.0, "chance": 1.0}\n{"step": 4, "lo')
+    run("mae_image.py", *TINY_IMAGE, "--data", toy, "--smoke")
+    assert [step for step, _ in losses(folder)] == [1, 2, 3]
+
+
+def test_a_log_that_a_crash_cut_off_does_not_hinder_resuming(straight, run, tmp_path):
+    reference, _ = straight
+    out = tmp_path / "copy"
+    shutil.copytree(reference, out)
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 33, "los')
+    run("mae_image.py", "--resume", "--out", out)
+    assert losses(out) == losses(reference)
+
+
+def test_a_killed_worker_ends_the_run_with_one_line_and_a_checkpoint(toy, tmp_path):
+    flags = [*TINY_IMAGE, "--data", toy, "--epochs", 5000, "--workers", 1]
+    process = subprocess.Popen([sys.executable, ROOT / "mae_image.py", *map(str, flags)], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    for line in process.stdout:
+        if "update     20/" in line:
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "the loader failed: " in text and "--resume" in text, text
+    assert "Traceback" not in text and weights(tmp_path / "runs/mae_image")["step"] >= 20

@@ -358,7 +358,7 @@ def test_real_clips_train(real, run):
             real / "real_clips" / name,
             "--smoke",
             "--batch",
-            2,
+            1,
             "--allow-missing",
             "--workers",
             0,
