@@ -11,7 +11,7 @@ What item i gets in an epoch (crop, flip, clip position) is drawn from a generat
 a dataset is indexed with the pair (epoch, i), and workers need no state. A file that cannot be read is named in
 the log and another one is taken; it never ends the run and never becomes silent zeros.
 
-Run   python data.py toy toy                             (1 min on 2 cores: the toy world, 600 clips, 2,000 images)
+Run   python data.py toy toy                             (30 s on 2 cores: the toy world, 600 clips, 2,000 images)
       python data.py check UCF101                        (decodes everything, lists what is broken, draws a sheet)
       python data.py shrink UCF101 UCF101-128 --short-side 128     (smaller files decode faster: do it once)
 Next  mae_image.py: the first model, and the training loop.

@@ -119,7 +119,8 @@ class VideoMAE(nn.Module):
     loss   float32 scalar;   pred (B, M, u*p*p*3), the painted hidden cubes, in the form of the target
 
     size     name in ENCODERS or (width, blocks, heads)
-    decoder  (width, blocks, heads); published: half the encoder's width, heads of 64 (huge 80), 4 blocks (from large on 12)
+    decoder  (width, blocks, heads); published: half the encoder's width, heads of 64 (huge 80), 4 blocks (12 from
+             large on)
     raises   InputError if frames or sides cannot be cut evenly, or a width by its heads
 
     DIFFERS from the official code: its attention has no key bias, ours does. A constant added to every key changes
@@ -320,13 +321,13 @@ class MAEST(nn.Module):
         return normalize(clips, self.MEAN, self.STD)
 
     def positions(self, prefix=""):
-        """-> table of the tokens (1, N, D), row of the class token (1, 1, D) or None."""
+        """-> table of the tokens (1, N, D), row of the class token (1, 1, D) or None; width E for the decoder's."""
         get = lambda part: getattr(self, f"{prefix}pos_embed{part}", None)
         if (joint := get("")) is not None:
             return joint[:, self.cls :], joint[:, :1] if self.cls else None
         t, h, w = self.grid
         # token (s, r, c) gets spatial[r, c] + temporal[s]; time-major, so space repeats and time is held
-        table = get("_spatial").repeat(1, t, 1) + get("_temporal").repeat_interleave(h * w, dim=1)  # (1, N, D)
+        table = get("_spatial").repeat(1, t, 1) + get("_temporal").repeat_interleave(h * w, dim=1)
         return table, get("_class")
 
     def forward(self, clips, mask):
@@ -481,11 +482,11 @@ class Config:
 
 
 _one_gpu = dict(frames=16, img_size=112, patch=8, size="small", decoder_width=192, decoder_depth=4, decoder_heads=3,
-                mask_ratio=0.75, norm_pix=True, crop="multiscale", batch=64, lr=3e-4, warmup=20, workers=8)  # fmt: skip
+                mask_ratio=0.75, norm_pix=True, crop="multiscale", flip=False, batch=64, lr=3e-4, warmup=20,
+                workers=8)  # fmt: skip
 _paper = dict(frames=16, img_size=224, patch=16, size="base", decoder_width=384, decoder_depth=4, decoder_heads=6,
               mask_ratio=0.75, norm_pix=True, crop="multiscale", batch=192, lr=3e-4, min_lr=1e-5, warmup=40,
-              flip=False,
-              workers=16)  # fmt: skip
+              flip=False, workers=16)  # fmt: skip
 PRESETS = {
     "ucf101": dict(_one_gpu, stride=4, epochs=200, out="runs/ucf101"),
     "hmdb51": dict(_one_gpu, stride=2, epochs=400, out="runs/hmdb51"),
