@@ -394,7 +394,8 @@ def read_clips(path, choose):
                 raise BrokenFile("no frame can be decoded")
             clips = choose(n)
             found, _ = grab(path, np.unique(clips))
-        return np.stack([[found[f] for f in clip] for clip in clips])
+        frames = np.stack([found[f] for f in clips.flat])  # one copy: a stack of stacks costs as much as the crop
+        return frames.reshape(*clips.shape, *frames.shape[1:])
     except BrokenFile:
         raise
     except Exception as error:  # decoders raise many kinds on a damaged file
