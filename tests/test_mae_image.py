@@ -384,8 +384,8 @@ class FakeRun:
 
     repeat = 1
 
-    def __init__(self, poison=None):
-        self.paths, self.poison = np.array([f"image {i}" for i in range(32)]), poison
+    def __init__(self):
+        self.paths = np.array([f"image {i}" for i in range(32)])
 
     def __len__(self):
         return 32
