@@ -22,7 +22,7 @@ What changes against mae_image.py, and where the two papers part:
     target           the patch               one frame of every cube           the cube, in [0, 1]
     normalised over  all channels            all channels                      each channel by itself
 
-Run     python mae_video.py                                  (5 min on 2 CPU cores: writes a toy world, pretrains)
+Run     python mae_video.py                                  (4 min on 2 CPU cores: writes a toy world, pretrains)
         python mae_video.py --model mae_st
         python mae_video.py --data UCF101 --preset ucf101    (one GPU, 112 px; ucf101_paper is the paper's recipe)
         python mae_video.py --resume                         (goes on where a run was stopped)

@@ -82,3 +82,17 @@ def refused(tmp_path, monkeypatch, capsys):
 TINY_IMAGE = ["--img-size", 16, "--patch", 8, "--decoder-width", 16, "--decoder-depth", 1, "--decoder-heads", 2,
               "--batch", 16, "--epochs", 2, "--warmup", 1, "--workers", 0, "--log-every", 1, "--pictures", 1]  # fmt: skip
 TINY_VIDEO = ["--frames", 4, *TINY_IMAGE]
+
+
+@torch.no_grad()
+def copy_encoder(model, encoder):
+    """Blocks and final norm of a model of ours -> the encoder of torchvision's VisionTransformer."""
+    encoder.ln.load_state_dict(model.norm.state_dict())
+    for ours, theirs in zip(model.blocks, encoder.layers):
+        theirs.ln_1.load_state_dict(ours.norm1.state_dict())
+        theirs.ln_2.load_state_dict(ours.norm2.state_dict())
+        theirs.self_attention.in_proj_weight.copy_(ours.attn.qkv.weight)
+        theirs.self_attention.in_proj_bias.copy_(ours.attn.qkv.bias)
+        theirs.self_attention.out_proj.load_state_dict(ours.attn.proj.state_dict())
+        theirs.mlp[0].load_state_dict(ours.mlp.fc1.state_dict())
+        theirs.mlp[3].load_state_dict(ours.mlp.fc2.state_dict())

@@ -101,10 +101,10 @@ def per_official_tensor(r, model, of):
 def probe_norms(r, model):
     """One tiny vector through every LayerNorm: the only array that sees a wrong epsilon in each of them."""
     layers = dict(model.named_modules())
-    for key, name in (("norm_probe", "norm_probe"), ("norm_probe_dec", "norm_probe_dec")):
+    for key in ("norm_probe", "norm_probe_dec"):
         x = torch.from_numpy(r.arrays[f"{key}_in"])
         ours = [n.removeprefix("encoder.").replace("decoder.", "decoder_") for n in r.config[key]]
-        r.check(f"{name}_out", torch.stack([layers[n](x) for n in ours]))
+        r.check(f"{key}_out", torch.stack([layers[n](x) for n in ours]))
 
 
 def three_updates(r, model, x, mask):

@@ -18,7 +18,7 @@ from PIL import Image
 
 import mae_image
 import mae_video
-from conftest import ROOT, TINY_IMAGE
+from conftest import ROOT, TINY_IMAGE, copy_encoder
 from mae_image import MAE
 from masking import InputError, hidden, random_mask
 
@@ -60,15 +60,7 @@ def test_the_encoder_is_torchvisions_vision_transformer():
         vit.conv_proj.bias.copy_(model.patch_embed.proj.bias)
         vit.class_token.copy_(model.cls_token)
         vit.encoder.pos_embedding.copy_(torch.cat([torch.zeros(1, 1, 32), model.pos_embed], dim=1))
-        vit.encoder.ln.load_state_dict(model.norm.state_dict())
-        for ours, theirs in zip(model.blocks, vit.encoder.layers):
-            theirs.ln_1.load_state_dict(ours.norm1.state_dict())
-            theirs.ln_2.load_state_dict(ours.norm2.state_dict())
-            theirs.self_attention.in_proj_weight.copy_(ours.attn.qkv.weight)
-            theirs.self_attention.in_proj_bias.copy_(ours.attn.qkv.bias)
-            theirs.self_attention.out_proj.load_state_dict(ours.attn.proj.state_dict())
-            theirs.mlp[0].load_state_dict(ours.mlp.fc1.state_dict())
-            theirs.mlp[3].load_state_dict(ours.mlp.fc2.state_dict())
+        copy_encoder(model, vit.encoder)
     imgs, _ = masked(model)
     vit.eval()
     x = torch.cat([vit.class_token.expand(4, -1, -1), vit._process_input(imgs)], dim=1)

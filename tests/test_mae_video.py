@@ -11,7 +11,7 @@ from PIL import Image
 
 import mae_image
 import mae_video
-from conftest import TINY_VIDEO
+from conftest import TINY_VIDEO, copy_encoder
 from mae_video import MAEST, VideoMAE
 from masking import InputError, hidden, random_mask, restore, tube_mask, visible
 
@@ -52,15 +52,7 @@ def test_the_encoder_is_torchvisions_transformer_over_cubes():
     vit = torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 128).eval()
     with torch.no_grad():
         vit.encoder.pos_embedding = torch.nn.Parameter(model.pos_embed)
-        vit.encoder.ln.load_state_dict(model.norm.state_dict())
-        for ours, theirs in zip(model.blocks, vit.encoder.layers):
-            theirs.ln_1.load_state_dict(ours.norm1.state_dict())
-            theirs.ln_2.load_state_dict(ours.norm2.state_dict())
-            theirs.self_attention.in_proj_weight.copy_(ours.attn.qkv.weight)
-            theirs.self_attention.in_proj_bias.copy_(ours.attn.qkv.bias)
-            theirs.self_attention.out_proj.load_state_dict(ours.attn.proj.state_dict())
-            theirs.mlp[0].load_state_dict(ours.mlp.fc1.state_dict())
-            theirs.mlp[3].load_state_dict(ours.mlp.fc2.state_dict())
+        copy_encoder(model, vit.encoder)
     clips, _ = masked(model)
     tokens = model.patch_embed.proj(clips).flatten(2).transpose(1, 2)
     assert torch.allclose(model.encode(clips), vit.encoder(tokens), atol=1e-5)
