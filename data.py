@@ -214,8 +214,13 @@ def list_plain(root, split, kinds, allow_missing):
 
 def list_folder(folder, kinds, classes=None):
     """Files of class folders, or of the folder itself where it has none. `classes`: number them as another split."""
-    if classes is None:
-        classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and next(walk(d, kinds), None))
+    folders = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    found = [d.name for d in folders if next(walk(d, kinds), None)]
+    if found:  # an empty folder beside them is a class too, more likely a failed download than nothing
+        found = [d.name for d in folders if d.name in found or next(d.iterdir(), None) is None]
+    if classes and set(found) - set(classes):
+        raise InputError(f"{folder} has a class that the training split lacks: {sorted(set(found) - set(classes))[0]}")
+    classes = found if classes is None else classes
     pairs = [(p, i) for i, c in enumerate(classes) for p in walk(folder / c, kinds)]
     if not classes:
         pairs, classes = [(p, -1) for p in walk(folder, kinds)], []

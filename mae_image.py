@@ -198,7 +198,7 @@ class MAE(nn.Module):
     imgs  (B, 3, H, W) float, normalised with MEAN and STD;   mask (B, N) bool, True = hidden
     loss  float32 scalar;   pred (B, M, P) the painted hidden patches, in the form of the target
 
-    size       name in ENCODERS or (width, blocks, heads)
+    size       name in ENCODERS, or (width, blocks, heads)
     decoder    (width, blocks, heads); the paper's is 512 wide with 8 blocks and 16 heads for every encoder
     norm_pix   predict patches normalised by their own mean and variance (better features, Table 1(d)), else pixels
     raises     InputError if the image is not a multiple of the patch, or a width of its heads
@@ -367,7 +367,7 @@ class Config:
     allow_missing: bool = False  # a list may name files that are not there: use the others
     workers: int = 2  # processes that load data
     # model
-    size: str = "nano"  # encoder: nano, tiny, small, base, large, huge
+    size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
     patch: int = 8  # side of a patch in pixels
     decoder_width: int = 64  # the paper's is 512
     decoder_depth: int = 2  # blocks; the paper has 8
@@ -443,11 +443,13 @@ LIMITS += [("min_crop", 0.01, 1), ("weight_decay", 0, BIG), ("clip", 0, BIG)]
 MAY_CHANGE = ("out", "resume", "workers", "device", "compile", "log_every", "accum", "pictures")
 
 
-def read_config(Config, presets, doc, script, argv=None):
-    """The config of this run: from the flags or, with --resume, from the checkpoint that it goes on with."""
+def read_config(Config, presets, doc, script, argv=None, limits=(), may_change=()):
+    """The config of this run: from the flags or, with --resume, from the checkpoint that it goes on with.
+
+    limits, may_change: what a script adds to LIMITS (or has otherwise) and to MAY_CHANGE."""
     given = parse_config(Config, presets, doc, argv)
     cfg = Config(**given)
-    for name, low, high in LIMITS:
+    for name, (low, high) in {name: bounds for name, *bounds in [*LIMITS, *limits]}.items():
         if not low <= getattr(cfg, name, low) <= high:
             raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {low:g} to {high:g}")
     if not cfg.resume:
@@ -455,12 +457,12 @@ def read_config(Config, presets, doc, script, argv=None):
     content = load_file(Path(cfg.out) / "checkpoint.pt")
     if content.get("script") != script:
         raise InputError(f"{cfg.out} holds a run of {content.get('script')}.py, not of {script}.py")
-    saved = content["config"]
+    saved, may_change = content["config"], (*MAY_CHANGE, *may_change)
     for name, value in given.items():
-        if name not in MAY_CHANGE and value != saved[name]:
+        if name not in may_change and value != saved[name]:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {value}: the run in {cfg.out} has {saved[name]}, and a resumed run must keep it")
-    return Config(**{**saved, **{k: v for k, v in given.items() if k in MAY_CHANGE}})
+    return Config(**{**saved, **{k: v for k, v in given.items() if k in may_change}})
 
 
 # ============================================================================================================
@@ -741,7 +743,8 @@ class StopOnSignal:
 class Run:
     """The folder of one run: checkpoint.pt, log.jsonl, pictures/. Only one process writes."""
 
-    def __init__(self, out, cfg, script, model, optimizer, scaler, writes):
+    def __init__(self, out, cfg, script, model, optimizer, scaler, writes, extra=None):
+        self.extra = extra or {}  # what else a script wants to find in its checkpoint
         self.out, self.cfg, self.script, self.writes = out, cfg, script, writes
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.step, self.losses, self.scores = 0, [], {"chance": float("nan"), "val_loss": float("nan")}
@@ -849,7 +852,7 @@ class Run:
             save_checkpoint(self.out / "checkpoint.pt", {
                 "script": self.script, "config": dataclasses.asdict(self.cfg), "step": done, "losses": losses,
                 "scores": self.scores, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict()})  # fmt: skip
+                "scaler": self.scaler.state_dict(), **self.extra})  # fmt: skip
             self.step = done
         except OSError as error:
             self.say(f"warning: {error}; the checkpoint of update {self.step} stays")
@@ -858,7 +861,7 @@ class Run:
         self.saved_at = time.perf_counter()
         self.save_seconds = self.saved_at - tick
 
-    def finish(self, total):
+    def finish(self, total, result=""):
         if self.broken:
             self.say(f"{len(self.broken)} broken files were met {sum(self.broken.values())} times: "
                      + ", ".join(sorted(self.broken)[:20]))  # fmt: skip
@@ -869,8 +872,8 @@ class Run:
             sys.exit(130)  # what a shell expects after Ctrl-C
         if total:
             self.say(f"weights in {self.out}/checkpoint.pt")
-        self.say(f"done: held-out loss {self.scores['val_loss']:.4f} (chance {self.scores['chance']:.3f}) after "
-                 f"{clock_text(time.perf_counter() - self.began)}, see {self.out}")  # fmt: skip
+        result = result or f"held-out loss {self.scores['val_loss']:.4f} (chance {self.scores['chance']:.3f})"
+        self.say(f"done: {result} after {clock_text(time.perf_counter() - self.began)}, see {self.out}")
 
 
 def clock_text(seconds):
@@ -959,8 +962,7 @@ def main():
     data.make_toy_if_asked(cfg.data, rank, world)
     torch.manual_seed(cfg.seed)
     decoder = (cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
-    check_encoder(cfg.size)
-    model = MAE(cfg.img_size, cfg.patch, cfg.size, decoder, cfg.norm_pix)
+    model = MAE(cfg.img_size, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)
     draw_mask = lambda batch, rows, generator: MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator)
     check_mask(draw_mask)
 
@@ -981,9 +983,14 @@ def main():
     pretrain(model, train, draw_mask, validate, cfg, "mae_image")
 
 
-def check_encoder(size):
-    if size not in ENCODERS:
-        raise InputError(f"--size {size} is unknown: use one of {', '.join(ENCODERS)}")
+def encoder_size(size):
+    """--size, a name in ENCODERS or numbers as in 128x4x4 -> (width, blocks, heads)."""
+    if size in ENCODERS:
+        return ENCODERS[size]
+    numbers = [int(n) for n in size.split("x") if n.isdecimal()]
+    if len(numbers) != 3 or size != "x".join(map(str, numbers)) or min(numbers) < 1:
+        raise InputError(f"--size {size} is unknown: use one of {', '.join(ENCODERS)}, or WIDTHxBLOCKSxHEADS")
+    return tuple(numbers)
 
 
 def check_mask(draw_mask):

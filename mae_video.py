@@ -49,9 +49,9 @@ from mae_image import (
     Block,
     PatchEmbed,
     check_divides,
-    check_encoder,
     check_grid,
     check_mask,
+    encoder_size,
     held_out,
     init_weights,
     load_weights,
@@ -105,6 +105,20 @@ def sinusoid(width, N):
     j = torch.arange(width)
     angle = torch.arange(N).double()[:, None] / 10000.0 ** (2 * (j // 2).double() / width)
     return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def resize_table(table, old, new):
+    """Positions of one token grid (t, h, w) for another: bicubic over rows and columns, linear over time slots.
+
+    table (1, N, D) -> (1, N', D).   As public code resizes MAE's and MAE-ST's tables for fine-tuning.
+    """
+    (t, h, w), D = old, table.shape[2]
+    x = table.reshape(t, h, w, D).permute(0, 3, 1, 2)  # (t, D, h, w)
+    if (h, w) != tuple(new[1:]):
+        x = F.interpolate(x, new[1:], mode="bicubic", align_corners=False)
+    if t != new[0]:
+        x = F.interpolate(x.flatten(1).T[None], new[0], mode="linear")[0].T.reshape(new[0], D, *new[1:])
+    return x.permute(0, 2, 3, 1).reshape(1, -1, D)
 
 
 # ============================================================================================================
@@ -409,21 +423,14 @@ class MAEST(nn.Module):
         return renamed
 
     def resize(self, name, table):
-        """A learned table for another grid -> ours: bicubic over rows and columns (a square), linear over slots."""
+        """A learned table for another grid -> ours; one that cannot be resized stays, and load_weights names it."""
         t, h, w = self.grid
-        own = getattr(self, name, None)
-        if own is None or table.ndim != 3 or own.shape == table.shape or own.shape[2] != table.shape[2]:
-            return table  # nothing to do, or load_weights will name it
-        if name.endswith("spatial"):
-            side = math.isqrt(table.shape[1])
-            if side * side != table.shape[1]:
-                return table
-            x = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
-            x = F.interpolate(x, (h, w), mode="bicubic", align_corners=False)
-            return x.flatten(2).transpose(1, 2)
-        if name.endswith("temporal"):
-            return F.interpolate(table.transpose(1, 2), t, mode="linear", align_corners=False).transpose(1, 2)
-        return table
+        own, side = getattr(self, name, None), math.isqrt(table.shape[1]) if table.ndim == 3 else 0
+        if own is None or own.shape == table.shape or own.shape[2] != table.shape[2]:
+            return table
+        if name.endswith("spatial") and side * side == table.shape[1]:
+            return resize_table(table, (1, side, side), (1, h, w))
+        return resize_table(table, (table.shape[1], 1, 1), (t, 1, 1)) if name.endswith("temporal") else table
 
 
 MODELS = {"videomae": VideoMAE, "mae_st": MAEST}
@@ -450,7 +457,7 @@ class Config:
     workers: int = 2  # processes that load data
     # model
     model: typing.Literal["videomae", "mae_st"] = "videomae"  # which paper
-    size: str = "nano"  # encoder: nano, tiny, small, base, large, huge
+    size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
     patch: int = 8  # side of a cube in pixels
     tubelet: int = 2  # frames in a cube
     decoder_width: int = 64  # VideoMAE: half of the encoder; MAE-ST: 512
@@ -524,8 +531,8 @@ def main():
     data.make_toy_if_asked(cfg.data, rank, world)
     torch.manual_seed(cfg.seed)
     decoder = (cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
-    check_encoder(cfg.size)
-    model = MODELS[cfg.model](cfg.frames, cfg.img_size, cfg.tubelet, cfg.patch, cfg.size, decoder, cfg.norm_pix)
+    model = MODELS[cfg.model](cfg.frames, cfg.img_size, cfg.tubelet, cfg.patch, encoder_size(cfg.size), decoder,
+                              cfg.norm_pix)  # fmt: skip
     kind = {"videomae": "tube", "mae_st": "random"}[cfg.model] if cfg.mask == "auto" else cfg.mask
     draw_mask = lambda batch, rows, generator: MASKS[kind](rows, model.grid, cfg.mask_ratio, generator)
     check_mask(draw_mask)

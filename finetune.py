@@ -1,0 +1,1006 @@
+"""finetune.py - what the pretraining was for: a classifier around the pretrained encoder, and how it is tested.
+
+Papers  MAE 2111.06377 (App. A.1), VideoMAE 2203.12602 (App. 7), MAE-ST 2205.09113 (Sec. 4), all on arXiv
+Covers  MAE App. A.1 "End-to-end fine-tuning", Table 9    Classifier, layer_groups, mix, Augmented; --mode finetune
+        MAE App. A.1 "Linear probing", Table 10           Classifier(frozen=True), LARS; --mode linear
+        MAE App. A.2, VideoMAE Table 2 "from scratch"     the same recipe without the weights; --mode scratch
+        MAE-ST Sec. 4 "Settings", VideoMAE App. 7         ViewDataset, summarise: clips x crops views of every video
+        MAE-ST App. A, last paragraph (image -> video)    inflate
+        not in the papers                                 --mode knn: nearest neighbours of frozen features
+Not     detection and segmentation; EMA (MAE Table 11); partial fine-tuning (MAE Fig. 9).
+
+The four modes answer different questions. finetune: is the encoder a good place to start from? scratch: what would
+it have learnt without? linear and knn: what does the encoder know already? Masked autoencoders are strong in the
+first and weak in the last two (VideoMAE Table 3: 69.6 fine-tuned, 38.9 linear): do not expect miracles of a probe.
+
+Run     python finetune.py                                (2 min on 2 CPU cores: the toy world, runs/mae_video)
+        python finetune.py --mode scratch --out runs/scratch      (the same network and budget without pretraining)
+        python finetune.py --mode linear --out runs/linear        (--mode knn needs no training at all)
+        python finetune.py --data UCF101 --preset ucf101 --init runs/ucf101/checkpoint.pt --out runs/ucf101_ft
+        python finetune.py --predict clip.avi --init runs/finetune/checkpoint.pt
+        It ends with "done: top-1 ... (chance ...) ... see runs/finetune".
+Next    this is the last file. tests/ shows what was checked, and how.
+"""
+
+import contextlib
+import csv
+import json
+import math
+import re
+import sys
+import time
+import typing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+import data
+from data import BrokenFile, dense_views, linspace_clip, make_crop, read_clips, read_image, seeded, segment_views
+from mae_image import (
+    ENCODERS,
+    MAE,
+    Batches,
+    Run,
+    StopOnSignal,
+    agree,
+    average_over_processes,
+    check_divides,
+    choose_precision,
+    encoder_size,
+    load_file,
+    lr_at,
+    read_config,
+    shuffled,
+    sincos_2d,
+    start_processes,
+)
+from mae_video import MAEST, VideoMAE, resize_table
+from masking import InputError, run_script
+
+MODELS = {"mae": MAE, "videomae": VideoMAE, "mae_st": MAEST}
+
+
+# ============================================================================================================
+#  THE PAPERS, part 1: a classifier around the encoder                    (needs: torch; a model with `encode`)
+# ============================================================================================================
+
+
+class TunedBlock(nn.Module):
+    """The pretrained block with what only fine-tuning adds; the names of its tensors stay.
+
+    drop_path    chance that a sample skips each half of the block (stochastic depth, arXiv 1603.09382); in training
+    layer_scale  0: none; else a learned factor per channel, begun here (an option of VideoMAE's public code)
+    """
+
+    def __init__(self, block, drop_path, layer_scale):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.drop_path, width = drop_path, block.norm1.normalized_shape[0]
+        for name in ("gamma_1", "gamma_2") if layer_scale else ():
+            self.register_parameter(name, nn.Parameter(torch.full((width,), float(layer_scale))))
+
+    def branch(self, x, gamma):
+        """What a half of the block adds: scaled, and for some samples nothing; the others make up for it."""
+        if (scale := getattr(self, gamma, None)) is not None:
+            x = scale * x
+        if self.drop_path and self.training:
+            keep = 1 - self.drop_path
+            x = x * torch.rand(len(x), 1, 1, device=x.device).lt(keep) / keep
+        return x
+
+    def forward(self, x):
+        x = x + self.branch(self.attn(self.norm1(x)), "gamma_1")
+        return x + self.branch(self.mlp(self.norm2(x)), "gamma_2")
+
+
+class Classifier(nn.Module):
+    """Pretrained encoder -> pooled token -> LayerNorm -> linear layer.   logits = model(x)
+
+    x       what the encoder's `encode` takes, e.g. clips (B, 3, T, H, W), normalised;   logits (B, classes)
+    pool    "mean" over the tokens without the class token, or "first": the class token (VideoMAE, which has none,
+            then takes its first cube, as its public code does with --use_cls)
+    fresh_norm  the norm before the head is new. MAE and VideoMAE throw the pretrained final norm away and call the
+            new one fc_norm; MAE-ST, and MAE with its class token, go on with the pretrained one
+    frozen  linear probing: BatchNorm without affine before the linear layer, and nothing else learns or moves
+
+    The norm comes after the pooling everywhere. For "first" that is no difference: LayerNorm looks at one token.
+    """
+
+    def __init__(self, encoder, classes, pool="mean", fresh_norm=True, drop_path=0.0, dropout=0.0, layer_scale=0.0,
+                 frozen=False):  # fmt: skip
+        super().__init__()
+        drop_decoder(encoder)
+        D, depth = encoder.blocks[0].norm1.normalized_shape[0], len(encoder.blocks)
+        self.pool, self.frozen = pool, frozen
+        # important: MAE-ST leaves token 0 out even when it has no class token, and so loses a cube (public code)
+        self.skip = 1 if isinstance(encoder, (MAE, MAEST)) else 0
+        self.norm = nn.LayerNorm(D, eps=1e-6) if fresh_norm else encoder.norm
+        encoder.norm = nn.Identity()
+        rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are skipped more often
+        encoder.blocks = nn.ModuleList([TunedBlock(b, r, layer_scale) for b, r in zip(encoder.blocks, rates)])
+        own_positions(encoder)
+        self.encoder, self.dropout = encoder, nn.Dropout(dropout)
+        linear = nn.Linear(D, classes)
+        nn.init.trunc_normal_(linear.weight, std=0.01 if frozen else 2e-5)
+        nn.init.zeros_(linear.bias)
+        # MAE App. A.1: without the BatchNorm each model would need its own learning rate for the probe
+        self.head = nn.Sequential(nn.BatchNorm1d(D, affine=False, eps=1e-6), linear) if frozen else linear
+        if frozen:
+            self.encoder.requires_grad_(False)
+            self.norm.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def features(self, x):
+        """-> (B, D): one vector per sample."""
+        with torch.no_grad() if self.frozen else contextlib.nullcontext():
+            tokens = self.encoder.encode(x)  # (B, N, D), with the class token where there is one
+            pooled = tokens[:, 0] if self.pool == "first" else tokens[:, self.skip :].mean(dim=1)  # (B, D)
+            return self.norm(pooled)
+
+    def forward(self, x):
+        return self.head(self.dropout(self.features(x)))
+
+
+def drop_decoder(model):
+    """The decoder has done its work: MAE Sec. 3 "MAE decoder"."""
+    for parts in (model._modules, model._parameters, model._buffers):
+        for name in [n for n in parts if n.startswith(("decoder", "mask_token"))]:
+            del parts[name]
+
+
+def own_positions(encoder):
+    """Fixed positions enter the state dict, since they may be resized; MAE's public code even trains them."""
+    if isinstance(encoder, MAE):
+        table = encoder.pos_embed
+        del encoder.pos_embed
+        encoder.pos_embed = nn.Parameter(table)
+    elif "pos_embed" in encoder._buffers:
+        encoder.register_buffer("pos_embed", encoder.pos_embed, persistent=True)
+
+
+def change_grid(encoder, new):
+    """Another image size or clip length than in pretraining: every table of positions is interpolated."""
+    old, encoder.grid = encoder.grid, tuple(new)
+    if old == encoder.grid:
+        return
+    sizes = {"pos_embed_spatial": ((1, *old[1:]), (1, *new[1:])), "pos_embed_temporal": ((old[0], 1, 1), (new[0], 1, 1)),
+             "pos_embed": (old, new)}  # fmt: skip
+    for name, (a, b) in sizes.items():
+        if (table := getattr(encoder, name, None)) is not None:
+            extra = table.shape[1] - math.prod(a)  # MAE-ST's joint table begins with the class token's row
+            resized = torch.cat([table[:, :extra], resize_table(table[:, extra:].detach(), a, b)], dim=1)
+            setattr(encoder, name, nn.Parameter(resized.detach()) if isinstance(table, nn.Parameter) else resized)
+
+
+# ============================================================================================================
+#  THE PAPERS, part 2: the recipe                                                  (needs: torch, torchvision)
+# ============================================================================================================
+
+
+def layer_groups(model, weight_decay, layer_decay):
+    """AdamW's groups: layer-wise decay of the learning rate, MAE App. A.1 (from BEiT, arXiv 2106.08254).
+
+    Layer 0 is the embedding with tokens and positions, block i is layer i + 1, norm and head are the last; a layer
+    learns `layer_decay` times as fast as the one above it. Vectors, tokens and positions have no weight decay.
+
+    OmniMAE's public code counts one step more (its head learns layer_decay times as fast, and so on down): the
+    same as ours at layer_decay times the learning rate.
+    """
+    last, groups = len(model.encoder.blocks) + 1, {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        block = re.match(r"encoder\.blocks\.(\d+)\.", name)
+        layer = int(block[1]) + 1 if block else 0 if name.startswith("encoder.") else last
+        plain = parameter.ndim < 2 or any(part in name for part in ("_token", "pos_embed"))
+        group = groups.setdefault((layer, plain), {"params": [], "lr_scale": layer_decay ** (last - layer),
+                                                   "weight_decay": 0.0 if plain else weight_decay})  # fmt: skip
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled to each matrix: MAE App. A.1 "Linear probing" (arXiv 1708.03888).
+
+    A matrix moves by lr x trust x its own norm, whatever the length of its gradient. Vectors: plain momentum SGD.
+    """
+
+    def __init__(self, groups, lr, momentum=0.9, trust=0.001):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                update = p.grad
+                if p.ndim > 1:
+                    update = update + group["weight_decay"] * p
+                    norms = p.norm() * update.norm()
+                    update = update * torch.where(norms > 0, group["trust"] * p.norm() / update.norm(), 1.0)
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.sub_(buffer.mul_(group["momentum"]).add_(update), alpha=group["lr"])
+
+
+def mix(x, labels, classes, mixup, cutmix):
+    """Mixup or CutMix, by chance, of the samples of a batch: MAE Table 9.   -> x, labels (B,) or soft (B, classes)
+
+    All frames of a clip are mixed alike: to torchvision they are channels of one image."""
+    kinds = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
+    kinds += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
+    if not kinds:
+        return x, labels
+    mixed, labels = kinds[int(torch.rand(1) * len(kinds))](x.flatten(1, -3), labels)  # (B, C*T, H, W)
+    return mixed.reshape(x.shape), labels
+
+
+def erase(x, chance):
+    """Random erasing (arXiv 1708.04896): a box of noise, the same box in all frames.   x (B, C, [T,] H, W)"""
+    eraser = v2.RandomErasing(p=chance, value="random")
+    return torch.stack([eraser(sample.transpose(0, -3)).transpose(0, -3) for sample in x]) if chance else x
+
+
+class Augmented(Dataset):
+    """A dataset of data.py with RandAugment (arXiv 1909.13719) on top of crop and flip.
+
+    All frames of a clip get the same operations. important: frames augmented one by one would flicker, and the
+    network would learn from motion that is not there.
+    DIFFERS from the official code (timm's): torchvision's operations and scale, without noise on the magnitude.
+    """
+
+    def __init__(self, dataset, operations, magnitude):
+        self.dataset, self.repeat = dataset, dataset.repeat
+        self.paths, self.labels, self.classes = dataset.paths, dataset.labels, dataset.classes
+        self.augment = v2.RandAugment(operations, magnitude, num_magnitude_bins=11) if magnitude else None
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        pixels, number, broken = self.dataset[key]
+        if self.augment:
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+                torch.manual_seed(int(torch.randint(2**62, (1,), generator=seeded(self.dataset.seed, 5, *key))))
+                pixels = torch.stack([self.augment(x.movedim(-1, -3)).movedim(-3, -1) for x in pixels])
+        return pixels, number, broken
+
+
+# ============================================================================================================
+#  THE PAPERS, part 3: testing                                                      (needs: data.py parts 1-4)
+# ============================================================================================================
+
+
+def spatial_views(pixels, size, crops):
+    """Short side to `size`, then `crops` squares at even distances along the long side; one: the middle.
+
+    uint8 (T, H, W, 3) -> (crops, T, size, size, 3)"""
+    if crops == 1:
+        return make_crop(pixels, size, "center", 1, False, None)[None]
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (T, 3, H, W)
+    H, W = x.shape[-2:]
+    H, W = max(size, round(H * size / min(H, W))), max(size, round(W * size / min(H, W)))
+    x = TF.resize(x, [H, W], antialias=True)
+    places = [round(i * max(H - size, W - size) / (crops - 1)) for i in range(crops)]
+    views = [x[..., p : p + size, :size] if H > W else x[..., :size, p : p + size] for p in places]
+    return torch.stack(views).permute(0, 1, 3, 4, 2).contiguous()
+
+
+class ViewDataset(Dataset):
+    """dataset[i] -> uint8 (clips * crops, T, H, W, 3), i, [(path, reason) if broken]: all views, no randomness.
+
+    Images have one view, their centre. A broken file gives zeros and is named: it is never replaced by another
+    one, as in training, or its label would be counted twice.
+    """
+
+    def __init__(self, files, cfg, clips, crops):
+        self.files, self.cfg, self.clips, self.crops = files, cfg, clips, crops
+
+    def __len__(self):
+        return len(self.files.paths)
+
+    def choose(self, n):
+        """Frame numbers (clips, T) in a video of n frames."""
+        T, stride = self.cfg.frames, self.cfg.stride
+        if self.cfg.sampling == "segments":
+            return segment_views(n, T, self.clips)
+        if self.cfg.sampling == "linspace":  # MAE-ST: starts at whole distances, public code
+            gap = max(n - T * stride, 0)
+            starts = [gap // 2] if self.clips == 1 else [v * (gap // (self.clips - 1)) for v in range(self.clips)]
+            return np.stack([linspace_clip(n, T, stride, s) for s in starts])
+        return dense_views(n, T, stride, self.clips)
+
+    def __getitem__(self, i):
+        path, size = self.files.paths[i], self.cfg.img_size
+        try:
+            if is_video(self.cfg):
+                clips = read_clips(path, self.choose)  # (clips, T, H, W, 3)
+                return torch.cat([spatial_views(c, size, self.crops) for c in clips]), i, []
+            pixels = self.files.pixels[i] if self.files.pixels is not None else read_image(path)
+            return make_crop(pixels[None], size, "center", 1, False, None, bicubic=True), i, []
+        except BrokenFile as error:
+            frames = (self.clips * self.crops, self.cfg.frames) if is_video(self.cfg) else (1,)
+            return torch.zeros(*frames, size, size, 3, dtype=torch.uint8), i, [(str(path), str(error))]
+
+
+def run_views(model, files, cfg, clips, crops, device, output):
+    """output(model, x) of every view of every file -> (files, views, width), and the paths of broken files.
+
+    Each process takes every world-th file, so each is done exactly once, whatever the number of files."""
+    distributed = torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    own, views = range(rank, len(files.paths), world), clips * crops if is_video(cfg) else 1
+    at_once = max(cfg.batch // views, 1)  # files, so that a forward pass is about as large as in training
+    loader = data.make_loader(ViewDataset(files, cfg, clips, crops),
+                              [own[i : i + at_once] for i in range(0, len(own), at_once)], cfg.workers, device)  # fmt: skip
+    dtype, results, broken = choose_precision(cfg, device), None, []
+    shown, start = time.perf_counter(), time.perf_counter()
+    model.eval()
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for done, (pixels, numbers, errors) in enumerate(loader, 1):
+            broken += errors
+            pieces = [output(model, model.encoder.normalize(p.to(device))).float() for p in pixels.split(cfg.batch)]
+            x = torch.cat(pieces).reshape(len(numbers), views, -1)
+            if results is None:
+                results = torch.zeros(len(files.paths), views, x.shape[2], device=device)
+            results[numbers] = x
+            now = time.perf_counter()
+            if rank == 0 and now - shown > 20:
+                left, shown = (now - start) / done * (len(loader) - done), now
+                print(f"testing: {done} of {len(loader)} batches, {left:.0f} s left", flush=True)
+    if distributed:
+        width = torch.tensor([0 if results is None else results.shape[-1]], device=device)
+        torch.distributed.all_reduce(width, torch.distributed.ReduceOp.MAX)
+        if results is None:  # fewer files than processes
+            results = torch.zeros(len(files.paths), views, int(width), device=device)
+        torch.distributed.all_reduce(results)
+        gathered = [None] * world
+        torch.distributed.all_gather_object(gathered, broken)
+        broken = sum(gathered, [])
+    results = results.cpu()
+    results[[path in dict(broken) for path in map(str, files.paths)]] = float("nan")
+    return results, broken
+
+
+def class_probabilities(model, x):
+    return model(x).softmax(dim=-1)
+
+
+def summarise(probabilities, labels):
+    """Clip-level and video-level accuracy.   probabilities (N, views, classes), labels (N,) -> dict
+
+    important: the two are different numbers, and papers report the second: the softmax averaged over all views of
+    a video. Comparing one with the other is the most common way not to reproduce a result.
+    Files that could not be read (NaN) are left out.
+    """
+    good = probabilities[:, 0, 0].isfinite()
+    probabilities, labels = probabilities[good], labels[good]
+    if not len(labels):
+        raise InputError("not one test file could be read")
+    N, V, C = probabilities.shape
+    hits = lambda p, y, k: (p.topk(min(k, C)).indices == y[:, None]).any(dim=1).double()
+    video = probabilities.mean(dim=1)  # (N, C)
+    clips, clip_labels = probabilities.flatten(0, 1), labels.repeat_interleave(V)
+    right, count = hits(video, labels, 1), labels.bincount(minlength=C)
+    per_class = torch.zeros(C).double().index_add(0, labels, right) / count  # NaN where there is no test file
+    confusion = torch.zeros(C, C).index_put((labels, video.argmax(dim=1)), torch.ones(N), accumulate=True)
+    wrong = confusion.fill_diagonal_(0).flatten()
+    pairs = [(int(i) // C, int(i) % C, int(wrong[i])) for i in wrong.argsort(descending=True)[:5] if wrong[i]]
+    return {"files": N, "unreadable": int((~good).sum()), "views": V, "top1": right.mean().item(),
+            "top5": hits(video, labels, 5).mean().item(), "clip_top1": hits(clips, clip_labels, 1).mean().item(),
+            "clip_top5": hits(clips, clip_labels, 5).mean().item(), "class_mean": per_class.nanmean().item(),
+            "chance": (count.max() / N).item(), "per_class": per_class.tolist(), "confused": pairs}  # fmt: skip
+
+
+def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.07):
+    """Weighted vote of the k nearest training features (arXiv 1805.01978).   (n, D), (n,), (m, D) -> (m, classes)
+
+    Nearness is the cosine after subtracting the mean of the training features; a neighbour's vote weighs
+    exp(cosine / temperature)."""
+    mean = train.mean(dim=0)
+    cosine = F.normalize(test - mean, dim=1) @ F.normalize(train - mean, dim=1).T  # (m, n)
+    weight, index = cosine.topk(min(k, len(train)), dim=1)
+    votes = torch.zeros(len(test), classes).scatter_add(1, train_labels[index], (weight / temperature).exp())
+    return votes / votes.sum(dim=1, keepdim=True)
+
+
+# ============================================================================================================
+#  THE RUN, part 1: settings
+# ============================================================================================================
+
+
+@dataclass
+class Config:
+    # what to do
+    mode: typing.Literal["finetune", "linear", "scratch", "knn", "features"] = "finetune"  # see the text above; features: one vector a file
+    init: str = "auto"  # pretrained file, ours or a public one; auto: the run in runs/mae_video if there is one
+    eval_only: bool = False  # no training: test the classifier in --init
+    predict: str = ""  # no training: what the classifier in --init says about this one file
+    # data
+    data: str = "toy"  # as in mae_video.py and mae_image.py
+    fold: int = 1  # of the official lists: 1, 2 or 3
+    allow_missing: bool = False  # a list may name files that are not there: use the others
+    share: float = 1.0  # share of the training files of each class that is used, always the same ones
+    frames: int = 0  # frames per clip; 0: as in pretraining, also for the next two
+    stride: int = 0  # frames from one to the next
+    img_size: int = 0  # side of the square that the model sees, in pixels; positions are interpolated
+    sampling: typing.Literal["auto", "dense", "linspace", "segments"] = "auto"  # auto: as in pretraining
+    workers: int = 2  # processes that load data
+    # augmentation
+    min_crop: float = 0.5  # smallest share of the frame that a random crop takes; the papers' 0.08 is for large sets
+    flip: bool = True  # mirror half of the samples; off where left and right are classes
+    repeat: int = 1  # clips of every decoded video: repeated augmentation
+    rand_augment: int = 0  # magnitude 0 to 10 of RandAugment, 0: off; the papers' is 7 to 9
+    rand_ops: int = 2  # operations of RandAugment; VideoMAE's code has 4
+    erase: float = 0.0  # chance that a box is filled with noise; the papers' is 0.25
+    mixup: float = 0.0  # alpha of Mixup; the papers' is 0.8
+    cutmix: float = 0.0  # alpha of CutMix; the papers' is 1.0
+    smoothing: float = 0.1  # label smoothing
+    # model
+    model: typing.Literal["auto", "mae", "videomae", "mae_st"] = "auto"  # auto: that of --init; from scratch videomae
+    size: str = "auto"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS; auto: that of --init, also for the next two
+    patch: int = 0  # side of a patch or cube in pixels
+    tubelet: int = 0  # frames in a cube
+    pool: typing.Literal["auto", "mean", "first"] = "auto"  # auto: mean; for MAE's linear probe the class token
+    drop_path: float = 0.1  # chance that a sample skips a half of the last block; less in those below
+    dropout: float = 0.0  # before the head
+    # optimiser
+    epochs: int = 30  # passes over the training files; each gives --repeat samples
+    batch: int = 32  # samples per update, over all processes, accumulation steps and repeats
+    accum: int = 1  # forward-backward passes per update: raise it when memory runs out
+    lr: float = 0.0  # base rate, for a batch of 256; 0: 1.6e-2 for a small encoder, 100 (LARS) for --mode linear
+    min_lr: float = 0.0  # base rate at the end of the cosine
+    warmup: float = 3  # epochs of linear warm-up
+    weight_decay: float = 0.05  # of matrices
+    layer_decay: float = 0.75  # how much slower each layer learns than the one above; --mode scratch: 1
+    clip: float = 0.0  # largest norm of the gradient, 0: no clipping
+    # test
+    clips: int = 5  # clips of every test video (images: 1); with sampling "segments" 2 is the paper's
+    crops: int = 1  # squares along the long side of every clip; the papers' is 3
+    check_every: int = 10  # epochs between two looks at the test set, one view each; 0: only at the end
+    # run
+    out: str = "runs/finetune"  # folder for checkpoint, log and predictions
+    resume: bool = False  # go on with the run in --out
+    seed: int = 0  # of head, order, crops, drop path
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    compile: bool = False  # torch.compile: slow start, faster steps
+    log_every: int = 10  # updates between two lines of the log
+    smoke: bool = False  # three updates only, to see that everything runs
+
+
+LIMITS = [("share", 0.001, 1), ("rand_augment", 0, 10), ("rand_ops", 1, 10), ("erase", 0, 1), ("smoothing", 0, 0.99)]
+LIMITS += [("mixup", 0, 100), ("cutmix", 0, 100), ("drop_path", 0, 0.99), ("dropout", 0, 0.99), ("clips", 1, 1000)]
+LIMITS += [("crops", 1, 100), ("layer_decay", 0.01, 1), ("check_every", 0, 10**9)]
+LIMITS += [(name, 0, 10**9) for name in ("frames", "stride", "img_size", "patch", "tubelet")]  # 0: as in pretraining
+TEST_FLAGS = ("clips", "crops", "check_every")  # may change when a run goes on
+
+_recipe = dict(erase=0.25, rand_augment=7, rand_ops=4, mixup=0.8, cutmix=1.0, repeat=2, crops=3, flip=True)
+_one_gpu = dict(_recipe, min_crop=0.3, batch=128, lr=1e-3, layer_decay=0.7, drop_path=0.1, epochs=100, warmup=5,
+                workers=8)  # fmt: skip
+# VideoMAE App. 7 "UCF101", "HMDB51"; RandAugment, dropout and the end of the cosine as in its public script
+_paper = dict(_recipe, min_crop=0.08, batch=256, layer_decay=0.7, drop_path=0.2, dropout=0.5, warmup=5, min_lr=5e-6,
+              workers=16)  # fmt: skip
+PRESETS = {
+    "laptop": dict(mixup=0.8, cutmix=1.0, epochs=30, batch=32),
+    "ucf101": dict(_one_gpu, clips=5, out="runs/ucf101_ft"),
+    "hmdb51": dict(_one_gpu, clips=10, out="runs/hmdb51_ft"),
+    "ucf101_paper": dict(_paper, lr=2.5e-4, epochs=100, clips=5, out="runs/ucf101_paper_ft"),
+    "hmdb51_paper": dict(_paper, lr=5e-4, epochs=50, clips=10, out="runs/hmdb51_paper_ft"),
+    "cifar10": dict(data="cifar10", batch=512, lr=1e-3, epochs=100, warmup=5, min_crop=0.6, rand_augment=7, mixup=0.8,
+                    cutmix=1.0, layer_decay=0.75, out="runs/cifar10_ft", init="runs/mae_cifar10/checkpoint.pt"),
+    # MAE Table 9 (ViT-B; the public code has 5e-4 and 0.65), random erasing from the public code
+    "mae_paper": dict(min_crop=0.08, erase=0.25, rand_augment=9, mixup=0.8, cutmix=1.0, batch=1024, lr=1e-3, epochs=100,
+                      warmup=5, layer_decay=0.75, drop_path=0.1, workers=16),
+    # MAE Table 10; the class token of MAE, the mean of others
+    "mae_probe_paper": dict(mode="linear", min_crop=0.08, batch=16384, lr=0.1, epochs=90, warmup=10, workers=16),
+}  # fmt: skip
+
+LAPTOP = {"model": "videomae", "size": "nano", "patch": 8, "tubelet": 2, "frames": 8, "stride": 2, "img_size": 64,
+          "sampling": "dense"}  # fmt: skip
+
+
+def is_video(cfg):
+    return cfg.model != "mae"
+
+
+# ============================================================================================================
+#  THE RUN, part 2: pretrained files from anywhere                                           (needs: mae_image.py)
+# ============================================================================================================
+
+
+@dataclass
+class Found:
+    """What a file holds: which model, its settings, its tensors, and whether their names are the public ones."""
+
+    model: str
+    settings: dict
+    state: dict
+    public: bool
+    classes: list  # names of the classes of a fine-tuned file of ours
+
+
+def read_init(path):
+    """Recognise a file by its contents.   -> Found.   Raises InputError for a file of no known layout."""
+    content = read_safetensors(path) if str(path).endswith(".safetensors") else load_file(path)
+    if "script" not in content:
+        inner = next((content[k] for k in ("model", "module", "model_state") if isinstance(content.get(k), dict)), content)
+        return recognise({k: v for k, v in inner.items() if torch.is_tensor(v)}, path)
+    config, state, script = content["config"], content["model"], content["script"]
+    names = {"mae_image": "mae", "mae_video": config.get("model"), "finetune": config.get("model")}
+    if names.get(script) not in MODELS:
+        raise InputError(f"checkpoint {path} was written by {script}.py, which this version does not know")
+    settings = {k: config[k] for k in LAPTOP if k in config and k != "model"}
+    if script == "finetune":
+        settings.update(mode=config["mode"], pool=config["pool"])  # names as if it were public: fc_norm is the norm before the head
+        rename = lambda k: k.removeprefix("encoder.") if k.startswith("encoder.") else k.replace("norm.", "fc_norm.", 1)
+        state = {rename(k): v for k, v in state.items()}
+    return Found(names[script], settings, state, False, content.get("classes", []))
+
+
+def read_safetensors(path):
+    try:
+        from safetensors.torch import load_file as load
+    except ImportError:
+        raise InputError(f"{path}: to read this format, pip install safetensors") from None
+    try:
+        return load(path)
+    except Exception as error:
+        raise InputError(f"cannot read {path}: {error}".splitlines()[0]) from None
+
+
+def recognise(state, path):
+    """Public layouts of MAE, MAE-ST and VideoMAE, pretrained or fine-tuned, by their tensors' names and shapes.
+
+    Heads are not written in any file: by width and depth if it is a published size, else slices of 64."""
+    if any("patch_embeddings.projection" in k for k in state):
+        state = from_huggingface(state)
+    kernel = state.get("encoder.patch_embed.proj.weight", state.get("patch_embed.proj.weight"))
+    numbers = [int(m[1]) for m in (re.match(r"(?:encoder\.)?blocks\.(\d+)\.", k) for k in state) if m]
+    if kernel is None or not numbers:
+        raise InputError(f"{path} has no layout that is known here: MAE, MAE-ST, VideoMAE or HuggingFace's of these")
+    D, _, *sides = kernel.shape
+    depth = max(numbers) + 1
+    heads = {(d, n): h for d, n, h in ENCODERS.values()}.get((D, depth), max(D // 64, 1))
+    settings = {"size": f"{D}x{depth}x{heads}", "patch": sides[-1]}
+    tables = {k: v.shape[1] for k, v in state.items() if re.fullmatch(r"pos_embed(_spatial|_temporal)?", k)}
+    if len(sides) == 2:
+        side = math.isqrt(tables["pos_embed"] - 1) if "pos_embed" in tables else 14
+        return Found("mae", {**settings, "img_size": side * sides[-1]}, state, True, [])
+    settings.update(tubelet=sides[0], frames=16, stride=4, img_size=14 * sides[-1], sampling="dense")
+    if not tables:
+        return Found("videomae", settings, state, True, [])
+    if "pos_embed_spatial" in tables:
+        settings.update(img_size=math.isqrt(tables["pos_embed_spatial"]) * sides[-1],
+                        frames=tables["pos_embed_temporal"] * sides[0])  # fmt: skip
+    return Found("mae_st", {**settings, "sampling": "linspace"}, state, True, [])
+
+
+HUGGINGFACE = [  # both the names on the hub and those of transformers 5 -> public names of MAE and VideoMAE
+    (r"^(vit|videomae)\.", ""), (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^embeddings\.cls_token", "cls_token"), (r"^embeddings\.position_embeddings", "pos_embed"),
+    (r"^(encoder\.layer|layers)\.", "blocks."), (r"attention\.attention\.(q|k|v)(uery|ey|alue)\.", r"attn.\1."),
+    (r"attention\.attention\.(q|v)_bias", r"attn.\1.bias"), (r"attention\.(q|k|v)_proj", r"attn.\1"),
+    (r"attention\.(output\.dense|o_proj)", "attn.proj"), (r"intermediate\.dense", "mlp.fc1"),
+    (r"(blocks\.\d+)\.output\.dense", r"\1.mlp.fc2"), (r"layernorm_before", "norm1"), (r"layernorm_after", "norm2"),
+    (r"^layernorm\.", "norm."), (r"^classifier\.", "head."),
+]  # fmt: skip
+
+
+def from_huggingface(state):
+    """HuggingFace's ViTMAE and VideoMAE, old and new names -> the papers' public names; q, k and v become one."""
+    renamed = {}
+    for key, value in state.items():
+        for pattern, name in HUGGINGFACE if not key.startswith(("decoder", "encoder_to", "mask_token")) else ():
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    for key in [k for k in renamed if ".attn.q." in k]:
+        part = lambda letter: renamed.pop(key.replace(".q.", f".{letter}."), None)
+        q, k, v = part("q"), part("k"), part("v")
+        renamed[key.replace(".q.", ".qkv.")] = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
+    return renamed
+
+
+def settle(cfg, found):
+    """Settings left open are those of the file, else those of a laptop; what must agree is compared."""
+    settings = {**LAPTOP, **(found.settings if found else {}), "model": found.model if found else "videomae"}
+    inflated = found is not None and found.model == "mae" and cfg.model in ("videomae", "mae_st")
+    if found and cfg.model not in ("auto", found.model) and not inflated:
+        raise InputError(f"--model {cfg.model}: {cfg.init} holds a {found.model}; only an image MAE can become another")
+    if inflated:
+        settings["model"] = cfg.model
+    for name in ("size", "patch", "tubelet") if found else ():
+        given, there = getattr(cfg, name), settings[name]
+        if given in (0, "auto") or (name == "tubelet" and inflated):
+            continue
+        if (encoder_size(given) != encoder_size(there)) if name == "size" else given != there:
+            raise InputError(f"--{name} {given}: the model in {cfg.init} has {there}; leave the flag out")
+    asked = {k: v for k, v in settings.items() if getattr(cfg, k) in (0, "auto")}
+    if only_tests(cfg):  # a classifier is tested as it was built
+        norm = "fc_norm.weight" in found.state or cfg.model == "mae_st"
+        asked.update(mode=settings.get("mode", "finetune"), pool=settings.get("pool", "mean" if norm else "first"))
+    cfg = replace(cfg, **asked)
+    if cfg.pool == "auto":
+        cfg = replace(cfg, pool="first" if cfg.model == "mae" and cfg.mode in ("linear", "knn", "features") else "mean")
+    if not cfg.lr:
+        cfg = replace(cfg, lr=100.0 if cfg.mode == "linear" else 1.6e-2)
+    return replace(cfg, layer_decay=1.0) if cfg.mode == "scratch" else cfg
+
+
+def grid_of(cfg):
+    check_divides(cfg.img_size, cfg.patch, "frame side", "patch", "--img-size")
+    if is_video(cfg):
+        check_divides(cfg.frames, cfg.tubelet, "clip length", "tubelet", "--frames")
+    return (cfg.frames // cfg.tubelet if is_video(cfg) else 1, cfg.img_size // cfg.patch, cfg.img_size // cfg.patch)
+
+
+def build(cfg, classes, found=None):
+    """-> Classifier, report. Without weights unless `found` has some for it."""
+    grown = found is not None and found.model != cfg.model  # an image model that becomes a video model
+    start = replace(cfg, **found.settings) if found and not grown else cfg  # its own token grid first, then ours
+    shape, options = (encoder_size(start.size), (4, 0, 1)), {}  # the decoder will go: the smallest there is
+    state = dict(found.state) if found else {}
+    if cfg.model == "mae":
+        encoder = MAE(start.img_size, start.patch, *shape)
+    else:
+        if found and found.model == "mae_st":
+            options = {"separable": "pos_embed" not in state, "cls": "cls_token" in state}
+        encoder = MODELS[cfg.model](start.frames, start.img_size, start.tubelet, start.patch, *shape, **options)
+    if found and found.public:
+        table = state.get("pos_embed") if found.model == "mae" else None
+        state = encoder.from_public(state) if found.model != "mae" else MAE.from_public(state)
+        if table is not None and not grown:  # MAE's table has a row for the class token, and may have been trained
+            state.update(pos_embed=table[:, 1:], cls_token=state["cls_token"] + table[:, :1])
+    if grown:
+        state = inflate(state, encoder, found.settings["img_size"] // cfg.patch)
+    probing = cfg.mode in ("linear", "knn", "features")
+    fresh_norm = not (probing or cfg.model == "mae_st" or cfg.pool == "first")
+    model = Classifier(encoder, classes, cfg.pool, fresh_norm, cfg.drop_path, cfg.dropout,
+                       float("blocks.0.gamma_1" in state), frozen=probing)  # fmt: skip
+    report = load(model, state, cfg, fresh_norm) if found else "no weights: the network starts from scratch"
+    change_grid(model.encoder, grid_of(cfg))
+    return model, report
+
+
+def inflate(state, encoder, side):
+    """Image MAE -> video encoder: MAE-ST App. A, last paragraph.
+
+    The kernel is repeated over the frames of a cube and divided by their number, so that a still clip gives what
+    the image gives. Where positions are learned, space takes MAE's fixed table and time starts at zero.
+    """
+    u = encoder.tubelet
+    state = {k: v for k, v in state.items() if k not in ("cls_token", "pos_embed")}
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][:, :, None].repeat(1, 1, u, 1, 1) / u
+    if isinstance(encoder, MAEST):
+        D, (t, h, w) = encoder.cls_token.shape[2], encoder.grid
+        space = resize_table(sincos_2d(D, side, side)[None], (1, side, side), (1, h, w))
+        zeros = torch.zeros(1, 1, D)
+        state.update(pos_embed_spatial=space, pos_embed_temporal=torch.zeros(1, t, D), pos_embed_class=zeros, cls_token=zeros)
+    return state
+
+
+def load(model, state, cfg, fresh_norm):
+    """Copy what fits, and say what was used, what is left over as it should be, and what starts fresh.
+
+    Raises InputError for anything else: a tensor that is unknown, missing or of another shape is never passed over.
+    """
+    own, tested = model.state_dict(), only_tests(cfg)
+    norms = ("fc_norm.", "norm.") if tested else () if fresh_norm else ("norm.", "fc_norm.")
+    norm = next((n for n in norms if n + "weight" in state), "-")  # which one becomes the norm before our head
+    used, left, wrong = {}, [], []
+    for key, value in state.items():
+        if key.startswith(norm):
+            ours = key.removeprefix("fc_")
+        else:
+            ours = key if key.startswith("head.") else f"encoder.{key}"
+        if key.startswith(("decoder", "mask_token", "norm.", "fc_norm.")) and not key.startswith(norm):
+            left.append(key)
+        elif key.startswith("head.") and not tested:
+            left.append(key)
+        elif ours not in own:
+            wrong.append(f"unknown {key}")
+        elif own[ours].shape != value.shape:
+            wrong.append(f"{key} {tuple(value.shape)}, here {tuple(own[ours].shape)}")
+        else:
+            used[ours] = value
+    # positions are fixed, and not in every file, where they are not learned
+    fresh = () if tested else ("norm.", "head.") if fresh_norm else ("head.",)
+    fresh += () if isinstance(model.encoder, MAEST) else ("encoder.pos_embed",)
+    missing = [k for k in own if k not in used]
+    wrong += [f"no {k}" for k in missing if not k.startswith(fresh)]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise InputError(f"checkpoint {cfg.init} does not fit this model: {wrong[0]}{more}")
+    model.load_state_dict(used, strict=False)
+    groups = lambda names: ", ".join(sorted({k.removeprefix("encoder.").split(".")[0] for k in names})) or "nothing"
+    return f"{cfg.init}: {len(used)} tensors used; left over, as expected: {groups(left)}; new: {groups(missing)}"
+
+
+# ============================================================================================================
+#  THE RUN, part 3: the training loop                                            (needs: mae_image.py, its loop)
+# ============================================================================================================
+
+
+def train_classifier(model, train, look, cfg, extra):
+    """Supervised training: the other loop of the project, see mae_image.pretrain for the first.
+
+    look   model -> text: a look at the test set, for the log only. What is reported is the last epoch's model.
+    extra  what else goes into the checkpoint
+    returns  run (mae_image.Run), whether all updates were done (else Ctrl-C was pressed), their number
+    """
+    rank, world, device = start_processes(cfg)
+    pieces = world * cfg.accum
+    if cfg.batch % (pieces * train.repeat):
+        raise InputError(f"--batch {cfg.batch} cannot be shared by {world} processes x --accum {cfg.accum} x "
+                         f"{train.repeat} clips of one video: use a multiple of {pieces * train.repeat}")  # fmt: skip
+    plan = lambda epoch: shuffled(cfg.seed, epoch, len(train), cfg.batch // train.repeat)
+    per_epoch = len(plan(0))
+    if not per_epoch:
+        raise InputError(f"{len(train)} files do not fill one update of {cfg.batch // train.repeat}: lower --batch")
+    total = min(cfg.epochs * per_epoch, 3 if cfg.smoke else math.inf)
+    peak, classes = cfg.lr * cfg.batch / 256, len(train.classes)
+
+    dtype = choose_precision(cfg, device)
+    groups = layer_groups(model, cfg.weight_decay, cfg.layer_decay)
+    if cfg.mode == "linear":
+        optimizer = LARS([{"params": [p for p in g["params"]], "lr_scale": 1.0} for g in groups], peak)
+    else:
+        optimizer = torch.optim.AdamW(groups, peak, betas=(0.9, 0.999), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run = Run(Path(cfg.out), cfg, "finetune", model, optimizer, scaler, writes=rank == 0, extra=extra)
+    start, losses = run.open()
+    run.scores = {"chance": math.log(classes), "val_loss": float("nan")}
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run.say(f"{learning / 1e6:.2f} M parameters learn, {dtype} on {world} x {device}, {per_epoch} updates x "
+            f"{cfg.epochs} epochs; learning rate {cfg.lr:g} x batch {cfg.batch} / 256 = {peak:g}".replace("torch.", ""))  # fmt: skip
+
+    if cfg.compile:
+        model.compile()
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    loader = iter(data.make_loader(train, Batches(plan, start, total, rank, world, cfg.accum), cfg.workers, device))
+    unchecked, wait, mark, clock = [], 0.0, start, time.perf_counter()
+    with StopOnSignal() as stop:
+        for step in range(start, total):
+            model.train()
+            lr = lr_at(step, peak, cfg.min_lr * cfg.batch / 256, cfg.warmup * per_epoch, total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            # drop path, Mixup and erasing draw from torch's global generator: a function of (seed, step, process)
+            torch.manual_seed(int(seeded(cfg.seed, 6, step, rank).initial_seed()))
+            update_loss, names = 0.0, []
+            for a in range(cfg.accum):
+                tick = time.perf_counter()
+                batch, index, broken = run.next_batch(loader, step, losses)
+                wait += time.perf_counter() - tick
+                names += [str(train.paths[i]) for i in index]
+                run.report_broken(broken)
+                labels = torch.from_numpy(train.labels[index]).repeat_interleave(train.repeat).to(device)
+                x = erase(model.encoder.normalize(batch.to(device, non_blocking=True)), cfg.erase)
+                x, labels = mix(x, labels, classes, cfg.mixup, cfg.cutmix)
+                hold = parallel.no_sync() if world > 1 and a + 1 < cfg.accum else contextlib.nullcontext()
+                with hold:
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        logits = parallel(x)
+                    loss = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.smoothing)
+                    scaler.scale(loss / cfg.accum).backward()
+                update_loss = update_loss + loss.detach() / cfg.accum
+            if cfg.clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+            done = step + 1
+            ending = done == total or agree(bool(stop), world, device)
+            logging, epoch_ends = done % cfg.log_every == 0 or done == total, done % per_epoch == 0
+            losses.append(update_loss)
+            unchecked.append((step, update_loss, names))
+            run.check_finite(unchecked if logging or epoch_ends or ending else unchecked[:-1])  # see mae_image.py
+            unchecked = unchecked[-1:]
+            if logging or epoch_ends or ending:
+                losses = average_over_processes(losses, world, device)
+            if logging:
+                seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                run.log_step(done, total, per_epoch, sum(losses) / len(losses), lr, (done - mark) * cfg.batch / seconds,
+                             wait / seconds)  # fmt: skip
+                losses, wait, mark = [], 0.0, done
+            if epoch_ends or ending:
+                run.save(done, losses, must=ending)
+            if cfg.check_every and epoch_ends and done // per_epoch % cfg.check_every == 0 and not ending:
+                run.say(look(model))
+                clock, mark = time.perf_counter(), done
+            if ending:
+                return run, done == total, total
+    return run, True, total
+
+
+# ============================================================================================================
+#  THE RUN, part 4: results, and main
+# ============================================================================================================
+
+
+def only_tests(cfg):
+    return cfg.eval_only or bool(cfg.predict)
+
+
+def check_labels(train, test, cfg):
+    """Raises InputError for files without labels, labels out of range, and classes without a training file."""
+    classes = len(train.classes)
+    if min(train.labels.min(), test.labels.min()) < 0 or not classes:
+        raise InputError(f"{cfg.data} has files without a class: use class folders or lines 'path label'")
+    if len(test.classes) > classes or test.labels.max() >= classes:
+        raise InputError(f"the test files of {cfg.data} have label {test.labels.max()}, but the {classes} classes of "
+                         f"the training files are 0 to {classes - 1}")  # fmt: skip
+    count = np.bincount(train.labels, minlength=classes)
+    if not count.all() and not cfg.allow_missing:
+        raise InputError(f"class {train.classes[int(count.argmin())]} of {cfg.data} has no training file; "
+                         "--allow-missing goes on without it")  # fmt: skip
+
+
+def take_share(files, share, seed):
+    """A share of the files of each class, at least one, always the same for a seed: for "few labels" experiments."""
+    if share == 1:
+        return files
+    keep = []
+    for label in range(len(files.classes)):
+        own = np.flatnonzero(files.labels == label)
+        order = torch.randperm(len(own), generator=seeded(seed, 7, label)).numpy()
+        keep += own[order[: max(1, round(share * len(own)))]].tolist() if len(own) else []
+    pixels = files.pixels[sorted(keep)] if files.pixels is not None else None
+    return replace(files, paths=files.paths[sorted(keep)], labels=files.labels[sorted(keep)], pixels=pixels)
+
+
+def top5(probabilities, classes):
+    """-> [(class name, probability), ...], the five most likely first."""
+    best = probabilities.topk(min(5, len(classes)))
+    return [(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]
+
+
+def report(probabilities, files, classes, cfg, broken):
+    """Print accuracies, write predictions.csv and results.json into --out. -> the line for the log."""
+    scores = summarise(probabilities, torch.from_numpy(files.labels))
+    print(f"test: {scores['files']} files x {scores['views']} views", end="")
+    print(f", {len(broken)} files unreadable and left out: {', '.join(p for p, _ in broken[:5])}" if broken else "")
+    print(f"  file level  top-1 {scores['top1']:.1%}  top-5 {scores['top5']:.1%}  mean over classes "
+          f"{scores['class_mean']:.1%}")  # fmt: skip
+    print(f"  view level  top-1 {scores['clip_top1']:.1%}  top-5 {scores['clip_top5']:.1%}")
+    print(f"  chance      top-1 {scores['chance']:.1%}  (always the most frequent class)")
+    named = sorted((a, classes[i]) for i, a in enumerate(scores["per_class"]) if math.isfinite(a))
+    print("  worst classes: " + ", ".join(f"{c} {a:.0%}" for a, c in named[:5]))
+    if scores["confused"]:
+        print("  most confused: " + ", ".join(f"{classes[a]} taken for {classes[b]} {n}x" for a, b, n in scores["confused"]))
+    scores["per_class"] = {classes[i]: a for i, a in enumerate(scores["per_class"]) if math.isfinite(a)}
+    scores["confused"] = [[classes[a], classes[b], n] for a, b, n in scores["confused"]]
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        (Path(cfg.out) / "results.json").write_text(json.dumps({**scores, "mode": cfg.mode, "init": cfg.init}, indent=1))
+        with open(Path(cfg.out) / "predictions.csv", "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["path", "label"] + [f"{what}{k}" for k in range(1, 6) for what in ("class", "score")])
+            for path, label, p in zip(files.paths, files.labels, probabilities.mean(dim=1)):
+                best = top5(p, classes) if p.isfinite().all() else [("unreadable", "")]
+                table.writerow([path, classes[label], *(v for c, s in best for v in (c, f"{s:.4f}" if s != "" else s))])
+    except OSError as error:
+        raise InputError(f"cannot write the results to {cfg.out}: {error}") from None
+    return f"top-1 {scores['top1']:.1%} (chance {scores['chance']:.1%})"
+
+
+def find_init(cfg):
+    """--init auto: the default run of mae_video.py (with --model mae: mae_image.py), or nothing, and how to get it."""
+    if cfg.init != "auto":
+        return cfg.init
+    script = "mae_image" if cfg.model == "mae" else "mae_video"
+    path = Path("runs") / script / "checkpoint.pt"
+    if path.exists():
+        return str(path)
+    if cfg.mode != "scratch":
+        print(f"{path} is not there: run python {script}.py first (4 minutes), or name a file with --init")
+    if only_tests(cfg):
+        raise InputError("--eval-only and --predict need --init FILE: a checkpoint of this script, or a public classifier")
+    if cfg.mode in ("linear", "knn", "features"):
+        raise InputError(f"--mode {cfg.mode} needs --init FILE: a network without pretraining knows nothing")
+    return ""
+
+
+def open_data(cfg):
+    """-> dataset for training, files for training, files for testing."""
+    listed = [data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing) if is_video(cfg)
+              else data.list_images(cfg.data, split, cfg.allow_missing) for split in ("train", "val")]  # fmt: skip
+    check_labels(*listed, cfg)
+    train, test = take_share(listed[0], cfg.share, cfg.seed), listed[1]
+    if is_video(cfg):
+        dataset = data.ClipDataset(train, cfg.frames, cfg.stride, cfg.img_size, cfg.seed, cfg.sampling, "random",
+                                   cfg.min_crop, cfg.flip, cfg.repeat)  # fmt: skip
+    else:
+        dataset = data.ImageDataset(train, cfg.img_size, cfg.seed, cfg.min_crop, cfg.flip)
+    return Augmented(dataset, cfg.rand_ops, cfg.rand_augment), train, test
+
+
+def main():
+    cfg = read_config(Config, PRESETS, __doc__, "finetune", limits=LIMITS, may_change=TEST_FLAGS)
+    rank, world, device = start_processes(cfg)
+    found = None
+    if not cfg.resume:
+        if init := find_init(cfg):
+            found = read_init(init)
+        cfg = settle(replace(cfg, init=init), found)
+    torch.manual_seed(cfg.seed)
+    if cfg.predict:
+        return predict(cfg, found, device)
+    data.make_toy_if_asked(cfg.data, rank, world)
+    train, train_files, test_files = open_data(cfg)
+    classes = train.classes
+    if cfg.eval_only and len(classes) != len(found.state.get("head.weight", found.state.get("head.1.weight", []))):
+        raise InputError(f"{cfg.data} has {len(classes)} classes, the classifier in {cfg.init} was trained for "
+                         f"{len(found.state.get('head.weight', found.state.get('head.1.weight', [])))}")  # fmt: skip
+    model, said = build(cfg, len(classes), found if cfg.mode != "scratch" else None)
+    if rank == 0:
+        print(f"{len(train)} files to train, {len(test_files.paths)} to test, {len(classes)} classes; {said}", flush=True)
+    model.to(device)
+
+    run, total, finished = None, 0, True
+    if cfg.mode in ("knn", "features"):
+        vectors = [run_views(model, files, cfg, 1, 1, device, lambda m, x: m.features(x)) for files in (train_files, test_files)]
+        (a, broken_a), (b, broken) = vectors
+        if cfg.mode == "features":
+            return save_features(cfg, rank, {"train": (a[:, 0], train_files), "test": (b[:, 0], test_files)})
+        known = a[:, 0, 0].isfinite()
+        votes = nearest_neighbours(a[known, 0], torch.from_numpy(train_files.labels)[known], b[:, 0], len(classes))
+        probabilities = votes[:, None]
+    else:
+        if not cfg.eval_only:
+            def look(model):
+                p, _ = run_views(model, test_files, cfg, 1, 1, device, class_probabilities)
+                return f"test, one view: top-1 {summarise(p, torch.from_numpy(test_files.labels))['top1']:.1%}"
+
+            run, finished, total = train_classifier(model, train, look, cfg, {"classes": list(classes)})
+        if finished:
+            probabilities, broken = run_views(model, test_files, cfg, cfg.clips, cfg.crops, device, class_probabilities)
+    result = report(probabilities, test_files, classes, cfg, broken) if rank == 0 and finished else ""
+    if run:
+        run.finish(total, result)
+    elif rank == 0:
+        print(f"done: {result}, see {cfg.out}")
+
+
+def save_features(cfg, rank, splits):
+    """features.npz: for train and test the vectors (N, D) float32, labels (N,) and paths (N,)."""
+    if rank:
+        return
+    arrays = {f"{name}_{what}": value for name, (x, files) in splits.items() for what, value in
+              (("features", x.numpy()), ("labels", files.labels), ("paths", files.paths))}  # fmt: skip
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        np.savez(Path(cfg.out) / "features.npz", **arrays)
+    except OSError as error:
+        raise InputError(f"cannot write to {cfg.out}: {error}") from None
+    print(f"done: {', '.join(f'{k} {v.shape}' for k, v in arrays.items())} in {cfg.out}/features.npz")
+
+
+def predict(cfg, found, device):
+    """Class names with probabilities for one file, the mean over its views."""
+    rows = len(found.state.get("head.weight", found.state.get("head.1.weight", [])))
+    classes = found.classes if len(found.classes) == rows else [f"class {i}" for i in range(rows)]
+    model, _ = build(cfg, rows, found)
+    files = data.Files(np.array([cfg.predict]), np.array([-1]), classes)
+    probabilities, broken = run_views(model.to(device), files, replace(cfg, workers=0), cfg.clips, cfg.crops, device,
+                                      class_probabilities)  # fmt: skip
+    if broken:
+        raise InputError(f"cannot read {cfg.predict}: {broken[0][1]}")
+    for name, p in top5(probabilities[0].mean(dim=0), classes):
+        print(f"{p:6.1%}  {name}")
+
+
+if __name__ == "__main__":
+    run_script(main)
