@@ -63,8 +63,9 @@ from mae_image import (
 )
 from mae_video import MAEST, VideoMAE, resize_table
 from masking import InputError, run_script
+from omni import OmniMAE
 
-MODELS = {"mae": MAE, "videomae": VideoMAE, "mae_st": MAEST}
+MODELS = {"mae": MAE, "videomae": VideoMAE, "mae_st": MAEST, "omni": OmniMAE}
 
 
 # ============================================================================================================
@@ -367,7 +368,7 @@ def run_views(model, files, cfg, clips, crops, device, output):
         gathered = [None] * world
         torch.distributed.all_gather_object(gathered, broken)
         broken = sum(gathered, [])
-    results = results.cpu()
+    results = results.cpu().clone()  # out of inference mode
     results[[path in dict(broken) for path in map(str, files.paths)]] = float("nan")
     return results, broken
 
@@ -447,7 +448,8 @@ class Config:
     cutmix: float = 0.0  # alpha of CutMix; the papers' is 1.0
     smoothing: float = 0.1  # label smoothing
     # model
-    model: typing.Literal["auto", "mae", "videomae", "mae_st"] = "auto"  # auto: that of --init; from scratch videomae
+    model: typing.Literal["auto", "mae", "videomae", "mae_st", "omni"] = "auto"  # auto: that of --init; from scratch videomae
+    images: bool = False  # --model omni: classify images, else videos
     size: str = "auto"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS; auto: that of --init, also for the next two
     patch: int = 0  # side of a patch or cube in pixels
     tubelet: int = 0  # frames in a cube
@@ -511,7 +513,7 @@ LAPTOP = {"model": "videomae", "size": "nano", "patch": 8, "tubelet": 2, "frames
 
 
 def is_video(cfg):
-    return cfg.model != "mae"
+    return cfg.model in ("videomae", "mae_st") or (cfg.model == "omni" and not cfg.images)
 
 
 # ============================================================================================================
@@ -537,12 +539,12 @@ def read_init(path):
         inner = next((content[k] for k in ("model", "module", "model_state") if isinstance(content.get(k), dict)), content)
         return recognise({k: v for k, v in inner.items() if torch.is_tensor(v)}, path)
     config, state, script = content["config"], content["model"], content["script"]
-    names = {"mae_image": "mae", "mae_video": config.get("model"), "finetune": config.get("model")}
+    names = {"mae_image": "mae", "mae_video": config.get("model"), "omni": "omni", "finetune": config.get("model")}
     if names.get(script) not in MODELS:
         raise InputError(f"checkpoint {path} was written by {script}.py, which this version does not know")
     settings = {k: config[k] for k in LAPTOP if k in config and k != "model"}
     if script == "finetune":
-        settings.update(mode=config["mode"], pool=config["pool"])  # names as if it were public: fc_norm is the norm before the head
+        settings.update(mode=config["mode"], pool=config["pool"], images=config["images"])  # names as if it were public: fc_norm is the norm before the head
         rename = lambda k: k.removeprefix("encoder.") if k.startswith("encoder.") else k.replace("norm.", "fc_norm.", 1)
         state = {rename(k): v for k, v in state.items()}
     return Found(names[script], settings, state, False, content.get("classes", []))
@@ -560,15 +562,16 @@ def read_safetensors(path):
 
 
 def recognise(state, path):
-    """Public layouts of MAE, MAE-ST and VideoMAE, pretrained or fine-tuned, by their tensors' names and shapes.
+    """Public layouts of MAE, MAE-ST, VideoMAE and OmniMAE, pretrained or fine-tuned, by their tensors' names and shapes.
 
     Heads are not written in any file: by width and depth if it is a published size, else slices of 64."""
     if any("patch_embeddings.projection" in k for k in state):
         state = from_huggingface(state)
-    kernel = state.get("encoder.patch_embed.proj.weight", state.get("patch_embed.proj.weight"))
-    numbers = [int(m[1]) for m in (re.match(r"(?:encoder\.)?blocks\.(\d+)\.", k) for k in state) if m]
+    kernels = ("patch_embed.proj.weight", "encoder.patch_embed.proj.weight", "trunk.patch_embed.proj.1.weight")
+    kernel = next((state[k] for k in kernels if k in state), None)
+    numbers = [int(m[1]) for m in (re.match(r"(?:encoder\.|trunk\.)?blocks\.(\d+)\.", k) for k in state) if m]
     if kernel is None or not numbers:
-        raise InputError(f"{path} has no layout that is known here: MAE, MAE-ST, VideoMAE or HuggingFace's of these")
+        raise InputError(f"{path} has no layout that is known here: MAE, MAE-ST, VideoMAE, OmniMAE, HuggingFace")
     D, _, *sides = kernel.shape
     depth = max(numbers) + 1
     heads = {(d, n): h for d, n, h in ENCODERS.values()}.get((D, depth), max(D // 64, 1))
@@ -578,6 +581,8 @@ def recognise(state, path):
         side = math.isqrt(tables["pos_embed"] - 1) if "pos_embed" in tables else 14
         return Found("mae", {**settings, "img_size": side * sides[-1]}, state, True, [])
     settings.update(tubelet=sides[0], frames=16, stride=4, img_size=14 * sides[-1], sampling="dense")
+    if "trunk.patch_embed.proj.1.weight" in state:
+        return Found("omni", settings, state, True, [])
     if not tables:
         return Found("videomae", settings, state, True, [])
     if "pos_embed_spatial" in tables:
@@ -627,8 +632,9 @@ def settle(cfg, found):
             raise InputError(f"--{name} {given}: the model in {cfg.init} has {there}; leave the flag out")
     asked = {k: v for k, v in settings.items() if getattr(cfg, k) in (0, "auto")}
     if only_tests(cfg):  # a classifier is tested as it was built
-        norm = "fc_norm.weight" in found.state or cfg.model == "mae_st"
-        asked.update(mode=settings.get("mode", "finetune"), pool=settings.get("pool", "mean" if norm else "first"))
+        mean = "fc_norm.weight" in found.state or settings["model"] in ("mae_st", "omni")
+        asked.update(images=settings.get("images", cfg.images), mode=settings.get("mode", "finetune"))
+        asked.update(pool=settings.get("pool", "mean" if mean else "first"))
     cfg = replace(cfg, **asked)
     if cfg.pool == "auto":
         cfg = replace(cfg, pool="first" if cfg.model == "mae" and cfg.mode in ("linear", "knn", "features") else "mean")
@@ -639,9 +645,9 @@ def settle(cfg, found):
 
 def grid_of(cfg):
     check_divides(cfg.img_size, cfg.patch, "frame side", "patch", "--img-size")
-    if is_video(cfg):
+    if cfg.model != "mae":
         check_divides(cfg.frames, cfg.tubelet, "clip length", "tubelet", "--frames")
-    return (cfg.frames // cfg.tubelet if is_video(cfg) else 1, cfg.img_size // cfg.patch, cfg.img_size // cfg.patch)
+    return (cfg.frames // cfg.tubelet if cfg.model != "mae" else 1, cfg.img_size // cfg.patch, cfg.img_size // cfg.patch)
 
 
 def build(cfg, classes, found=None):

@@ -8,6 +8,7 @@ prints the largest difference as a share of its tolerance; the exit code is 0 on
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,8 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
+import finetune  # noqa: E402
 import mae_image  # noqa: E402
 import mae_video  # noqa: E402
+import omni  # noqa: E402
 from masking import dirichlet_mask, hidden, hide_largest, num_hidden, tube_mask  # noqa: E402
 from masking import causal_mask, random_mask  # noqa: E402
 
@@ -75,18 +78,26 @@ def pixels(r, key):
     return torch.from_numpy((x / np.float32(255) - mean) / std)
 
 
-def per_official_tensor(r, model, of):
+def our_name(r, name):
+    """Official name of a tensor -> ours, up to the parts of the fused q, k, v."""
+    if r.meta["method"] == "VideoMAE":
+        name = name.replace("encoder_to_decoder", "decoder_embed").removeprefix("encoder.")
+        for part, ours in (("blocks.", "blocks."), ("norm.", "norm."), ("head.", "pred.")):
+            name = name.replace(f"decoder.{part}", f"decoder_{ours}")
+    if r.meta["method"] == "OmniMAE":
+        name = name.removeprefix("trunk.").replace("proj.1.", "proj.").replace("decoder.decoder_", "decoder_")
+        name = name.replace("decoder.norm", "decoder_norm").replace("heads.0.projector.", "head.")
+    return name
+
+
+def per_official_tensor(r, model, of, rename=lambda name: name):
     """A number per official tensor. `of` maps a parameter of ours to a tensor of its shape (its gradient, itself).
 
     Ours are the official tensors renamed, except for q, k, v: their parts are cut out of the fused qkv."""
     own, values = dict(model.named_parameters()), []
     part = lambda key, i: of(own[key]).chunk(3)[i] if of(own[key]) is not None else None
     for name in r.names:
-        ours = name
-        if r.meta["method"] == "VideoMAE":
-            ours = ours.replace("encoder_to_decoder", "decoder_embed").removeprefix("encoder.")
-            for old, new in (("blocks.", "blocks."), ("norm.", "norm."), ("head.", "pred.")):
-                ours = ours.replace(f"decoder.{old}", f"decoder_{new}")
+        ours = rename(our_name(r, name))
         if ours.endswith(("q_bias", "v_bias")):
             tensor = part(ours[:-6] + "qkv.bias", 0 if "q_bias" in ours else 2)
         elif ".attn.q." in ours or ".attn.k." in ours or ".attn.v." in ours:
@@ -98,17 +109,17 @@ def per_official_tensor(r, model, of):
     return np.array(values)
 
 
-def probe_norms(r, model):
+def probe_norms(r, model, rename=lambda name: name):
     """One tiny vector through every LayerNorm: the only array that sees a wrong epsilon in each of them."""
     layers = dict(model.named_modules())
-    for key in ("norm_probe", "norm_probe_dec"):
+    for key in [k for k in ("norm_probe", "norm_probe_dec") if f"{k}_in" in r.arrays]:
         x = torch.from_numpy(r.arrays[f"{key}_in"])
-        ours = [n.removeprefix("encoder.").replace("decoder.", "decoder_") for n in r.config[key]]
+        ours = [rename(our_name(r, n).removeprefix("encoder.").replace("decoder.", "decoder_")) for n in r.config[key]]
         r.check(f"{key}_out", torch.stack([layers[n](x) for n in ours]))
 
 
-def three_updates(r, model, x, mask):
-    """AdamW as in config.steps, with the groups of our own param_groups.
+def three_updates(r, model, batches, rename=lambda name: name):
+    """AdamW as in config.steps, with the groups of our own param_groups; batches[i]: what step i is given.
 
     The gradient of a key bias is rounding noise around zero, which Adam turns into full-size updates: the files
     exclude tensors that hold one from steps_param_norm.
@@ -117,15 +128,15 @@ def three_updates(r, model, x, mask):
     groups = mae_image.param_groups(model, s["weight_decay"])
     optimizer = torch.optim.AdamW(groups, s["lr"], betas=tuple(s["betas"]), eps=s["eps"])
     losses = []
-    for _ in range(s["updates"]):
-        loss, _ = model(x, mask)
+    for i in range(s["updates"]):
+        loss, _ = model(*batches[i])
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    losses.append(model(x, mask)[0].item())
+    losses.append(model(*batches[s["updates"]])[0].item())
     r.check("steps_loss", losses)
-    r.check("steps_param_norm", per_official_tensor(r, model, lambda p: p))
+    r.check("steps_param_norm", per_official_tensor(r, model, lambda p: p, rename))
 
 
 def in_order_of(ids_keep, x):
@@ -200,7 +211,122 @@ def replay_pretrain(r):
     r.check("loss", loss)
     loss.backward()
     r.check("grad_norm", per_official_tensor(r, model, lambda p: p.grad))
-    three_updates(r, model, x, mask)
+    three_updates(r, model, [(x, mask)] * 4)
+
+
+def pixel_head(name):
+    return name.replace("head.", "decoder_pred.")
+
+
+def replay_omni_pretrain(r):
+    """OmniMAE: an image step and a video step, then three updates image, video, image."""
+    c, a = r.config, r.arrays
+    size = (c["embed_dim"], c["depth"], c["num_heads"])
+    decoder = (c["decoder_embed_dim"], c["decoder_depth"], c["decoder_num_heads"])
+    model = omni.OmniMAE(c["num_frames"], c["img_size"], c["t_patch_size"], c["patch_size"], size, decoder, True,
+                         c["decoder_qkv_bias"] == "fused")  # fmt: skip
+    model.load_state_dict(model.from_public(dict(r.weights)))
+    for name in ("pos_encoder", "pos_decoder"):
+        r.check(name, model.pos_embed[0, c["pos_rows"]])
+    probe_norms(r, model)
+    batches = []
+    for kind in ("image", "video"):
+        x, mask = pixels(r, f"{kind}_u8"), torch.from_numpy(a[f"{kind}/mask"]).bool()
+        assert int(mask[0].sum()) == num_hidden(mask.shape[1], c[f"mask_ratio_{kind}"], "hide") == c[f"num_hidden_{kind}"]
+        batches.append((x, mask))
+        patches = mae_video.patchify(model.as_clip(x), c["t_patch_size"], c["patch_size"])
+        r.check(f"{kind}/tokens", model.patch_embed(patches))
+        latent = model.forward_encoder([patches], [mask])[0]
+        r.check(f"{kind}/latent", latent)
+        r.check(f"{kind}/dec_in", model.decoder_input(latent, mask))
+        all_pred = model.decoder_pred(model.forward_decoder([latent], [mask])[0])
+        r.check(f"{kind}/pred", all_pred)
+        target = model.forward_target(model.target_patches(x))
+        r.check(f"{kind}/target", target)
+        r.check(f"{kind}/token_loss", ((all_pred - target) ** 2).mean(dim=-1))
+        model.zero_grad()
+        loss, pred = model(x, mask)
+        assert torch.allclose(hidden(all_pred, mask), pred, atol=1e-6)
+        r.check(f"{kind}/loss", loss)
+        loss.backward()
+        r.check(f"{kind}/grad_norm", per_official_tensor(r, model, lambda p: p.grad, pixel_head))
+    three_updates(r, model, batches * 2, pixel_head)
+
+
+def of_classifier(name):
+    """Name in the encoder's or the official file -> name in our Classifier."""
+    if name.startswith(("fc_norm.", "norm.")) or name in ("fc_norm", "norm"):
+        return name.removeprefix("fc_")
+    return name if name.startswith("head") else f"encoder.{name}"
+
+
+def load_classifier(r, model):
+    """The weights of a golden classifier, through the same code as a user's --init FILE --eval-only."""
+    found = finetune.recognise(dict(r.weights), r.name)
+    c, grid = r.config, r.config["grid"]
+    settings = {"frames": c.get("num_frames", 1), "img_size": c["img_size"][0], "patch": c["patch_size"],
+                "size": f"{c['embed_dim']}x{c['depth']}x{c['num_heads']}"}  # fmt: skip
+    assert found.model == model and all(found.settings.get(k, v) == v for k, v in settings.items()
+                                        if k == "patch"), found.settings  # fmt: skip
+    found.settings.update(settings)  # of so small a model no file tells the heads, and VideoMAE's not the frames
+    cfg = finetune.settle(finetune.Config(init=r.name, eval_only=True, drop_path=0.0), found)
+    assert finetune.grid_of(cfg) == tuple(grid)
+    return finetune.build(cfg, c["num_classes"], found)[0].eval()
+
+
+def compare_classifier(r, model, x, prefix=""):
+    """Features, logits, cross-entropy and every gradient norm."""
+    r.check(f"{prefix}features", model.features(x))
+    logits = model(x)
+    r.check(f"{prefix}logits", logits)
+    model.zero_grad()
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(r.arrays["labels"]).long())
+    r.check(f"{prefix}loss", loss)
+    loss.backward()
+    r.check(f"{prefix}grad_norm", gradient_norms(r, model))
+
+
+def gradient_norms(r, model):
+    """MAE's table of positions has a row for the class token, and joint tables one too: ours is apart or in front."""
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    norm = lambda *names: float(torch.cat([grads[n].flatten() for n in names]).double().norm())
+    values = per_official_tensor(r, model, lambda p: p.grad, of_classifier)
+    if r.meta["method"] == "MAE":  # the class token gets its own position by addition: both have the same gradient
+        values[r.names.index("pos_embed")] = norm("encoder.pos_embed", "encoder.cls_token")
+    return values
+
+
+def replay_vit(r):
+    """The classifiers of MAE, MAE-ST and VideoMAE."""
+    c, method = r.config, {"MAE": "mae", "MAE-ST": "mae_st", "VideoMAE": "videomae"}[r.meta["method"]]
+    model = load_classifier(r, method)
+    x, encoder = pixels(r, "image_u8" if method == "mae" else "video_u8"), model.encoder
+    patches = mae_image.patchify(x, c["patch_size"]) if method == "mae" else mae_video.patchify(x, c["t_patch_size"], c["patch_size"])
+    if "pos_encoder" in r.arrays:
+        r.check("pos_encoder", encoder.pos_embed[0, c["pos_rows"]])
+    r.check("tokens", encoder.patch_embed(patches))
+    probe_norms(r, model, of_classifier)
+    compare_classifier(r, model, x)
+
+
+def replay_omni_finetune(r):
+    """OmniMAE's classifier on images, clips and a larger image; layer decay."""
+    c = r.config
+    model = load_classifier(r, "omni")
+    r.check("pos_encoder", model.encoder.pos_embed[0, c["pos_rows"]])
+    probe_norms(r, model, of_classifier)
+    for kind in ("image", "video"):
+        x = pixels(r, f"{kind}_u8")
+        patches = mae_video.patchify(model.encoder.as_clip(x), c["t_patch_size"], c["patch_size"])
+        r.check(f"{kind}/tokens", model.encoder.patch_embed(patches))
+        compare_classifier(r, model, x, f"{kind}/")
+    groups = finetune.layer_groups(model, 0.05, c["layer_decay"])
+    scale = {id(p): g["lr_scale"] * c["layer_decay"] for g in groups for p in g["params"]}  # one step more, see there
+    own = dict(model.named_parameters())
+    r.check("lr_scale", [scale[id(own[of_classifier(our_name(r, n))])] for n in r.names])
+    side = c["hires_img_size"][0] // c["patch_size"]
+    finetune.change_grid(model.encoder, (c["grid"][0], side, side))
+    r.check("hires/logits", model(pixels(r, "hires/image_u8")))
 
 
 def weight_decays(model, names, weight_decay, ours):
@@ -209,6 +335,18 @@ def weight_decays(model, names, weight_decay, ours):
     of = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     own = dict(model.named_parameters())
     return [of[id(own[ours(name)])] for name in names]
+
+
+def layer_decay(r, encoder, layer_scale=0.0):
+    """Learning rate and weight decay of every official parameter under our layer_groups."""
+    s = r.config["layerdecay"]
+    model = finetune.Classifier(encoder, 10, layer_scale=layer_scale, fresh_norm=True)
+    groups = finetune.layer_groups(model, s["weight_decay"], s["layer_decay"])
+    of, own = {id(p): g for g in groups for p in g["params"]}, dict(model.named_parameters())
+    fused = re.compile(r"attn\.([qkv]\.|q_|v_)")
+    names = [of_classifier(fused.sub("attn.qkv.", n).replace("qkv.qkv.", "qkv.")) for n in r.meta["names"]["layerdecay"]]
+    for key in ("lr_scale", "weight_decay"):
+        r.check(f"layerdecay_{key}", [of[id(own[n])][key] for n in names])
 
 
 def replay_functions_mae(r):
@@ -229,7 +367,36 @@ def replay_functions_mae(r):
     s = c["lr"]
     values = [mae_image.lr_at(e, s["lr"], s["min_lr"], s["warmup_epochs"], s["epochs"]) for e in s["epoch"]]
     r.check("lr_values", np.outer(values, s["lr_scale"]))
-    # the rest of this file (layer decay, LARS, table resizing, probe head) is about fine-tuning
+    layer_decay(r, mae_image.MAE(32, 8, (48, c["layerdecay"]["depth"], 3), (32, 1, 4)))
+    s, p = c["lars"], {k: torch.nn.Parameter(torch.from_numpy(a[f"lars_{k}0"].copy())) for k in "Wb"}
+    lars = finetune.LARS([{"params": list(p.values()), "weight_decay": s["weight_decay"]}], s["lr"], s["momentum"],
+                         s["trust_coefficient"])  # fmt: skip
+    path = {"W": [], "b": []}
+    for gradW, gradb in zip(a["lars_gradW"], a["lars_gradb"]):
+        p["W"].grad, p["b"].grad = torch.from_numpy(gradW.copy()), torch.from_numpy(gradb.copy())
+        lars.step()
+        for k in "Wb":
+            path[k].append(p[k].detach().clone())
+    for k in "Wb":
+        r.check(f"lars_{k}", torch.stack(path[k]))
+    s, table = c["interp"], torch.from_numpy(a["interp_in"])
+    grids = [(1, g, g) for g in (s["old_grid"], s["new_grid"])]
+    r.check("interp_out", torch.cat([table[:, :1], mae_video.resize_table(table[:, 1:], *grids)], dim=1))
+    model = finetune.Classifier(mae_image.MAE(16, 8, (8, 1, 2), (8, 0, 2)), 5, "first", False, frozen=True)
+    head = model.head
+    assert [f"head.{k}" for k in sorted(head.state_dict())] == sorted(r.meta["names"]["probe_state_keys"])
+    with torch.no_grad():
+        head[1].weight.copy_(torch.from_numpy(a["probe_weight"]))
+        head[1].bias.copy_(torch.from_numpy(a["probe_bias"]))
+    x = torch.from_numpy(a["probe_features"])
+    r.check("probe_logits_train", model.train().head(x))
+    r.check("probe_logits_eval", model.eval().head(x))
+
+
+def test_views(frames, length, stride, views, sampling):
+    """Frame numbers of the test clips, as finetune.py takes them."""
+    cfg = finetune.Config(model="mae_st", frames=length, stride=stride, sampling=sampling)
+    return finetune.ViewDataset(None, cfg, views, 1).choose(frames)
 
 
 def replay_functions_mae_st(r):
@@ -245,15 +412,12 @@ def replay_functions_mae_st(r):
     model = mae_video.MAEST(8, 32, 2, 8, (48, s["depth"], 3), (32, s["decoder_depth"], 4), True, None, s["sep_pos_embed"],
                             s["cls_embed"])  # fmt: skip
     r.check("pretrain_weight_decay", weight_decays(model, r.meta["names"]["pretrain"], s["weight_decay"], fused))
+    s = c["layerdecay"]
+    layer_decay(r, mae_video.MAEST(8, 32, 2, 8, (48, s["depth"], 3), (32, 1, 4)))
     s, start = c["train_clip"], float(a["train_clip_start_end"][0])
     r.check("train_clip_frames", data.linspace_clip(s["video_frames"], s["num_frames"], s["sampling_rate"], start))
     s = c["test_clip"]
-    gap = (s["video_frames"] - s["num_frames"] * s["sampling_rate"]) // (s["num_views"] - 1)
-    views = [
-        data.linspace_clip(s["video_frames"], s["num_frames"], s["sampling_rate"], v * gap)
-        for v in range(s["num_views"])
-    ]
-    r.check("test_clip_frames", np.stack(views))
+    r.check("test_clip_frames", test_views(s["video_frames"], s["num_frames"], s["sampling_rate"], s["num_views"], "linspace"))
 
 
 def replay_functions_videomae(r):
@@ -267,6 +431,7 @@ def replay_functions_videomae(r):
     r.check(
         "lr_schedule", [mae_image.lr_at(i, s["base"], s["final"], warm, total, inclusive=True) for i in range(total)]
     )
+    layer_decay(r, mae_video.VideoMAE(8, 32, 2, 8, (48, c["layerdecay"]["depth"], 3), (32, 1, 4)), layer_scale=0.1)
     s = c["pretrain"]
     model = mae_video.VideoMAE(8, 32, 2, 8, (48, s["depth"], 3), (32, s["decoder_depth"], 4))
     ours = lambda n: (n.replace("encoder_to_decoder", "decoder_embed").removeprefix("encoder.").replace("decoder.head", "decoder_pred")
@@ -283,9 +448,9 @@ def replay_functions_videomae(r):
         clips.append(data.dense_clip(n, s["num_frames"], s["sampling_rate"], start))
     r.check("clips_pretrain", np.stack(clips))
     s = c["clips_test_dense"]
-    r.check("clips_test_dense", data.dense_views(s["video_frames"], 16, s["sampling_rate"], s["num_views"]))
+    r.check("clips_test_dense", test_views(s["video_frames"], 16, s["sampling_rate"], s["num_views"], "dense"))
     s = c["clips_ssv2"]
-    views = [data.segment_views(n, s["num_frames"], s["num_views"]) for n in s["durations"]]
+    views = [test_views(n, s["num_frames"], 1, s["num_views"], "segments") for n in s["durations"]]
     r.check("clips_ssv2_test", np.stack(views))
 
 
@@ -320,6 +485,12 @@ def replay(path):
     method, name = r.meta["method"], r.name
     if method in ("MAE", "MAE-ST", "VideoMAE") and "steps" in r.config:
         replay_pretrain(r)
+    elif method == "OmniMAE" and "steps" in r.config:
+        replay_omni_pretrain(r)
+    elif method == "OmniMAE" and "hires_img_size" in r.config:
+        replay_omni_finetune(r)
+    elif method in ("MAE", "MAE-ST", "VideoMAE") and "num_classes" in r.config:
+        replay_vit(r)
     elif "mask_statistics" in name or "multimae_columns" in r.config:
         replay_mask_statistics(r)
     elif method == "MAE" and "sincos_table" in r.config:
