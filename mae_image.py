@@ -344,11 +344,14 @@ def lr_at(step, base, floor, warmup, total, inclusive=False):
 def param_groups(model, weight_decay):
     """Weight decay for matrices, none for vectors (biases, LayerNorm) and what the model lists in NO_DECAY.
 
+    NO_DECAY None: everything decays, as in MultiMAE's public code.
+
     important: the rule goes by the number of dimensions, so the class and mask tokens (1, 1, D) do decay in MAE.
     """
     decay, rest = [], []
     for name, parameter in model.named_parameters():
-        (rest if parameter.ndim < 2 or name in model.NO_DECAY else decay).append(parameter)
+        exempt = model.NO_DECAY is not None and (parameter.ndim < 2 or name in model.NO_DECAY)
+        (rest if exempt else decay).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 

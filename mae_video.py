@@ -107,15 +107,15 @@ def sinusoid(width, N):
     return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-def resize_table(table, old, new):
-    """Positions of one token grid (t, h, w) for another: bicubic over rows and columns, linear over time slots.
+def resize_table(table, old, new, mode="bicubic"):
+    """Positions of one token grid (t, h, w) for another: by `mode` over rows and columns, linear over time slots.
 
     table (1, N, D) -> (1, N', D).   As public code resizes MAE's and MAE-ST's tables for fine-tuning.
     """
     (t, h, w), D = old, table.shape[2]
     x = table.reshape(t, h, w, D).permute(0, 3, 1, 2)  # (t, D, h, w)
     if (h, w) != tuple(new[1:]):
-        x = F.interpolate(x, new[1:], mode="bicubic", align_corners=False)
+        x = F.interpolate(x, new[1:], mode=mode, align_corners=False)
     if t != new[0]:
         x = F.interpolate(x.flatten(1).T[None], new[0], mode="linear")[0].T.reshape(new[0], D, *new[1:])
     return x.permute(0, 2, 3, 1).reshape(1, -1, D)

@@ -21,6 +21,7 @@ import data  # noqa: E402
 import finetune  # noqa: E402
 import mae_image  # noqa: E402
 import mae_video  # noqa: E402
+import multimae  # noqa: E402
 import omni  # noqa: E402
 from masking import dirichlet_mask, hidden, hide_largest, num_hidden, tube_mask  # noqa: E402
 from masking import causal_mask, random_mask  # noqa: E402
@@ -87,6 +88,8 @@ def our_name(r, name):
     if r.meta["method"] == "OmniMAE":
         name = name.removeprefix("trunk.").replace("proj.1.", "proj.").replace("decoder.decoder_", "decoder_")
         name = name.replace("decoder.norm", "decoder_norm").replace("heads.0.projector.", "head.")
+    if r.meta["method"] == "MultiMAE":
+        name = multimae.re_encoder(name)
     return name
 
 
@@ -114,7 +117,7 @@ def probe_norms(r, model, rename=lambda name: name):
     layers = dict(model.named_modules())
     for key in [k for k in ("norm_probe", "norm_probe_dec") if f"{k}_in" in r.arrays]:
         x = torch.from_numpy(r.arrays[f"{key}_in"])
-        ours = [rename(our_name(r, n).removeprefix("encoder.").replace("decoder.", "decoder_")) for n in r.config[key]]
+        ours = [rename(our_name(r, n if r.meta["method"] == "MultiMAE" else f"{n}.").removesuffix(".")) for n in r.config[key]]
         r.check(f"{key}_out", torch.stack([layers[n](x) for n in ours]))
 
 
@@ -251,6 +254,81 @@ def replay_omni_pretrain(r):
         loss.backward()
         r.check(f"{kind}/grad_norm", per_official_tensor(r, model, lambda p: p.grad, pixel_head))
     three_updates(r, model, batches * 2, pixel_head)
+
+
+def replay_multimae_pretrain(r):
+    """MultiMAE: seven scenarios of given modalities and visible tokens, and three updates."""
+    c, a = r.config, r.arrays
+    size = (c["embed_dim"], c["depth"], c["num_heads"])
+    decoder = (c["decoder_embed_dim"], c["decoder_depth"], c["decoder_num_heads"])
+    model = multimae.MultiMAE(c["img_size"][0], c["patch_size"], size, decoder, c["modalities"], c["num_classes_semseg"],
+                              c["class_emb_dim"])  # fmt: skip
+    model.load_state_dict(model.from_public(dict(r.weights)))
+    depth = torch.from_numpy(a["depth_u8"].astype(np.float32)) / 255
+    inputs = {"rgb": pixels(r, "rgb_u8"), "depth": multimae.standardise(depth), "semseg": torch.from_numpy(a["semseg"]).long()}
+    for name, table in (("pos_encoder", model.pos_embed), ("pos_decoder", model.decoder_pos_embed)):
+        r.check(name, table[0, c["pos_rows"]])
+    probe_norms(r, model)
+    r.check("target/depth", inputs["depth"])
+    r.check("target/norm_rgb", picture(model, "norm_rgb", model.target("norm_rgb", inputs["rgb"]), inputs["rgb"]))
+
+    def mask_of(ids_keep, tokens):
+        return torch.ones(len(ids_keep), tokens).scatter(1, torch.from_numpy(ids_keep).long(), 0).bool()
+
+    def scenario(name, inputs, mask, ids_keep=None):
+        latent = model.forward_encoder(inputs, mask)
+        preds = model.forward_decoder(latent, inputs, mask)
+        if f"{name}/latent" in a:
+            kept = latent[:, :-1] if ids_keep is None else in_order_of(torch.from_numpy(ids_keep).long(), latent[:, :-1])
+            r.check(f"{name}/latent", torch.cat([kept, latent[:, -1:]], dim=1))
+        for task, pred in preds.items():
+            if f"{name}/pred/{task}" in a:
+                r.check(f"{name}/pred/{task}", picture(model, task, pred, next(iter(inputs.values()))))
+        return preds
+
+    for name, given in (("all", inputs), ("edge", inputs), ("rgb_only", {"rgb": inputs["rgb"]})):
+        tokens = c["num_patches_per_modality"] * len(given)
+        mask = mask_of(a[f"{name}/ids_keep"], tokens)
+        for m, part in zip(given, mask.chunk(len(given), dim=1)):
+            r.check(f"{name}/mask/{m}", part.float())
+        preds = scenario(name, given, mask, a[f"{name}/ids_keep"])
+        losses = model.task_losses(preds, inputs, given, mask)
+        for task, loss in losses.items():
+            r.check(f"{name}/loss/{task}", loss)
+        total = sum(losses.values())
+        r.check(f"{name}/loss/total", total)
+        model.zero_grad()
+        total.backward()
+        r.check(f"{name}/grad_norm", per_official_tensor(r, model, lambda p: p.grad))
+    nothing = lambda given, n: torch.zeros(len(next(iter(given.values()))), n, dtype=torch.bool)
+    n = c["num_patches_per_modality"]
+    scenario("full", inputs, nothing(inputs, 3 * n))
+    scenario("depth_only", {"depth": inputs["depth"]}, nothing(inputs, n))
+    large = {"rgb": pixels(r, "hires/rgb_u8"), "semseg": torch.from_numpy(a["hires/semseg"]).long()}
+    scenario("hires", large, nothing(large, 2 * (c["hires_img_size"][0] // c["patch_size"]) ** 2))
+
+    s = c["steps"]
+    optimizer = torch.optim.AdamW(mae_image.param_groups(model, s["weight_decay"]), s["lr"], betas=tuple(s["betas"]), eps=s["eps"])
+    rows = []
+    for i in range(s["updates"] + 1):
+        mask = mask_of(a["steps_ids_keep"][i], 3 * n)
+        losses = model.task_losses(model(inputs, mask)[1], inputs, inputs, mask)
+        rows.append([losses[t].item() for t in c["decoders"]])
+        if i < s["updates"]:
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+    r.check("steps_loss", rows)
+    r.check("steps_param_norm", per_official_tensor(r, model, lambda p: p))
+
+
+def picture(model, task, values, like):
+    """Our patches (channel, row, col) -> the official image layout (B, C, H, W)."""
+    side = model.patch // (multimae.STRIDE if task == "semseg" else 1)
+    scale = model.patch // (multimae.STRIDE if like.ndim == 3 else 1)
+    h, w = like.shape[-2] // scale, like.shape[-1] // scale
+    B, N, P = values.shape
+    return mae_image.unpatchify(values.reshape(B, N, -1, side * side).transpose(2, 3).flatten(2), side, h, w)
 
 
 def of_classifier(name):
@@ -491,6 +569,8 @@ def replay(path):
         replay_omni_finetune(r)
     elif method in ("MAE", "MAE-ST", "VideoMAE") and "num_classes" in r.config:
         replay_vit(r)
+    elif method == "MultiMAE" and "steps" in r.config:
+        replay_multimae_pretrain(r)
     elif "mask_statistics" in name or "multimae_columns" in r.config:
         replay_mask_statistics(r)
     elif method == "MAE" and "sincos_table" in r.config:
