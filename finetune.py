@@ -63,9 +63,10 @@ from mae_image import (
 )
 from mae_video import MAEST, VideoMAE, resize_table
 from masking import InputError, run_script
+from multimae import MODALITIES, AlignedDataset, MultiMAE, list_aligned, parse_modalities
 from omni import OmniMAE
 
-MODELS = {"mae": MAE, "videomae": VideoMAE, "mae_st": MAEST, "omni": OmniMAE}
+MODELS = {"mae": MAE, "videomae": VideoMAE, "mae_st": MAEST, "omni": OmniMAE, "multimae": MultiMAE}
 
 
 # ============================================================================================================
@@ -122,7 +123,7 @@ class Classifier(nn.Module):
         self.pool, self.frozen = pool, frozen
         # important: MAE-ST leaves token 0 out even when it has no class token, and so loses a cube (public code)
         self.skip = 1 if isinstance(encoder, (MAE, MAEST)) else 0
-        self.norm = nn.LayerNorm(D, eps=1e-6) if fresh_norm else encoder.norm
+        self.norm = nn.LayerNorm(D, eps=1e-6) if fresh_norm or isinstance(encoder, MultiMAE) else encoder.norm
         encoder.norm = nn.Identity()
         rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are skipped more often
         encoder.blocks = nn.ModuleList([TunedBlock(b, r, layer_scale) for b, r in zip(encoder.blocks, rates)])
@@ -154,10 +155,13 @@ class Classifier(nn.Module):
         return self.head(self.dropout(self.features(x)))
 
 
+DECODER = ("decoder", "mask_token", "output_adapters")  # how names of its parts begin, in every model
+
+
 def drop_decoder(model):
     """The decoder has done its work: MAE Sec. 3 "MAE decoder"."""
     for parts in (model._modules, model._parameters, model._buffers):
-        for name in [n for n in parts if n.startswith(("decoder", "mask_token"))]:
+        for name in [n for n in parts if n.startswith(DECODER)]:
             del parts[name]
 
 
@@ -306,6 +310,7 @@ class ViewDataset(Dataset):
 
     def __init__(self, files, cfg, clips, crops):
         self.files, self.cfg, self.clips, self.crops = files, cfg, clips, crops
+        self.aligned = open_aligned(files, cfg, train=False) if cfg.model == "multimae" and "," in cfg.inputs else None
 
     def __len__(self):
         return len(self.files.paths)
@@ -327,11 +332,14 @@ class ViewDataset(Dataset):
             if is_video(self.cfg):
                 clips = read_clips(path, self.choose)  # (clips, T, H, W, 3)
                 return torch.cat([spatial_views(c, size, self.crops) for c in clips]), i, []
+            if self.aligned:
+                return self.aligned.read(i, None), i, []
             pixels = self.files.pixels[i] if self.files.pixels is not None else read_image(path)
             return make_crop(pixels[None], size, "center", 1, False, None, bicubic=True), i, []
         except BrokenFile as error:
             frames = (self.clips * self.crops, self.cfg.frames) if is_video(self.cfg) else (1,)
-            return torch.zeros(*frames, size, size, 3, dtype=torch.uint8), i, [(str(path), str(error))]
+            planes = sum({"rgb": 3, "depth": 2, "semseg": 1}[m] for m in parse_modalities(self.cfg.inputs))
+            return torch.zeros(*frames, size, size, planes, dtype=torch.uint8), i, [(str(path), str(error))]
 
 
 def run_views(model, files, cfg, clips, crops, device, output):
@@ -448,8 +456,11 @@ class Config:
     cutmix: float = 0.0  # alpha of CutMix; the papers' is 1.0
     smoothing: float = 0.1  # label smoothing
     # model
-    model: typing.Literal["auto", "mae", "videomae", "mae_st", "omni"] = "auto"  # auto: that of --init; from scratch videomae
+    model: typing.Literal["auto", "mae", "videomae", "mae_st", "omni", "multimae"] = "auto"  # auto: that of --init; from scratch videomae
     images: bool = False  # --model omni: classify images, else videos
+    inputs: str = "rgb"  # --model multimae: what the classifier sees, any of rgb,depth,semseg
+    maps: int = 6  # --model multimae: classes of the semantic maps; with --init the file says it, as the next one
+    class_width: int = 16  # --model multimae: width of a class's learned vector
     size: str = "auto"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS; auto: that of --init, also for the next two
     patch: int = 0  # side of a patch or cube in pixels
     tubelet: int = 0  # frames in a cube
@@ -508,6 +519,7 @@ PRESETS = {
     "mae_probe_paper": dict(mode="linear", min_crop=0.08, batch=16384, lr=0.1, epochs=90, warmup=10, workers=16),
 }  # fmt: skip
 
+# what a file may say of its model, and what is taken where neither it nor a flag says it
 LAPTOP = {"model": "videomae", "size": "nano", "patch": 8, "tubelet": 2, "frames": 8, "stride": 2, "img_size": 64,
           "sampling": "dense"}  # fmt: skip
 
@@ -539,12 +551,15 @@ def read_init(path):
         inner = next((content[k] for k in ("model", "module", "model_state") if isinstance(content.get(k), dict)), content)
         return recognise({k: v for k, v in inner.items() if torch.is_tensor(v)}, path)
     config, state, script = content["config"], content["model"], content["script"]
-    names = {"mae_image": "mae", "mae_video": config.get("model"), "omni": "omni", "finetune": config.get("model")}
+    names = {"mae_image": "mae", "mae_video": config.get("model"), "omni": "omni", "multimae": "multimae", "finetune": config.get("model")}
     if names.get(script) not in MODELS:
         raise InputError(f"checkpoint {path} was written by {script}.py, which this version does not know")
     settings = {k: config[k] for k in LAPTOP if k in config and k != "model"}
+    if script == "multimae":
+        settings.update(maps=config["classes"], class_width=config["class_width"])
     if script == "finetune":
-        settings.update(mode=config["mode"], pool=config["pool"], images=config["images"])  # names as if it were public: fc_norm is the norm before the head
+        settings.update(mode=config["mode"], pool=config["pool"], images=config["images"], inputs=config["inputs"],
+                        maps=config["maps"], class_width=config["class_width"])  # names as if it were public: fc_norm is the norm before the head
         rename = lambda k: k.removeprefix("encoder.") if k.startswith("encoder.") else k.replace("norm.", "fc_norm.", 1)
         state = {rename(k): v for k, v in state.items()}
     return Found(names[script], settings, state, False, content.get("classes", []))
@@ -562,21 +577,28 @@ def read_safetensors(path):
 
 
 def recognise(state, path):
-    """Public layouts of MAE, MAE-ST, VideoMAE and OmniMAE, pretrained or fine-tuned, by their tensors' names and shapes.
+    """Public layouts of MAE, MAE-ST, VideoMAE, OmniMAE and MultiMAE, pretrained or fine-tuned, by their tensors' names and shapes.
 
     Heads are not written in any file: by width and depth if it is a published size, else slices of 64."""
     if any("patch_embeddings.projection" in k for k in state):
         state = from_huggingface(state)
-    kernels = ("patch_embed.proj.weight", "encoder.patch_embed.proj.weight", "trunk.patch_embed.proj.1.weight")
+    kernels = ("patch_embed.proj.weight", "input_adapters.rgb.proj.weight", "encoder.patch_embed.proj.weight", "trunk.patch_embed.proj.1.weight")
     kernel = next((state[k] for k in kernels if k in state), None)
-    numbers = [int(m[1]) for m in (re.match(r"(?:encoder\.|trunk\.)?blocks\.(\d+)\.", k) for k in state) if m]
+    numbers = [int(m[1]) for m in (re.match(r"(?:(?:encoder\.|trunk\.)?blocks|encoder)\.(\d+)\.", k) for k in state) if m]
     if kernel is None or not numbers:
-        raise InputError(f"{path} has no layout that is known here: MAE, MAE-ST, VideoMAE, OmniMAE, HuggingFace")
+        raise InputError(f"{path} has no layout that is known here: MAE, MAE-ST, VideoMAE, OmniMAE, MultiMAE, HuggingFace")
     D, _, *sides = kernel.shape
     depth = max(numbers) + 1
     heads = {(d, n): h for d, n, h in ENCODERS.values()}.get((D, depth), max(D // 64, 1))
     settings = {"size": f"{D}x{depth}x{heads}", "patch": sides[-1]}
     tables = {k: v.shape[1] for k, v in state.items() if re.fullmatch(r"pos_embed(_spatial|_temporal)?", k)}
+    if "input_adapters.rgb.proj.weight" in state:
+        table = state.get("input_adapters.rgb.pos_emb")
+        settings["img_size"] = (table.shape[-1] if table is not None else 14) * sides[-1]
+        if (embedding := state.get("input_adapters.semseg.class_emb.weight")) is not None:
+            settings.update(maps=embedding.shape[0], class_width=embedding.shape[1])
+        named = lambda k: k.replace("output_adapters.cls.norm.", "fc_norm.").replace("output_adapters.cls.head.", "head.")
+        return Found("multimae", settings, {named(k): v for k, v in state.items()}, True, [])
     if len(sides) == 2:
         side = math.isqrt(tables["pos_embed"] - 1) if "pos_embed" in tables else 14
         return Found("mae", {**settings, "img_size": side * sides[-1]}, state, True, [])
@@ -630,10 +652,12 @@ def settle(cfg, found):
             continue
         if (encoder_size(given) != encoder_size(there)) if name == "size" else given != there:
             raise InputError(f"--{name} {given}: the model in {cfg.init} has {there}; leave the flag out")
-    asked = {k: v for k, v in settings.items() if getattr(cfg, k) in (0, "auto")}
+    asked = {k: v for k, v in settings.items() if k in LAPTOP and getattr(cfg, k) in (0, "auto")}
+    asked.update({k: v for k, v in settings.items() if k in ("maps", "class_width")})
     if only_tests(cfg):  # a classifier is tested as it was built
         mean = "fc_norm.weight" in found.state or settings["model"] in ("mae_st", "omni")
-        asked.update(images=settings.get("images", cfg.images), mode=settings.get("mode", "finetune"))
+        asked.update(images=settings.get("images", cfg.images), inputs=settings.get("inputs", cfg.inputs))
+        asked.update(mode=settings.get("mode", "finetune"))
         asked.update(pool=settings.get("pool", "mean" if mean else "first"))
     cfg = replace(cfg, **asked)
     if cfg.pool == "auto":
@@ -645,9 +669,10 @@ def settle(cfg, found):
 
 def grid_of(cfg):
     check_divides(cfg.img_size, cfg.patch, "frame side", "patch", "--img-size")
-    if cfg.model != "mae":
-        check_divides(cfg.frames, cfg.tubelet, "clip length", "tubelet", "--frames")
-    return (cfg.frames // cfg.tubelet if cfg.model != "mae" else 1, cfg.img_size // cfg.patch, cfg.img_size // cfg.patch)
+    if cfg.model in ("mae", "multimae"):
+        return 1, cfg.img_size // cfg.patch, cfg.img_size // cfg.patch
+    check_divides(cfg.frames, cfg.tubelet, "clip length", "tubelet", "--frames")
+    return (cfg.frames // cfg.tubelet, cfg.img_size // cfg.patch, cfg.img_size // cfg.patch)
 
 
 def build(cfg, classes, found=None):
@@ -658,6 +683,8 @@ def build(cfg, classes, found=None):
     state = dict(found.state) if found else {}
     if cfg.model == "mae":
         encoder = MAE(start.img_size, start.patch, *shape)
+    elif cfg.model == "multimae":
+        encoder = MultiMAE(start.img_size, start.patch, *shape, parse_modalities(cfg.inputs), cfg.maps, cfg.class_width)
     else:
         if found and found.model == "mae_st":
             options = {"separable": "pos_embed" not in state, "cls": "cls_token" in state}
@@ -704,12 +731,13 @@ def load(model, state, cfg, fresh_norm):
     norms = ("fc_norm.", "norm.") if tested else () if fresh_norm else ("norm.", "fc_norm.")
     norm = next((n for n in norms if n + "weight" in state), "-")  # which one becomes the norm before our head
     used, left, wrong = {}, [], []
+    unseen = tuple(f"input_adapters.{m}." for m in MODALITIES if m not in parse_modalities(cfg.inputs))
     for key, value in state.items():
         if key.startswith(norm):
             ours = key.removeprefix("fc_")
         else:
             ours = key if key.startswith("head.") else f"encoder.{key}"
-        if key.startswith(("decoder", "mask_token", "norm.", "fc_norm.")) and not key.startswith(norm):
+        if key.startswith((*DECODER, *unseen, "norm.", "fc_norm.")) and not key.startswith(norm):
             left.append(key)
         elif key.startswith("head.") and not tested:
             left.append(key)
@@ -919,13 +947,24 @@ def find_init(cfg):
     return ""
 
 
+def open_aligned(files, cfg, train):
+    return AlignedDataset(cfg.data, files, parse_modalities(cfg.inputs), cfg.img_size, cfg.maps, cfg.seed, cfg.min_crop,
+                          cfg.flip, train)  # fmt: skip
+
+
 def open_data(cfg):
     """-> dataset for training, files for training, files for testing."""
-    listed = [data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing) if is_video(cfg)
+    if cfg.model == "multimae" and max(cfg.rand_augment, cfg.erase, cfg.mixup, cfg.cutmix) > 0:
+        raise InputError("--rand-augment, --erase, --mixup and --cutmix are for RGB alone: set them to 0 for multimae")
+    inputs = parse_modalities(cfg.inputs)
+    listed = [list_aligned(cfg.data, split, inputs, cfg.allow_missing) if cfg.model == "multimae" else
+              data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing) if is_video(cfg)
               else data.list_images(cfg.data, split, cfg.allow_missing) for split in ("train", "val")]  # fmt: skip
     check_labels(*listed, cfg)
     train, test = take_share(listed[0], cfg.share, cfg.seed), listed[1]
-    if is_video(cfg):
+    if cfg.model == "multimae":
+        dataset = open_aligned(train, cfg, train=True)
+    elif is_video(cfg):
         dataset = data.ClipDataset(train, cfg.frames, cfg.stride, cfg.img_size, cfg.seed, cfg.sampling, "random",
                                    cfg.min_crop, cfg.flip, cfg.repeat)  # fmt: skip
     else:

@@ -388,6 +388,14 @@ def masked_mean(error, count):
 # ============================================================================================================
 
 
+def list_aligned(root, split, modalities, allow_missing=False):
+    """The files of the first modality of one split, see data.list_images; the others are found by their names."""
+    first = Path(root) / modalities[0]
+    if not first.is_dir():
+        raise InputError(f"{root} has no folder {modalities[0]}/: expected {', '.join(f'{m}/' for m in modalities)}")
+    return data.list_images(first, split, allow_missing)
+
+
 class AlignedDataset(torch.utils.data.Dataset):
     """dataset[epoch, i] -> uint8 (1, H, W, planes), number of the file used, [(path, reason) of broken files].
 
@@ -400,14 +408,10 @@ class AlignedDataset(torch.utils.data.Dataset):
 
     repeat = 1
 
-    def __init__(self, root, split, modalities, size, classes, seed, min_crop=0.2, flip=True, allow_missing=False):
-        first = Path(root) / modalities[0]
-        if not first.is_dir():
-            raise InputError(f"{root} has no folder {modalities[0]}/: expected {', '.join(f'{m}/' for m in modalities)}")
-        self.files = data.list_images(first, split, allow_missing)
-        self.paths, self.labels, self.classes = self.files.paths, self.files.labels, self.files.classes
+    def __init__(self, root, files, modalities, size, classes, seed, min_crop=0.2, flip=True, train=True):
+        self.paths, self.labels, self.classes = files.paths, files.labels, files.classes
         self.root, self.modalities, self.size, self.number, self.seed = Path(root), modalities, size, classes, seed
-        self.min_crop, self.flip, self.train = min_crop, flip, split == "train"
+        self.min_crop, self.flip, self.train = min_crop, flip, train
 
     def __len__(self):
         return len(self.paths)
@@ -634,8 +638,9 @@ def main():
     draw_mask = lambda batch, rows, generator: dirichlet_mask(rows, sizes, count, generator, cfg.alpha)
     if cfg.init and not cfg.resume:
         print(load_weights(model, cfg.init, "multimae"))
-    open_split = lambda split: AlignedDataset(cfg.data, split, modalities, cfg.img_size, cfg.classes, cfg.seed, cfg.min_crop,
-                                              cfg.flip, cfg.allow_missing)  # fmt: skip
+    open_split = lambda split: AlignedDataset(
+        cfg.data, list_aligned(cfg.data, split, modalities, cfg.allow_missing), modalities, cfg.img_size, cfg.classes,
+        cfg.seed, cfg.min_crop, cfg.flip, split == "train")  # fmt: skip
     train = open_split("train")
     batch, mask = held_out(open_split("val"), draw_mask, cfg.seed, 64)
 

@@ -89,7 +89,7 @@ def our_name(r, name):
         name = name.removeprefix("trunk.").replace("proj.1.", "proj.").replace("decoder.decoder_", "decoder_")
         name = name.replace("decoder.norm", "decoder_norm").replace("heads.0.projector.", "head.")
     if r.meta["method"] == "MultiMAE":
-        name = multimae.re_encoder(name)
+        name = multimae.re_encoder(name).replace("output_adapters.cls.norm", "norm").replace("output_adapters.cls.head", "head")
     return name
 
 
@@ -407,6 +407,18 @@ def replay_omni_finetune(r):
     r.check("hires/logits", model(pixels(r, "hires/image_u8")))
 
 
+def replay_multimae_finetune(r):
+    """MultiMAE's RGB classifier; layer decay and weight decay."""
+    c = r.config
+    model = load_classifier(r, "multimae")
+    probe_norms(r, model, of_classifier)
+    compare_classifier(r, model, pixels(r, "rgb_u8"))
+    groups = finetune.layer_groups(model, c["weight_decay"], c["layer_decay"])
+    of, own = {id(p): g for g in groups for p in g["params"]}, dict(model.named_parameters())
+    for key in ("lr_scale", "weight_decay"):
+        r.check(key, [of[id(own[of_classifier(our_name(r, n))])][key] for n in r.names])
+
+
 def weight_decays(model, names, weight_decay, ours):
     """Decay of every named official parameter under our param_groups."""
     groups = mae_image.param_groups(model, weight_decay)
@@ -571,6 +583,8 @@ def replay(path):
         replay_vit(r)
     elif method == "MultiMAE" and "steps" in r.config:
         replay_multimae_pretrain(r)
+    elif method == "MultiMAE" and "layer_decay" in r.config:
+        replay_multimae_finetune(r)
     elif "mask_statistics" in name or "multimae_columns" in r.config:
         replay_mask_statistics(r)
     elif method == "MAE" and "sincos_table" in r.config:
