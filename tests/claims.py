@@ -1,0 +1,246 @@
+"""claims.py - do the papers' claims hold in a small run?
+
+    python tests/claims.py                          (every claim whose data is there: many hours on 2 CPU cores)
+    python tests/claims.py --only V1 --sets toy     (one claim on one data set)
+    python tests/claims.py --quick                  (tiny runs: shows that it works, says nothing about the claims)
+    python tests/claims.py --list                   (what there is, and the commands that would run)
+
+A claim compares arms: each is a pretraining (or none) and a fine-tuning, run through the scripts' command lines for
+every split of the data and every seed. Pretraining sees the training files of the split, without labels, and is
+shared by the seeds of a split. What is reported is the last epoch on the test files. Runs that are done are kept in
+--work and not repeated. Real data: set MAE_TEST_DATA to a folder with lips20/, gestures10/, sprites5/ and others.
+
+The verdict is by rule: "holds" if the difference is, on average, larger than its spread over splits and seeds and
+has the paper's sign; "does not hold here" if the sign is the other; else "cannot be seen at this size".
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+
+# Flags per data set: of the pretraining, of the fine-tuning, and which copy of the data (short side, 0: as it is).
+VIDEO = "--img-size 48 --patch 12 --size 128x4x4 --decoder-width 64 --decoder-depth 1 --norm-pix --mask-ratio 0.75 --lr 2e-2 "
+SETS = {
+    "toy": dict(short=0, folds=3, pretrain="", finetune="--clips 1"),
+    "lips20": dict(short=64, folds=3, pretrain=VIDEO + "--sampling segments --batch 32 --epochs 60 --warmup 5",
+                   finetune="--batch 32 --epochs 15 --warmup 2 --clips 2"),
+    "gestures10": dict(short=64, folds=3, pretrain=VIDEO + "--no-flip --frames 16 --sampling segments --batch 32 "
+                       "--epochs 200 --warmup 10", finetune="--no-flip --batch 16 --epochs 60 --warmup 5 --clips 2"),
+    "sprites5": dict(short=64, folds=3, pretrain=VIDEO + "--frames 16 --sampling segments --batch 32 --epochs 100 --warmup 5",
+                     finetune="--batch 32 --epochs 30 --warmup 3 --clips 2"),
+    "weizmann4": dict(short=0, folds=3, pretrain=VIDEO + "--frames 16 --stride 2 --batch 16 --epochs 600 --warmup 30",
+                      finetune="--batch 16 --epochs 60 --warmup 5 --clips 5"),
+}  # fmt: skip
+SCRATCH = "--mode scratch --lr 4e-3"  # a quarter of the pretrained network's rate: at the full one it does not learn
+
+
+@dataclass
+class Arm:
+    pretrain: str = None  # flags on top of the set's; None: no pretraining. The flags name the run
+    finetune: str = ""
+
+
+@dataclass
+class Claim:
+    place: str
+    text: str
+    paper: str
+    sets: tuple
+    arms: dict
+    pairs: tuple = field(default_factory=tuple)  # (better arm, worse arm), as the paper has it
+
+
+PRETRAINED, FROM_SCRATCH = Arm(""), Arm("", SCRATCH)
+CLAIMS = {
+    "V1": Claim("VideoMAE Table 2", "pretraining on the small set itself beats training from scratch by far",
+                "UCF101 51.4 -> 91.3, HMDB51 18.0 -> 62.6", ("toy", "lips20", "gestures10", "sprites5", "weizmann4"),
+                {"scratch": FROM_SCRATCH, "pretrained": PRETRAINED}, (("pretrained", "scratch"),)),
+    "V8": Claim("VideoMAE Table 3", "frozen features are weak, fine-tuning is strong", "linear 38.9, fine-tuned 69.6",
+                ("toy", "lips20", "gestures10", "sprites5"),
+                {"kNN": Arm("", "--mode knn"), "linear": Arm("", "--mode linear"), "fine-tuned": PRETRAINED},
+                (("fine-tuned", "linear"),)),
+    "V3": Claim("VideoMAE Table 1(b), MAE-ST Table 2(a)", "which mask kind gives the best features",
+                "VideoMAE: tube 69.6 > random 68.3 > frame 61.5; MAE-ST: random 84.4 > tube 83.5 > frame 79.1",
+                ("lips20",),
+                {kind: Arm(f"--mask {kind}") for kind in ("tube", "random", "frame")}, (("tube", "random"), ("tube", "frame"))),
+    "S1": Claim("MAE-ST Fig. 6, VideoMAE Table 1(b)", "a very high masking ratio is best", "90 % > 75 % > 50 %", ("lips20",),
+                {f"{r:.0%}": Arm(f"--mask-ratio {r}") for r in (0.5, 0.75, 0.9)}, (("90%", "75%"), ("75%", "50%"))),
+    "S8": Claim("MAE Table 1(d), MAE-ST Table 2(b)", "the normalised target is the better one", "+0.5, +0.6", ("lips20",),
+                {"raw": Arm("--no-norm-pix"), "normalised": PRETRAINED}, (("normalised", "raw"),)),
+}  # fmt: skip
+QUICK = "--smoke --batch 8 --workers 0"
+
+
+def run_all(jobs, count, work):
+    """Run [(name, command)] as processes, `count` at a time, each with its share of the cores; stop if one fails."""
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+
+    def run(job):
+        name, command = job
+        start = time.perf_counter()
+        with open(work / f"{name}.log", "w") as log:
+            code = subprocess.run([sys.executable, *command], cwd=work, env=env, stdout=log, stderr=log).returncode
+        seconds = time.perf_counter() - start
+        if code:
+            raise SystemExit(f"{name} ended with code {code}: see {work / name}.log")
+        (work / name / "minutes.json").write_text(json.dumps(seconds / 60))
+        print(f"  {name}: {seconds / 60:.1f} min", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        list(pool.map(run, jobs))
+
+
+def key(text):
+    """Flags -> part of a folder name."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text.replace("--", "").strip()) or "plain"
+
+
+def plan(claim, name, folder, args):
+    """-> pretraining jobs, fine-tuning jobs {(arm, fold, seed): (run name, command)}."""
+    settings, before, after = SETS[name], {}, {}
+    for arm, a in claim.arms.items():
+        for fold in range(1, min(settings["folds"], args.folds) + 1):
+            pre = f"{name}-{fold}-pre-{key(a.pretrain)}"
+            flags = f"--data {folder} --fold {fold} --workers 1 --pictures 1 --log-every 100 {settings['pretrain']} {a.pretrain}"
+            before[pre] = [str(ROOT / "mae_video.py"), *flags.split(), *(QUICK.split() if args.quick else []), "--out", pre]
+            for seed in range(args.seeds):
+                run = f"{pre}-ft-{key(a.finetune)}-{seed}"
+                flags = (f"--data {folder} --fold {fold} --seed {seed} --workers 1 --log-every 100 --check-every 0 "
+                         f"{settings['finetune']} {a.finetune}")  # fmt: skip
+                after[arm, fold, seed] = run, [str(ROOT / "finetune.py"), *flags.split(), *(QUICK.split() if args.quick else []),
+                                               "--init", f"{pre}/checkpoint.pt", "--out", run]  # fmt: skip
+    return before, after
+
+
+def prepare(name, args):
+    """The data of a set: real videos are re-encoded once to a small short side, or decoding would be most of the work."""
+    short = SETS[name]["short"]
+    if name == "toy":
+        subprocess.run([sys.executable, ROOT / "data.py", "toy", "toy"], cwd=args.work, check=True)
+        return "toy"
+    source = Path(os.environ.get("MAE_TEST_DATA", "")) / name
+    if not short:
+        return str(source.resolve())
+    subprocess.run([sys.executable, ROOT / "data.py", "shrink", source.resolve(), f"{name}-{short}", "--short-side", str(short)],
+                   cwd=args.work, check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    return f"{name}-{short}"
+
+
+def ridge(train, labels, test, classes, strengths=(1, 10, 100, 1000)):
+    """Ridge regression on one-hot labels; its strength is chosen on a fifth of the training files.   -> predictions"""
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    a, b = (train - mean) / std, (test - mean) / std
+    onehot = torch.nn.functional.one_hot(labels, classes).double()
+
+    def fit(x, y, z, strength):
+        gram = x @ x.T + strength * x.shape[1] / 100 * torch.eye(len(x), dtype=torch.float64)  # dual form: few files
+        return z @ (x.T @ torch.linalg.solve(gram, y - y.mean(0))) + y.mean(0)
+
+    held = torch.arange(len(a)) % 5 == 4
+    score = [(fit(a[~held], onehot[~held], a[held], s).argmax(1) == labels[held]).double().mean() for s in strengths]
+    return fit(a, onehot, b, strengths[int(np.argmax(score))]).argmax(1)
+
+
+def trivial_baselines(folder, fold):
+    """{name: accuracy} of what needs no network: a model below the best of these has learnt nothing about motion.
+
+    small clip        ridge on 16 x 8 x 8 grey pixels
+    motion over time  ridge on where the picture differs from its median over time: 16 slots of a 4 x 4 map
+    """
+    parts = {}
+    for split in ("train", "val"):
+        files, small, motion = data.list_videos(folder, split, fold), [], []
+        for path in files.paths:
+            clip = data.read_clips(path, lambda n: data.segment_views(n, 16, 1))[0].mean(-1)  # (16, H, W)
+            x = torch.from_numpy(clip)[None].float()
+            small.append(torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten())
+            change = (x - x.median(dim=1, keepdim=True).values).abs()
+            motion.append(torch.nn.functional.adaptive_avg_pool2d(change, 4).flatten())
+        parts[split] = files, torch.stack(small).double(), torch.stack(motion).double()
+    (train, *a), (test, *b) = parts["train"], parts["val"]
+    labels, truth = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
+    result = {"majority": (truth == labels.bincount().argmax()).double().mean().item()}
+    for name, x, z in zip(("small clip", "motion over time"), a, b):
+        result[name] = (ridge(x, labels, z, len(train.classes)) == truth).double().mean().item()
+    return result
+
+
+def spread(values):
+    return statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def show(name, claim, after, args, folder):
+    """Print the lines of one claim on one data set, as rows of a README table."""
+    accuracy = {k: json.loads((args.work / run / "results.json").read_text())["top1"] for k, (run, _) in after.items()}
+    minutes = {k: json.loads((args.work / run / "minutes.json").read_text()) for k, (run, _) in after.items()}
+    for arm in claim.arms:
+        values = [v for (a, _, _), v in accuracy.items() if a == arm]
+        spent = statistics.median(m for (a, _, _), m in minutes.items() if a == arm)
+        print(f"| {name} | {arm} | {statistics.mean(values):.1%} ± {spread(values):.1%} | {len(values)} runs, {spent:.1f} min each |")
+    if name != "toy" and not args.quick:
+        rows = [trivial_baselines(args.work / folder, fold) for fold in range(1, args.folds + 1)]
+        print("| " + name + " | trivial | " + ", ".join(f"{b} {statistics.mean(r[b] for r in rows):.1%}" for b in rows[0]) + " | |")
+    for better, worse in claim.pairs:
+        gaps = [v - accuracy[worse, f, s] for (a, f, s), v in accuracy.items() if a == better]
+        mean, sd = statistics.mean(gaps), spread(gaps)
+        verdict = "holds" if mean > sd else "does not hold here" if -mean > sd else "cannot be seen at this size"
+        print(f"| {name} | {better} - {worse} | {100 * mean:+.1f} ± {100 * sd:.1f} points, {100 * min(gaps):+.1f} to "
+              f"{100 * max(gaps):+.1f} | {verdict} |", flush=True)  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help=f"claims, separated by commas: {','.join(CLAIMS)}")
+    parser.add_argument("--sets", default="", help=f"data sets, separated by commas: {','.join(SETS)}")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the fine-tuning per split")
+    parser.add_argument("--folds", type=int, default=3, help="splits of the data, 1 to 3")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one core each by default")
+    parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder for the runs")
+    parser.add_argument("--quick", action="store_true", help="three updates a run, one split, one seed")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    args = parser.parse_args()
+    if args.quick:
+        args.seeds = args.folds = 1
+    asked, sets = args.only.split(",") if args.only else list(CLAIMS), args.sets.split(",") if args.sets else list(SETS)
+    for unknown in [c for c in asked if c not in CLAIMS] + [s for s in sets if s not in SETS]:
+        parser.error(f"{unknown} is unknown: claims {', '.join(CLAIMS)}; data sets {', '.join(SETS)}")
+    args.work = args.work.resolve()
+    args.work.mkdir(parents=True, exist_ok=True)
+    folders = {}
+    for number in asked:
+        claim = CLAIMS[number]
+        print(f"\n{number}  {claim.place}: {claim.text}\n    the paper: {claim.paper}", flush=True)
+        for name in [s for s in claim.sets if s in sets]:
+            if name != "toy" and not (Path(os.environ.get("MAE_TEST_DATA", "")) / name).is_dir():
+                print(f"  {name}: left out, MAE_TEST_DATA names no folder that has it")
+                continue
+            folder = folders[name] = folders.get(name) or (name if args.list else prepare(name, args))
+            before, after = plan(claim, name, folder, args)
+            if args.list:
+                for command in [*before.values(), *(c for _, c in after.values())]:
+                    print("  python " + " ".join(command))
+                continue
+            done = lambda run: (args.work / run / "minutes.json").exists()
+            run_all([(n, c) for n, c in before.items() if not done(n)], args.jobs, args.work)
+            run_all([(n, c) for n, c in after.values() if not done(n)], args.jobs, args.work)
+            show(name, claim, after, args, folder)
+
+
+if __name__ == "__main__":
+    main()
