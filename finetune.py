@@ -947,6 +947,15 @@ def find_init(cfg):
     return ""
 
 
+def classes_of(found, path):
+    """How many classes the classifier in a file knows.   Raises InputError if there is none."""
+    head = next((found.state[k] for k in ("head.weight", "head.1.weight") if k in found.state), None)
+    if head is None:
+        raise InputError(f"{path} holds no classifier, only a pretrained encoder: train one first, without --eval-only "
+                         "and --predict")  # fmt: skip
+    return len(head)
+
+
 def open_aligned(files, cfg, train):
     return AlignedDataset(cfg.data, files, parse_modalities(cfg.inputs), cfg.img_size, cfg.maps, cfg.seed, cfg.min_crop,
                           cfg.flip, train)  # fmt: skip
@@ -986,9 +995,8 @@ def main():
     data.make_toy_if_asked(cfg.data, rank, world)
     train, train_files, test_files = open_data(cfg)
     classes = train.classes
-    if cfg.eval_only and len(classes) != len(found.state.get("head.weight", found.state.get("head.1.weight", []))):
-        raise InputError(f"{cfg.data} has {len(classes)} classes, the classifier in {cfg.init} was trained for "
-                         f"{len(found.state.get('head.weight', found.state.get('head.1.weight', [])))}")  # fmt: skip
+    if cfg.eval_only and len(classes) != (known := classes_of(found, cfg.init)):
+        raise InputError(f"{cfg.data} has {len(classes)} classes, the classifier in {cfg.init} was trained for {known}")
     model, said = build(cfg, len(classes), found if cfg.mode != "scratch" else None)
     if rank == 0:
         print(f"{len(train)} files to train, {len(test_files.paths)} to test, {len(classes)} classes; {said}", flush=True)
@@ -1035,7 +1043,7 @@ def save_features(cfg, rank, splits):
 
 def predict(cfg, found, device):
     """Class names with probabilities for one file, the mean over its views."""
-    rows = len(found.state.get("head.weight", found.state.get("head.1.weight", [])))
+    rows = classes_of(found, cfg.init)
     classes = found.classes if len(found.classes) == rows else [f"class {i}" for i in range(rows)]
     model, _ = build(cfg, rows, found)
     files = data.Files(np.array([cfg.predict]), np.array([-1]), classes)

@@ -1,0 +1,511 @@
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import finetune
+import mae_image
+import mae_video
+import omni
+from conftest import ROOT
+from finetune import Classifier, Config
+from mae_image import MAE
+from mae_video import MAEST, VideoMAE
+from masking import InputError
+from test_mae_image import losses, same_state, weights
+
+TINY = ["--epochs", 2, "--warmup", 1, "--batch", 12, "--workers", 0, "--log-every", 1, "--clips", 1, "--check-every", 1]
+
+
+def tiny(kind=VideoMAE, classes=5, **options):
+    torch.manual_seed(0)
+    shape = (32, 8) if kind is MAE else (8, 32, 2, 8)
+    return Classifier(kind(*shape, (32, 3, 4), (16, 1, 2)), classes, **options)
+
+
+def clips(batch=3, seed=0):
+    return torch.randn(batch, 3, 8, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the classifier ---------------------------------------------------------------------------------------------
+
+
+def test_the_classifier_pools_what_encode_gives_and_has_no_decoder():
+    encoder = VideoMAE(8, 32, 2, 8, (32, 3, 4), (16, 1, 2))
+    want = [block for block in encoder.blocks]
+    x = clips()
+    tokens = encoder.patch_embed(mae_video.patchify(x, 2, 8)) + encoder.pos_embed
+    for block in want:
+        tokens = block(tokens)
+    model = Classifier(encoder, 5).eval()
+    assert torch.allclose(model(x), model.head(model.norm(tokens.mean(dim=1))), atol=1e-6)
+    assert not [k for k in model.state_dict() if "decoder" in k or "mask_token" in k]
+
+
+@pytest.mark.parametrize("kind", [MAE, MAEST])
+def test_the_mean_leaves_the_class_token_out_and_first_takes_it(kind):
+    x = torch.randn(2, 3, 32, 32) if kind is MAE else clips(2)
+    for pool in ("mean", "first"):
+        model = tiny(kind, pool=pool).eval()
+        tokens = model.encoder.encode(x)
+        want = tokens[:, 0] if pool == "first" else torch.stack([t[1:].sum(0) / (len(t) - 1) for t in tokens])
+        assert torch.allclose(model.features(x), model.norm(want), atol=1e-5)
+
+
+def test_encode_in_eval_mode_is_deterministic_and_drop_path_is_for_training_only():
+    model, x = tiny(drop_path=0.5), clips()
+    model.train()
+    assert not torch.equal(model.features(x), model.features(x))
+    model.eval()
+    assert torch.equal(model.features(x), model.features(x))
+    assert [b.drop_path for b in model.encoder.blocks] == [0, 0.25, 0.5]
+
+
+def test_drop_path_skips_whole_samples_and_keeps_the_mean():
+    block, x = tiny(drop_path=0.4).encoder.blocks[-1].train(), torch.ones(20000, 1, 4)
+    y = block.branch(x, "gamma_1")
+    assert set(y.flatten().tolist()) == {0.0, float(torch.tensor(1.0) / 0.6)}
+    assert (y == y[:, :, :1]).all() and abs(y.mean().item() - 1) < 0.03  # 4 standard errors
+
+
+def test_frozen_means_frozen(toy, tmp_path, monkeypatch):
+    """In linear mode no parameter and no statistic of the encoder changes, and the probe learns."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny(VideoMAE, classes=6, frozen=True, fresh_norm=False, drop_path=0.3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    cfg = Config(data=str(toy), mode="linear", img_size=32, frames=8, stride=2, sampling="dense", batch=12, epochs=1,
+                 workers=0, lr=10.0, warmup=0, check_every=0, device="cpu")  # fmt: skip
+    train = finetune.Augmented(data.ClipDataset(data.list_videos(toy, "train"), 8, 2, 32, 0), 2, 0)
+    finetune.train_classifier(model, train, None, cfg, {})
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked", "head.1.weight", "head.1.bias"}
+
+
+def test_other_sizes_interpolate_every_table():
+    for kind in (VideoMAE, MAEST):
+        model = tiny(kind)
+        finetune.change_grid(model.encoder, (8, 6, 6))
+        assert model(torch.randn(2, 3, 16, 48, 48)).shape == (2, 5)
+    model = tiny(MAE)
+    finetune.change_grid(model.encoder, (1, 6, 6))
+    assert model(torch.randn(2, 3, 48, 48)).shape == (2, 5) and isinstance(model.encoder.pos_embed, torch.nn.Parameter)
+    table = torch.arange(4.0)[None, :, None].repeat_interleave(9, 1)  # the slot's number
+    want = torch.nn.functional.interpolate(torch.arange(4.0)[None, None], 8, mode="linear").flatten()
+    assert torch.allclose(mae_video.resize_table(table, (4, 3, 3), (8, 3, 3))[0, ::9, 0], want)
+
+
+def test_an_inflated_image_model_sees_a_still_clip_as_the_image():
+    image, video = MAE(32, 8, (32, 2, 4), (16, 1, 2)), VideoMAE(8, 32, 2, 8, (32, 2, 4), (16, 1, 2))
+    state = finetune.inflate(image.state_dict(), video, 4)
+    video.patch_embed.load_state_dict({k[12:]: v for k, v in state.items() if k.startswith("patch_embed")})
+    x = torch.randn(2, 3, 32, 32)
+    still = video.patch_embed(mae_video.patchify(x[:, :, None].expand(-1, -1, 8, -1, -1), 2, 8))
+    assert torch.allclose(still[:, :16], image.patch_embed(mae_image.patchify(x, 8)), atol=1e-5)
+
+
+# ---- the recipe -------------------------------------------------------------------------------------------------
+
+
+def test_layers_below_learn_slower_and_vectors_do_not_decay():
+    model = tiny(MAEST)
+    groups = finetune.layer_groups(model, 0.05, 0.5)
+    of = {id(p): g for g in groups for p in g["params"]}
+    scale = {n: of[id(p)]["lr_scale"] for n, p in model.named_parameters()}
+    assert scale["head.weight"] == scale["norm.bias"] == 1 and scale["encoder.blocks.2.mlp.fc1.weight"] == 0.5
+    assert scale["encoder.cls_token"] == scale["encoder.pos_embed_spatial"] == scale["encoder.patch_embed.proj.bias"] == 0.5**4
+    decayed = {n for n, p in model.named_parameters() if of[id(p)]["weight_decay"]}
+    assert "encoder.patch_embed.proj.weight" in decayed and not [n for n in decayed if "pos" in n or "token" in n or "bias" in n]
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+def test_frames_of_a_clip_are_mixed_erased_and_augmented_alike():
+    still = torch.randn(6, 3, 1, 16, 16).expand(-1, -1, 4, -1, -1)
+    for alphas in ((0.8, 0), (0, 1.0)):
+        torch.manual_seed(1)
+        x, soft = finetune.mix(still, torch.arange(6), 6, *alphas)
+        assert (x == x[:, :, :1]).all() and not torch.equal(x, still)
+        assert torch.allclose(soft.sum(dim=1), torch.ones(6)) and (soft.max(dim=1).values < 1).any()
+    assert finetune.mix(still, torch.arange(6), 6, 0, 0)[0] is still
+    x = finetune.erase(still.contiguous(), 1.0)
+    changed = (x != still).any(dim=1)
+    assert (changed == changed[:, :1]).all() and 0 < changed.float().mean() < 0.5
+
+    class Still(torch.utils.data.Dataset):
+        seed, repeat, paths, labels, classes = 0, 2, ["x"], np.zeros(1), ["x"]
+
+        def __getitem__(self, key):
+            pixels = torch.randint(0, 256, (2, 1, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(key[1]))
+            return pixels.expand(-1, 5, -1, -1, -1), key[1], []
+
+    augmented = finetune.Augmented(Still(), 4, 9)
+    before = torch.random.get_rng_state()
+    x = [augmented[0, i][0] for i in range(8)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all((c == c[:, :1]).all() for c in x) and any(not torch.equal(c, Still()[0, i][0]) for i, c in enumerate(x))
+    assert all(torch.equal(augmented[0, i][0], c) for i, c in enumerate(x)) and not torch.equal(augmented[1, 3][0], x[3])
+
+
+def test_a_share_of_the_labels_is_the_same_every_time_and_keeps_every_class(toy):
+    files = data.list_videos(toy, "train")
+    few = finetune.take_share(files, 0.2, 3)
+    assert len(few.paths) == 6 * round(0.2 * len(files.paths) / 6) and set(few.labels) == set(range(6))
+    assert (few.paths == finetune.take_share(files, 0.2, 3).paths).all()
+    assert (few.paths != finetune.take_share(files, 0.2, 4).paths).any() and finetune.take_share(files, 1, 3) is files
+
+
+# ---- testing ----------------------------------------------------------------------------------------------------
+
+
+def test_crops_lie_at_both_ends_and_in_the_middle_of_the_long_side():
+    wide = np.random.default_rng(0).integers(0, 256, (2, 16, 40, 3), dtype=np.uint8)
+    views = finetune.spatial_views(wide, 16, 3)
+    for view, left in zip(views, (0, 12, 24)):
+        assert torch.equal(view, torch.from_numpy(wide[:, :, left : left + 16]))
+    tall = finetune.spatial_views(wide.transpose(0, 2, 1, 3).copy(), 16, 3)
+    assert torch.equal(tall, views.transpose(2, 3)) and torch.equal(finetune.spatial_views(wide, 16, 1)[0], views[1])
+
+
+def test_the_mean_over_views_is_that_of_views_done_one_by_one(toy):
+    files = data.list_videos(toy, "val")
+    cfg = Config(model="videomae", frames=8, stride=1, sampling="dense", img_size=32, batch=5, workers=0, device="cpu")
+    model = tiny().eval()
+    torch.nn.init.normal_(model.head.weight)
+    together, broken = finetune.run_views(model, files, cfg, 3, 2, torch.device("cpu"), finetune.class_probabilities)
+    assert together.shape == (len(files.paths), 6, 5) and not broken
+    views = finetune.ViewDataset(files, cfg, 3, 2)
+    for i in (0, 5, len(files.paths) - 1):
+        singly = torch.stack([model(model.encoder.normalize(v[None])).softmax(-1)[0] for v in views[i][0]])
+        assert torch.allclose(together[i], singly, atol=1e-5)
+
+
+def test_scores_are_those_of_a_loop_and_unreadable_files_are_left_out():
+    p = torch.rand(40, 3, 7, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    labels = torch.arange(40) % 6  # class 6 has no test file
+    p[5] = float("nan")
+    s = finetune.summarise(p, labels)
+    good = [i for i in range(40) if i != 5]
+    right = {i: p[i].mean(0).argmax() == labels[i] for i in good}
+    assert s["files"] == 39 and s["unreadable"] == 1 and s["views"] == 3
+    assert np.isclose(s["top1"], np.mean([right[i] for i in good]))
+    assert np.isclose(s["clip_top1"], np.mean([p[i, v].argmax() == labels[i] for i in good for v in range(3)]))
+    assert np.isclose(s["top5"], np.mean([labels[i] in p[i].mean(0).topk(5).indices for i in good]))
+    per_class = [np.mean([right[i] for i in good if labels[i] == c]) for c in range(6)]
+    assert np.allclose(s["per_class"][:6], per_class) and np.isclose(s["class_mean"], np.mean(per_class))
+    a, b, n = s["confused"][0]
+    assert n == sum(labels[i] == a and p[i].mean(0).argmax() == b for i in good)
+    with pytest.raises(InputError, match="not one test file"):
+        finetune.summarise(p[5:6], labels[5:6])
+
+
+def test_nearest_neighbours_are_those_of_a_loop():
+    g = torch.Generator().manual_seed(0)
+    train, test, labels = torch.randn(30, 8, generator=g) + 1, torch.randn(6, 8, generator=g), torch.arange(30) % 4
+    votes = finetune.nearest_neighbours(train, labels, test, 4, k=5)
+    mean = train.mean(0)
+    for x, vote in zip(test, votes):
+        near = sorted(((torch.cosine_similarity(x - mean, t - mean, 0).item(), int(y)) for t, y in zip(train, labels)), reverse=True)
+        want = torch.zeros(4)
+        for cosine, y in near[:5]:
+            want[y] += np.exp(cosine / 0.07)
+        assert torch.allclose(vote, want / want.sum(), atol=1e-4)
+
+
+def test_training_and_test_files_never_share_a_group(toy, request):
+    sets = [toy] + [request.getfixturevalue("real") / n for n in ("gestures10", "lips20", "sprites5", "weizmann4")
+                    if os.environ.get("MAE_TEST_DATA")]  # fmt: skip
+    for root in sets:
+        for fold in (1, 2, 3):
+            groups = [{re.search(r"_g(\d+)_", p)[1] for p in data.list_videos(root, s, fold).paths} for s in ("train", "val")]
+            assert groups[0] and groups[1] and not groups[0] & groups[1]
+
+
+# ---- pretrained files -------------------------------------------------------------------------------------------
+
+
+def public_videomae(model):
+    """State of our VideoMAE under the public names."""
+    state = {}
+    for k, v in model.state_dict().items():
+        if k.endswith("qkv.bias"):
+            q, _, value = v.chunk(3)
+            state |= {k.replace("qkv.bias", "q_bias"): q, k.replace("qkv.bias", "v_bias"): value}
+        else:
+            state[k] = v
+    names = (("decoder_embed", "encoder_to_decoder"), ("decoder_blocks", "decoder.blocks"), ("decoder_norm", "decoder.norm"),
+             ("decoder_pred", "decoder.head"))  # fmt: skip
+    rename = lambda k: next((k.replace(a, b) for a, b in names if k.startswith(a)), k if k == "mask_token" else f"encoder.{k}")
+    return {rename(k): v for k, v in state.items()}
+
+
+def huggingface(model, new):
+    """State of our MAE or VideoMAE under HuggingFace's names, those of the hub or those of transformers 5."""
+    video, state = isinstance(model, VideoMAE), {}
+    root = "videomae." if video else "vit."
+    for k, v in model.state_dict().items():
+        k = k.replace("patch_embed.proj", "embeddings.patch_embeddings.projection").replace("cls_token", "embeddings.cls_token")
+        if m := re.match(r"blocks\.(\d+)\.(.*)", k):
+            layer = f"layers.{m[1]}." if new and not video else f"encoder.layer.{m[1]}."
+            part = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+            if m[2].startswith("attn.qkv"):
+                for name, x in zip(("query", "key", "value"), v.chunk(3)):
+                    if new and not video:
+                        state[f"{root}{layer}attention.{name[0]}_proj.{m[2][9:]}"] = x
+                    elif video and m[2].endswith("bias"):
+                        if name != "key":
+                            state[f"{root}{layer}attention.attention.{name[0]}_bias"] = x
+                    else:
+                        state[f"{root}{layer}attention.attention.{name}.{m[2][9:]}"] = x
+                continue
+            inner = m[2]
+            for a, b in ([("attn.proj", "attention.o_proj")] if new and not video else
+                         [("attn.proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense")]):  # fmt: skip
+                inner = inner.replace(a, b)
+            for a, b in part.items():
+                inner = inner.replace(a, b)
+            k = layer + inner
+        if k.startswith(("decoder", "mask_token")):
+            state["decoder.decoder_" + k[8:] if k.startswith("decoder") else k] = v
+        else:
+            state[root + k.replace("norm.", "layernorm.") if k.startswith("norm.") else root + k] = v
+    if not video:
+        N, D = model.pos_embed.shape[1:]
+        state["vit.embeddings.position_embeddings"] = torch.cat([torch.zeros(1, 1, D), model.pos_embed], dim=1)
+    return state
+
+
+def official_mae(model, **more):
+    D = model.pos_embed.shape[2]
+    table = torch.cat([torch.zeros(1, 1, D), model.pos_embed], dim=1)
+    return {**model.state_dict(), "pos_embed": table, **more}
+
+
+def from_file(state, path, **flags):
+    """Save, recognise, settle and build, as `--init FILE` does.   -> Classifier, report, cfg"""
+    torch.save(state, path)
+    found = finetune.read_init(path)
+    cfg = finetune.settle(Config(init=str(path), **flags), found)
+    return *finetune.build(cfg, 4, found), cfg
+
+
+def filled(model):
+    """Every weight random, so that a mix-up cannot hide; key biases zero where the public file has none."""
+    torch.manual_seed(3)
+    for n, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=0.1)
+        if n.endswith("qkv.bias") and isinstance(model, VideoMAE):
+            p.data.chunk(3)[1].zero_()
+    return model
+
+
+WIDE = (64, 2, 1)  # the number of heads is not in a file: one for every 64 channels unless the size is a published one
+
+
+@pytest.mark.parametrize("layout", ["mae", "mae encoder only", "videomae", "videomae module", "mae_st", "hf mae", "hf mae 5",
+                                    "hf videomae", "omni hub", "omni trainer"])  # fmt: skip
+def test_every_public_layout_gives_the_features_of_its_model(layout, tmp_path):
+    flags = dict(mode="features", img_size=32, frames=16)
+    x = torch.randn(2, 3, 16, 32, 32)
+    if "mae_st" in layout:
+        model = filled(MAEST(16, 32, 2, 8, WIDE, (16, 1, 2)))
+        state, skip = {"model_state": model.state_dict()}, 1
+    elif "omni" in layout:
+        model = filled(omni.OmniMAE(16, 112, 2, 8, WIDE, (16, 1, 2)))
+        names = {"decoder_embed": "decoder.decoder_embed", "decoder_blocks": "decoder.decoder_blocks", "decoder_norm": "decoder.norm"}
+        rename = lambda k: next((f"trunk.{b}{k.removeprefix(a)}" for a, b in names.items() if k.startswith(a)), f"trunk.{k}")
+        head = "head." if "hub" in layout else "heads.0.projector."
+        state = {f"{head}{k[13:]}" if k.startswith("decoder_pred") else rename(k).replace("embed.proj", "embed.proj.1"): v
+                 for k, v in model.state_dict().items()}  # fmt: skip
+        state["trunk.pos_embed"] = model.pos_embed
+        state, skip, flags = state if "hub" in layout else {"model": state}, 0, {**flags, "img_size": 112}
+        x = torch.randn(2, 3, 16, 112, 112)
+    elif "videomae" in layout:
+        model = filled(VideoMAE(16, 112, 2, 8, WIDE, (16, 1, 2)))
+        x, flags, skip = torch.randn(2, 3, 16, 112, 112), {**flags, "img_size": 112}, 0
+        state = {"module" if "module" in layout else "model": public_videomae(model)} if "hf" not in layout else huggingface(model, False)
+    else:
+        model, x, skip = filled(MAE(32, 8, WIDE, (16, 1, 2))), torch.randn(2, 3, 32, 32), 0
+        state = {"model": official_mae(model)} if "hf" not in layout else huggingface(model, "5" in layout)
+        if "only" in layout:
+            state = {"model": {k: v for k, v in state["model"].items() if "decoder" not in k and k != "mask_token"}}
+    got, said, cfg = from_file(state, tmp_path / "x.pth", **flags)
+    with torch.no_grad():
+        tokens = model.eval().encode(x)  # after its final norm
+        assert got.pool == ("first" if isinstance(model, MAE) else "mean")
+        if got.pool == "first":
+            want = tokens[:, 0]
+        else:  # ours pools first and normalises then
+            model.norm = torch.nn.Identity()
+            want = got.norm(model.encode(x)[:, skip:].mean(dim=1))
+        assert torch.allclose(got.eval().features(x), want, atol=2e-5)
+    assert re.search(r"\d+ tensors used; left over, as expected: ", said)
+
+
+def test_a_fine_tuned_public_file_is_a_classifier(tmp_path):
+    torch.manual_seed(1)
+    model = filled(VideoMAE(16, 112, 2, 8, WIDE, (16, 1, 2)))
+    encoder = {k.removeprefix("encoder."): v for k, v in public_videomae(model).items()
+               if not k.startswith(("decoder", "mask", "encoder_to", "encoder.norm"))}  # fmt: skip
+    head = {"fc_norm.weight": torch.rand(64), "fc_norm.bias": torch.rand(64), "head.weight": torch.randn(4, 64), "head.bias": torch.randn(4)}
+    got, said, cfg = from_file({"module": {**encoder, **head}}, tmp_path / "ft.pth", eval_only=True)
+    x = torch.randn(1, 3, 16, 112, 112)
+    model.norm = torch.nn.Identity()
+    norm = torch.nn.functional.layer_norm(model.encode(x).mean(dim=1), (64,), head["fc_norm.weight"], head["fc_norm.bias"], 1e-6)
+    with torch.no_grad():
+        assert torch.allclose(got.eval()(x), norm @ head["head.weight"].T + head["head.bias"], atol=1e-4)
+    got, said, cfg = from_file({"module": {**encoder, **head}}, tmp_path / "ft.pth")  # or a place to start from
+    assert "left over, as expected: fc_norm, head" in said and (got.head.bias == 0).all()
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda s: s.pop("blocks.1.norm1.weight"), "no encoder.blocks.1.norm1.weight"),
+    (lambda s: s.update(rope=torch.zeros(3)), "unknown rope"),
+    (lambda s: s.update({"blocks.0.mlp.fc1.bias": torch.zeros(9)}), r"blocks.0.mlp.fc1.bias \(9,\), here \(256,\)"),
+])  # fmt: skip
+def test_nothing_is_half_loaded(tmp_path, damage, message):
+    state = official_mae(MAE(32, 8, WIDE, (16, 1, 2)))
+    damage(state)
+    with pytest.raises(InputError, match=message):
+        from_file({"model": state}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match="no layout that is known"):
+        from_file({"conv1.weight": torch.zeros(3)}, tmp_path / "x.pth")
+
+
+def test_an_image_mae_starts_both_video_models(tmp_path):
+    model = filled(MAE(32, 8, WIDE, (16, 1, 2)))
+    for kind in ("videomae", "mae_st"):
+        got, said, cfg = from_file({"model": official_mae(model)}, tmp_path / "x.pth", model=kind, frames=4)
+        assert got(torch.randn(1, 3, 4, 32, 32)).shape == (1, 4) and cfg.tubelet == 2
+        assert torch.equal(got.encoder.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
+
+
+def test_safetensors_are_read_if_the_package_is_there(tmp_path):
+    path, state = tmp_path / "x.safetensors", huggingface(filled(MAE(32, 8, WIDE, (16, 1, 2))), False)
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        path.write_bytes(b"x")
+        with pytest.raises(InputError, match="pip install safetensors"):
+            finetune.read_init(path)
+    else:
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+        assert finetune.read_init(path).model == "mae"
+        path.write_bytes(b"x")
+        with pytest.raises(InputError, match="cannot read"):
+            finetune.read_init(path)
+
+
+# ---- the script -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pretrained(toy, tmp_path_factory):
+    """A pretraining run of three updates, in the place where --init auto looks for it."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    (folder / "toy").symlink_to(toy)
+    flags = "--data toy --frames 4 --img-size 16 --decoder-width 16 --decoder-heads 2 --workers 0 --smoke --pictures 1"
+    subprocess.run([sys.executable, ROOT / "mae_video.py", *flags.split()], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_the_four_modes_run_and_what_is_reported_is_the_last_epochs_model(pretrained, run):
+    text = run("finetune.py", *TINY, cwd=pretrained)
+    assert "tensors used" in text and re.search(r"done: top-1 [\d.]+% \(chance 16.7%\) after .*see runs/finetune", text)
+    folder = pretrained / "runs/finetune"
+    results, rows = json.loads((folder / "results.json").read_text()), list(csv.DictReader(open(folder / "predictions.csv")))
+    assert len(rows) == results["files"] == 12 and {"path", "label", "class1", "score5"} <= set(rows[0])
+    assert np.isclose(np.mean([r["class1"] == r["label"] for r in rows]), results["top1"])
+    again = run("finetune.py", "--eval-only", "--init", "runs/finetune/checkpoint.pt", "--clips", 1, "--workers", 0, "--out", "e", cwd=pretrained)
+    assert "left over, as expected: nothing" in again
+    assert json.loads((pretrained / "e/results.json").read_text())["top1"] == results["top1"]
+    clip = next((pretrained / "toy/videos").rglob("*.mp4"))
+    said = run("finetune.py", "--predict", clip, "--init", "runs/finetune/checkpoint.pt", cwd=pretrained)
+    assert len(re.findall(r"^ *[\d.]+%  \w+$", said, re.M)) == 5
+    for mode in ("scratch", "linear", "knn"):
+        assert "done: top-1" in run("finetune.py", *TINY, "--mode", mode, "--out", mode, cwd=pretrained)
+    run("finetune.py", "--mode", "features", "--workers", 0, "--out", "f", cwd=pretrained)
+    with np.load(pretrained / "f/features.npz") as f:
+        assert f["test_features"].shape == (12, 96) and len(f["train_labels"]) == len(f["train_paths"]) == 36
+        assert np.isfinite(f["train_features"]).all() and f["train_features"].std() > 0
+
+
+def test_the_whole_recipe_runs_and_goes_on_after_a_kill_bit_by_bit(pretrained, run, tmp_path):
+    flags = ["--data", "toy", "--epochs", 6, "--warmup", 1, "--batch", 12, "--workers", 1, "--log-every", 1, "--clips", 1,
+             "--check-every", 0, "--repeat", 2, "--rand-augment", 9, "--mixup", 0.8, "--cutmix", 1.0, "--erase", 0.25,
+             "--drop-path", 0.2, "--dropout", 0.1, "--clip", 1, "--accum", 2]  # fmt: skip
+    run("finetune.py", *flags, "--out", "whole", cwd=pretrained)
+    out = pretrained / "killed"
+    process = subprocess.Popen([sys.executable, ROOT / "finetune.py", *map(str, flags), "--out", out], cwd=pretrained,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    while not (out / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert weights(out)["step"] < 36
+    assert "resumed" in run("finetune.py", "--resume", "--out", out, cwd=pretrained)
+    assert same_state(out, pretrained / "whole") and losses(out) == losses(pretrained / "whole")
+    assert (out / "predictions.csv").read_text() == (pretrained / "whole/predictions.csv").read_text()
+
+
+def test_two_processes_test_every_video_once(pretrained, run, toy):
+    """Five test videos for two processes, one of them broken: the same table as one process gives."""
+    folder = pretrained / "five"
+    folder.mkdir()
+    videos = sorted((toy / "videos").rglob("*_g0[12]_c01.mp4"))
+    (folder / "train.csv").write_text("".join(f"{p} {i % 3}\n" for i, p in enumerate(videos)))
+    (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "val.csv").write_text("".join(f"{p} {i % 3}\n" for i, p in enumerate(videos[:4])) + "broken.mp4 1\n")
+    flags = ["--data", "five/train.csv", "--workers", 0, "--epochs", 1, "--batch", 4, "--clips", 2, "--check-every", 0]
+    run("finetune.py", *flags, "--out", "one", cwd=pretrained)
+    test = [ROOT / "finetune.py", "--data", "five/train.csv", "--eval-only", "--init", "one/checkpoint.pt", "--clips", 2, "--workers", 0]
+    run(*test, "--out", "a", cwd=pretrained)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29519", *test, "--out", "b"]
+    result = subprocess.run(list(map(str, command)), cwd=pretrained, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0 and result.stdout.count("done: ") == 1, result.stderr
+    a, b = (list(csv.reader(open(pretrained / n / "predictions.csv"))) for n in "ab")
+    assert len(a) == 6 and a[5][2] == "unreadable" and [[r[0], r[1], r[2]] for r in a] == [[r[0], r[1], r[2]] for r in b]
+    assert "1 files unreadable" in result.stdout and json.loads((pretrained / "b/results.json").read_text())["files"] == 4
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--mode", "knn", "--init", "auto"], "needs --init FILE"), (["--eval-only"], "need --init FILE"), (["--init", "no.pth"], "cannot read checkpoint no.pth"),
+    (["--mode", "scratch", "--size", "nano", "--img-size", 60], "use --img-size 56 or 64"), (["--mode", "scratch", "--frames", 7], "clip length 7"),
+    (["--mode", "scratch", "--batch", 6, "--repeat", 4], "multiple of 4"), (["--mode", "scratch", "--share", 0.0], "--share 0.0: must be"),
+    (["--mode", "scratch", "--batch", 1000], "do not fill one update"), (["--mode", "tune"], "invalid choice"), (["--mixupp", 1], "did you mean --mixup"),
+    (["--mode", "scratch", "--model", "multimae", "--mixup", 0.8], "are for RGB alone"), (["--mode", "scratch", "--model", "multimae", "--inputs", "rgb,flow"], "unknown modality flow"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
+    assert message in refused(finetune, "--data", toy, *flags)
+
+
+def test_labels_and_checkpoints_that_do_not_fit_are_refused(pretrained, refused, toy, tmp_path):
+    init = pretrained / "runs/mae_video/checkpoint.pt"
+    assert "--size tiny: the model in" in refused(finetune, "--data", toy, "--init", init, "--size", "tiny")
+    assert "--patch 4: the model in" in refused(finetune, "--data", toy, "--init", init, "--patch", 4)
+    assert "holds no classifier" in refused(finetune, "--data", toy, "--init", init, "--eval-only")
+    assert "only an image MAE can become another" in refused(finetune, "--data", toy, "--init", init, "--model", "mae")
+    videos = sorted((toy / "videos").rglob("*_g01_c01.mp4"))
+    for train, val, message in (([0, 1, 2], [0, 1, 3], "have label 3, but the 3 classes"), ([0, 2, 2], [0, 1, 2], "class 1 of train.csv has no training file"),
+                                ([0, -1, 2], [0, 1, 2], "files without a class")):  # fmt: skip
+        for name, labels in (("train.csv", train), ("val.csv", val)):
+            (tmp_path / name).write_text("".join(f"{p} {i}\n" for p, i in zip(videos, labels)))
+        assert message in refused(finetune, "--data", "train.csv", "--mode", "scratch")
+    for name in ("a", "b"):
+        (tmp_path / "classes/train" / name).mkdir(parents=True)
+        (tmp_path / "classes/val" / name).mkdir(parents=True)
+    for part in ("train/a", "val/a"):
+        (tmp_path / "classes" / part / "x.mp4").symlink_to(videos[0])
+    assert "class b of classes has no training file" in refused(finetune, "--data", "classes", "--mode", "scratch")
+    classifier = Path(pretrained / "runs/finetune/checkpoint.pt")
+    if classifier.exists():
+        (tmp_path / "classes/train/b/x.mp4").symlink_to(videos[1])
+        assert "2 classes, the classifier in" in refused(finetune, "--data", "classes", "--eval-only", "--init", classifier)
