@@ -1,0 +1,270 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import masking
+import multimae
+from mae_image import sincos_2d
+from masking import InputError, dirichlet_mask
+from multimae import MODALITIES, MultiMAE, masked_mean
+
+TINY = ["--img-size", 16, "--patch", 8, "--size", "16x1x2", "--decoder-width", 16, "--decoder-heads", 2, "--class-width", 4,
+        "--batch", 16, "--epochs", 2, "--warmup", 1, "--workers", 0, "--log-every", 1, "--pictures", 1, "--visible", 0.3]  # fmt: skip
+
+
+def tiny(modalities=MODALITIES, **options):
+    torch.manual_seed(0)
+    return MultiMAE(32, 8, (32, 2, 4), (16, 1, 2), modalities, classes=6, class_width=4, **options)
+
+
+def inputs(B=3, side=32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {"rgb": torch.randn(B, 3, side, side, generator=g), "depth": torch.randn(B, 1, side, side, generator=g),
+            "semseg": torch.randint(0, 6, (B, side // 4, side // 4), generator=g)}  # fmt: skip
+
+
+def mask(B=3, tokens=48, visible=8, seed=0):
+    return dirichlet_mask(B, [16] * (tokens // 16), visible, torch.Generator().manual_seed(seed))
+
+
+def test_the_class_embedding_is_the_strided_convolution_over_embedded_classes():
+    model, x = tiny(), inputs()["semseg"]
+    adapter = model.input_adapters["semseg"]
+    want = adapter.proj(adapter.class_emb(x).movedim(-1, 1)).flatten(2).transpose(1, 2)
+    assert torch.allclose(adapter(model.patches("semseg", x)), want, atol=1e-5)
+
+
+def test_positions_are_maes_with_rows_and_columns_exchanged():
+    ours, maes = multimae.sincos_rows_first(16, 3, 5)[0], sincos_2d(16, 3, 5)
+    assert torch.equal(ours, torch.cat([maes[:, 8:], maes[:, :8]], dim=1))
+
+
+def test_depth_is_standardised_by_its_middle():
+    depth = torch.rand(2, 1, 10, 10) * 5 + 3
+    values = sorted(depth[1].flatten().tolist())[10:90]
+    mean = sum(values) / 80
+    var = sum((v - mean) ** 2 for v in values) / 79
+    assert torch.allclose(multimae.standardise(depth)[1], (depth[1] - mean) / math.sqrt(var + 1e-6), atol=1e-4)
+    assert torch.isfinite(multimae.standardise(torch.ones(1, 1, 4, 4))).all()
+
+
+def test_cross_attention_is_torchs_own():
+    ours, theirs = multimae.CrossAttention(16, 4), torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.kv.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.kv.bias]))
+        theirs.out_proj.load_state_dict(ours.proj.state_dict())
+    x, context = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    assert torch.allclose(ours(x, context), theirs(x, context, context)[0], atol=1e-5)
+
+
+def test_hidden_tokens_of_no_modality_reach_the_encoder():
+    model, x, hide = tiny(), inputs(), mask()
+    other = {"rgb": x["rgb"].clone(), "depth": x["depth"], "semseg": x["semseg"].clone()}
+    for b, n in hide[:, :16].nonzero().tolist():
+        other["rgb"][b, :, n // 4 * 8 : n // 4 * 8 + 8, n % 4 * 8 : n % 4 * 8 + 8] = 9
+    for b, n in hide[:, 32:].nonzero().tolist():
+        other["semseg"][b, n // 4 * 2 : n // 4 * 2 + 2, n % 4 * 2 : n % 4 * 2 + 2] = 5
+    assert torch.equal(model.forward_encoder(x, hide), model.forward_encoder(other, hide))
+
+
+def test_losses_are_those_of_a_loop_over_samples_and_hidden_pixels():
+    model, x, hide = tiny(), inputs(), mask()
+    preds = model(x, hide)[1]
+    losses = model.task_losses(preds, x, x, hide)
+    for task, where, error in (("rgb", hide[:, :16], lambda p, t: (p - t) ** 2), ("depth", hide[:, 16:32], lambda p, t: (p - t).abs())):
+        target = model.target(task, x[task])
+        rows = [error(preds[task][b][where[b]], target[b][where[b]]).mean().item() for b in range(3) if where[b].any()]
+        assert math.isclose(losses[task].item(), sum(rows) / len(rows), rel_tol=1e-5)
+    rows = []
+    for b in range(3):
+        logits = preds["semseg"][b].reshape(16, 6, 4).transpose(1, 2)[hide[b, 32:]].reshape(-1, 6)
+        rows.append(torch.nn.functional.cross_entropy(logits, model.target("semseg", x["semseg"])[b][hide[b, 32:]].flatten()).item())
+    assert math.isclose(losses["semseg"].item(), sum(rows) / 3, rel_tol=1e-5)
+    assert math.isclose(model(x, hide)[0].item(), sum(losses.values()).item(), rel_tol=1e-6)
+
+
+def test_predictions_are_in_the_order_channel_row_column():
+    model, x = tiny(), inputs(1)
+    patch = x["rgb"][0, :, 8:16, 16:24]  # row 1, column 2 of the grid
+    assert torch.equal(model.target("rgb", x["rgb"])[0, 6], patch.flatten())
+
+
+@pytest.mark.parametrize("case", ["all visible of one", "nothing visible of one", "nothing hidden"])
+def test_no_nan_when_a_modality_has_no_visible_or_no_hidden_token(case):
+    model, x = tiny(), inputs()
+    hide = torch.ones(3, 48, dtype=torch.bool)
+    if case == "nothing hidden":
+        hide[:] = False
+    elif case == "all visible of one":
+        hide[0, :16], hide[1, 16:32], hide[2, 32:] = False, False, False
+    else:
+        hide[:, :4] = False
+    loss, _ = model(x, hide)
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    if case == "nothing hidden":
+        assert loss == 0
+
+
+def test_the_guarded_mean_leaves_empty_samples_out():
+    error = torch.tensor([[1.0, 3.0], [5.0, 7.0]], requires_grad=True)
+    count = torch.tensor([[True, True], [False, False]])
+    masked_mean(error, count).backward()
+    assert masked_mean(error, count) == 2 and torch.equal(error.grad, torch.tensor([[0.5, 0.5], [0, 0]]))
+
+
+def test_any_subset_of_modalities_goes_in_and_every_task_comes_out():
+    model, x = tiny(), inputs()
+    for given in (["rgb"], ["depth"], ["semseg"], ["depth", "semseg"]):
+        some = {m: x[m] for m in given}
+        hide = mask(tokens=16 * len(given), visible=5)
+        loss, preds = model(some, hide)
+        assert set(preds) == {"rgb", "depth", "semseg", "norm_rgb"} and torch.isfinite(loss)
+        assert model.encode(some).shape == (3, 16 * len(given) + 1, 32)
+    assert torch.equal(model.encode(x["rgb"]), model.encode({"rgb": x["rgb"]}))
+    larger = inputs(side=48)
+    assert model.encode({"rgb": larger["rgb"], "semseg": larger["semseg"]}).shape == (3, 73, 32)
+
+
+def test_wrong_inputs_are_named():
+    model, x = tiny(), inputs()
+    with pytest.raises(InputError, match="unknown modality flow: this model knows rgb, depth, semseg"):
+        model({"flow": x["rgb"]}, mask(tokens=16))
+    with pytest.raises(InputError, match="sizes must agree"):
+        model({"rgb": x["rgb"], "depth": inputs(side=48)["depth"]}, mask(tokens=32))
+    with pytest.raises(InputError, match="but a mask of 16"):
+        model(x, mask(tokens=16))
+    with pytest.raises(InputError, match="no modality given"):
+        model({}, mask(tokens=16))
+
+
+def test_void_has_no_part_in_the_loss():
+    model, x, hide = tiny(ignore=5), inputs(), mask()
+    preds = model(x, hide)[1]
+    before = model.task_losses(preds, x, x, hide)["semseg"]
+    preds["semseg"] = preds["semseg"].clone()
+    void = model.target("semseg", x["semseg"]) == 5
+    preds["semseg"].view(3, 16, 6, 4).transpose(2, 3)[void] += torch.randn(6) * 10
+    assert torch.equal(model.task_losses(preds, x, x, hide)["semseg"], before)
+
+
+# ---- data -------------------------------------------------------------------------------------------------------
+
+
+def write_maps(root, count=6, size=(40, 48), depth_bits=16):
+    """Aligned maps in which every pixel says where it is: all three hold column // 8."""
+    place = np.broadcast_to(np.arange(size[1]) // 8, size)
+    for i in range(count):
+        for split in ("train", "val"):
+            for m in MODALITIES:
+                path = root / m / split / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if m == "rgb":
+                    Image.fromarray(np.stack([place * 40] * 3, -1).astype(np.uint8)).save(path)
+                elif m == "depth" and depth_bits == 16:
+                    Image.fromarray((place * 10000).astype(np.uint16)).save(path)
+                elif m == "depth":
+                    Image.fromarray((place * 40).astype(np.uint8)).save(path)
+                else:
+                    image = Image.fromarray(place.astype(np.uint8))
+                    image.putpalette([7 * k % 256 for k in range(768)])  # a palette image: numbers, not colours
+                    image.save(path)
+
+
+def open_maps(root, train=True, modalities=MODALITIES, classes=6):
+    return multimae.AlignedDataset(root, multimae.list_aligned(root, "train", modalities), list(modalities), 32, classes, 0, 0.3, True, train)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_one_crop_and_one_flip_for_all_modalities_and_no_mixed_classes(tmp_path, bits):
+    write_maps(tmp_path, depth_bits=bits)
+    dataset = open_maps(tmp_path)
+    for epoch in range(6):
+        x = dataset[epoch, 1][0][0].long()  # (32, 32, 6)
+        depth, classes = x[..., 3] * 256 + x[..., 4], x[..., 5]
+        assert set(classes.unique().tolist()) <= set(range(6))
+        inside = torch.nn.functional.max_pool2d(classes[None].float(), 5, 1, 2) == -torch.nn.functional.max_pool2d(-classes[None].float(), 5, 1, 2)
+        unit = 10000 if bits == 16 else 40 * 257
+        assert ((depth - classes * unit).abs() < unit / 4)[inside[0]].all() and ((x[..., 0] - classes * 40).abs() < 10)[inside[0]].all()
+    assert torch.equal(dataset[0, 1][0], dataset[0, 1][0]) and not torch.equal(dataset[0, 1][0], dataset[1, 1][0])
+
+
+def test_maps_become_inputs_and_depth_keeps_its_16_bits(tmp_path):
+    write_maps(tmp_path)
+    model, x = tiny(), open_maps(tmp_path, train=False)[0, 0][0]
+    got = model.normalize(x)
+    assert {m: tuple(v.shape) for m, v in got.items()} == {"rgb": (1, 3, 32, 32), "depth": (1, 1, 32, 32), "semseg": (1, 8, 8)}
+    raw = (x[..., 3].float() * 256 + x[..., 4]) / 65536
+    assert torch.equal(got["depth"], multimae.standardise(raw[:, None])) and torch.equal(got["semseg"], x[:, 2::4, 2::4, 5].long())
+
+
+def test_wrong_maps_are_named(tmp_path):
+    write_maps(tmp_path)
+    with pytest.raises(InputError, match=r"has class 5: --classes 4 allows 0 to 3"):
+        open_maps(tmp_path, False, classes=4)[0, 0]
+    (tmp_path / "depth/train/0.png").unlink()
+    with pytest.raises(InputError, match="has no counterpart in .*depth"):
+        open_maps(tmp_path)[0, 0]
+    Image.new("I;16", (10, 10)).save(tmp_path / "depth/train/0.png")
+    with pytest.raises(InputError, match="modalities of different sizes: rgb 48x40, depth 10x10"):
+        open_maps(tmp_path)[0, 0]
+    Image.new("RGB", (48, 40)).save(tmp_path / "semseg/train/1.png")
+    with pytest.raises(InputError, match="one channel is needed"):
+        open_maps(tmp_path)[0, 1]
+    (tmp_path / "rgb/train/2.png").write_bytes(b"no image")  # broken is not wrong: named, and another one taken
+    (tmp_path / "depth/train/0.png").unlink()
+    dataset = open_maps(tmp_path, modalities=("rgb",))
+    assert "2.png" in dataset[0, 2][2][0][0]
+
+
+# ---- the script -------------------------------------------------------------------------------------------------
+
+
+def test_the_script_trains_draws_resumes_and_finetune_takes_its_checkpoint(toy, run, tmp_path):
+    text = run("multimae.py", *TINY, "--data", toy)
+    folder = tmp_path / "runs/multimae"
+    assert "rgb alone: object recall" in text and "trivial" in text and "done: " in text
+    assert np.asarray(Image.open(sorted((folder / "pictures").glob("*.png"))[-1])).std() > 20
+    scores = json.loads([x for x in (folder / "log.jsonl").read_text().splitlines() if "val_loss" in x][-1])
+    assert {"rgb_loss", "depth_trivial", "object recall shuffled"} <= set(scores)
+    assert "done: " in run("multimae.py", "--resume")
+    for chosen in ("rgb", "rgb,depth"):
+        text = run("finetune.py", "--init", folder / "checkpoint.pt", "--data", toy, "--inputs", chosen, "--batch", 8,
+                   "--workers", 0, "--smoke", "--out", chosen)  # fmt: skip
+        assert "tensors used" in text and "done: top-1" in text
+
+
+def test_a_missing_modality_is_no_hindrance(toy, run):
+    assert "done: " in run("multimae.py", *TINY, "--data", toy, "--modalities", "rgb,semseg", "--smoke")
+
+
+def test_street_scenes_train(real, run, tmp_path):
+    archive = real / "camvid128.tar.gz"
+    if not archive.is_file():
+        pytest.skip("MAE_TEST_DATA has no camvid128.tar.gz")
+    import tarfile
+
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    flags = ["--data", "camvid128", "--modalities", "rgb,semseg", "--classes", 12, "--ignore", 11]
+    assert "done: " in run("multimae.py", *TINY, *flags, "--smoke")
+    assert "allows 0 to 5" in run("multimae.py", *TINY, *flags, "--classes", 6, "--out", "x", code=2)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--modalities", "rgb,flow"], "unknown modality flow"), (["--modalities", ","], "is empty"), (["--img-size", 60], "use --img-size 56 or 64"),
+    (["--patch", 2, "--img-size", 16], "is not a multiple of the stride of class maps 4"), (["--decoder-heads", 5], "multiple of 5 heads"),
+    (["--data", "."], "has no folder rgb/"), (["--classes", 3], "allows 0 to 2"), (["--visible", 1.0], "must be"), (["--batch", 1000], "do not fill"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
+    assert message in refused(multimae, *([] if "--data" in flags else ["--data", toy]), "--workers", 0, *flags)
+
+
+def test_masks_of_the_default_hide_five_sixths():
+    hide = dirichlet_mask(4, [196] * 3, 98, torch.Generator().manual_seed(0))
+    assert ((~hide).sum(dim=1) == 98).all() and masking.visible(torch.zeros(4, 588, 1), hide).shape == (4, 98, 1)
