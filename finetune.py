@@ -63,7 +63,7 @@ from mae_image import (
 )
 from mae_video import MAEST, VideoMAE, resize_table
 from masking import InputError, run_script
-from multimae import MODALITIES, AlignedDataset, MultiMAE, list_aligned, parse_modalities
+from multimae import MODALITIES, STRIDE, AlignedDataset, MultiMAE, list_aligned, parse_modalities
 from omni import OmniMAE
 
 MODELS = {"mae": MAE, "videomae": VideoMAE, "mae_st": MAEST, "omni": OmniMAE, "multimae": MultiMAE}
@@ -153,6 +153,43 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         return self.head(self.dropout(self.features(x)))
+
+    def loss(self, logits, x, labels, smoothing):
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+
+class DenseHead(nn.Module):
+    """A class map or depth map from a MultiMAE encoder: one linear layer on every patch.   pred = model(x) (B, N, P)
+
+    The papers put ConvNeXt blocks or a DPT head here. This one is ours, and as plain as can be, so that what it
+    finds was in the tokens. Of several modalities the tokens at one place are averaged.
+
+    classifier  the Classifier whose encoder is used;   inputs: modalities it sees;   task: "semseg" or "depth"
+    """
+
+    def __init__(self, classifier, inputs, task):
+        super().__init__()
+        self.encoder, self.norm, self.inputs, self.task = classifier.encoder, classifier.norm, inputs, task
+        if task in self.encoder.input_adapters:
+            del self.encoder.input_adapters[task]  # it is read from the files, but the encoder does not see it
+        values = self.encoder.classes * (self.encoder.patch // STRIDE) ** 2 if task == "semseg" else self.encoder.patch**2
+        self.head = nn.Linear(self.norm.normalized_shape[0], values)
+
+    def forward(self, x):
+        tokens = self.encoder.encode({m: x[m] for m in self.inputs})[:, :-1]  # (B, sum of N, D), no global token
+        tokens = tokens.unflatten(1, (len(self.inputs), -1)).mean(dim=1)  # (B, N, D)
+        return self.head(self.norm(tokens))
+
+    def loss(self, pred, x, labels, smoothing):
+        nothing = torch.zeros(len(pred), len(self.inputs) * pred.shape[1], dtype=torch.bool)
+        return self.encoder.task_losses({self.task: pred}, x, {m: x[m] for m in self.inputs}, nothing)[self.task]
+
+    def answers(self, x):
+        """-> (B, 2 * values): what is painted (of classes the numbers) and what would be right, pixel by pixel."""
+        pred, target = self(x), self.encoder.target(self.task, x[self.task])
+        if self.task == "semseg":
+            pred = pred.unflatten(2, (self.encoder.classes, -1)).argmax(dim=2)
+        return torch.cat([pred.flatten(1), target.flatten(1)], dim=1)
 
 
 DECODER = ("decoder", "mask_token", "output_adapters")  # how names of its parts begin, in every model
@@ -310,7 +347,8 @@ class ViewDataset(Dataset):
 
     def __init__(self, files, cfg, clips, crops):
         self.files, self.cfg, self.clips, self.crops = files, cfg, clips, crops
-        self.aligned = open_aligned(files, cfg, train=False) if cfg.model == "multimae" and "," in cfg.inputs else None
+        several = cfg.model == "multimae" and planes_of(cfg) != ["rgb"]
+        self.aligned = open_aligned(files, cfg, train=False) if several else None
 
     def __len__(self):
         return len(self.files.paths)
@@ -338,7 +376,7 @@ class ViewDataset(Dataset):
             return make_crop(pixels[None], size, "center", 1, False, None, bicubic=True), i, []
         except BrokenFile as error:
             frames = (self.clips * self.crops, self.cfg.frames) if is_video(self.cfg) else (1,)
-            planes = sum({"rgb": 3, "depth": 2, "semseg": 1}[m] for m in parse_modalities(self.cfg.inputs))
+            planes = sum({"rgb": 3, "depth": 2, "semseg": 1}[m] for m in planes_of(self.cfg))
             return torch.zeros(*frames, size, size, planes, dtype=torch.uint8), i, [(str(path), str(error))]
 
 
@@ -459,6 +497,8 @@ class Config:
     model: typing.Literal["auto", "mae", "videomae", "mae_st", "omni", "multimae"] = "auto"  # auto: that of --init; from scratch videomae
     images: bool = False  # --model omni: classify images, else videos
     inputs: str = "rgb"  # --model multimae: what the classifier sees, any of rgb,depth,semseg
+    dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: paint this map with a linear layer on every patch
+    ignore: int = -1  # --dense semseg: class that does not count (void), -1: none
     maps: int = 6  # --model multimae: classes of the semantic maps; with --init the file says it, as the next one
     class_width: int = 16  # --model multimae: width of a class's learned vector
     size: str = "auto"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS; auto: that of --init, also for the next two
@@ -654,6 +694,8 @@ def settle(cfg, found):
             raise InputError(f"--{name} {given}: the model in {cfg.init} has {there}; leave the flag out")
     asked = {k: v for k, v in settings.items() if k in LAPTOP and getattr(cfg, k) in (0, "auto")}
     asked.update({k: v for k, v in settings.items() if k in ("maps", "class_width")})
+    if cfg.dense and (settings["model"] != "multimae" and cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch")):
+        raise InputError("--dense is for --model multimae, and for --mode finetune or scratch")
     if only_tests(cfg):  # a classifier is tested as it was built
         mean = "fc_norm.weight" in found.state or settings["model"] in ("mae_st", "omni")
         asked.update(images=settings.get("images", cfg.images), inputs=settings.get("inputs", cfg.inputs))
@@ -684,7 +726,7 @@ def build(cfg, classes, found=None):
     if cfg.model == "mae":
         encoder = MAE(start.img_size, start.patch, *shape)
     elif cfg.model == "multimae":
-        encoder = MultiMAE(start.img_size, start.patch, *shape, parse_modalities(cfg.inputs), cfg.maps, cfg.class_width)
+        encoder = MultiMAE(start.img_size, start.patch, *shape, planes_of(cfg), cfg.maps, cfg.class_width, cfg.ignore)
     else:
         if found and found.model == "mae_st":
             options = {"separable": "pos_embed" not in state, "cls": "cls_token" in state}
@@ -702,7 +744,15 @@ def build(cfg, classes, found=None):
                        float("blocks.0.gamma_1" in state), frozen=probing)  # fmt: skip
     report = load(model, state, cfg, fresh_norm) if found else "no weights: the network starts from scratch"
     change_grid(model.encoder, grid_of(cfg))
-    return model, report
+    return DenseHead(model, parse_modalities(cfg.inputs), cfg.dense) if cfg.dense else model, report
+
+
+def planes_of(cfg):
+    """The modalities that are read from files: the inputs and, with --dense, the map that is to be painted."""
+    inputs = parse_modalities(cfg.inputs)
+    if cfg.dense in inputs:
+        raise InputError(f"--dense {cfg.dense} is also among --inputs {cfg.inputs}: nothing would be left to do")
+    return [m for m in MODALITIES if m in inputs or m == cfg.dense]
 
 
 def inflate(state, encoder, side):
@@ -731,7 +781,7 @@ def load(model, state, cfg, fresh_norm):
     norms = ("fc_norm.", "norm.") if tested else () if fresh_norm else ("norm.", "fc_norm.")
     norm = next((n for n in norms if n + "weight" in state), "-")  # which one becomes the norm before our head
     used, left, wrong = {}, [], []
-    unseen = tuple(f"input_adapters.{m}." for m in MODALITIES if m not in parse_modalities(cfg.inputs))
+    unseen = tuple(f"input_adapters.{m}." for m in MODALITIES if m not in planes_of(cfg))
     for key, value in state.items():
         if key.startswith(norm):
             ours = key.removeprefix("fc_")
@@ -793,7 +843,7 @@ def train_classifier(model, train, look, cfg, extra):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(Path(cfg.out), cfg, "finetune", model, optimizer, scaler, writes=rank == 0, extra=extra)
     start, losses = run.open()
-    run.scores = {"chance": math.log(classes), "val_loss": float("nan")}
+    run.scores = {"chance": math.log(max(classes, 1)) if not cfg.dense else float("nan"), "val_loss": float("nan")}
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.say(f"{learning / 1e6:.2f} M parameters learn, {dtype} on {world} x {device}, {per_epoch} updates x "
             f"{cfg.epochs} epochs; learning rate {cfg.lr:g} x batch {cfg.batch} / 256 = {peak:g}".replace("torch.", ""))  # fmt: skip
@@ -825,7 +875,7 @@ def train_classifier(model, train, look, cfg, extra):
                 with hold:
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                         logits = parallel(x)
-                    loss = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.smoothing)
+                    loss = model.loss(logits.float(), x, labels, cfg.smoothing)
                     scaler.scale(loss / cfg.accum).backward()
                 update_loss = update_loss + loss.detach() / cfg.accum
             if cfg.clip:
@@ -930,6 +980,31 @@ def report(probabilities, files, classes, cfg, broken):
     return f"top-1 {scores['top1']:.1%} (chance {scores['chance']:.1%})"
 
 
+def report_dense(answers, cfg, classes):
+    """Print and write mean IoU or absolute depth error, beside a map that is the same for every picture.
+
+    answers (files, 1, 2 * values), see DenseHead.answers.   -> the line for the log"""
+    guess, truth = answers[answers[:, 0, 0].isfinite(), 0].chunk(2, dim=1)  # each (files, values)
+    if cfg.dense == "depth":
+        error = lambda x: (x - truth).abs().mean().item()
+        name, ours, constant = "depth error", error(guess), error(truth.median(dim=0).values)
+    else:
+
+        def mean_iou(x):
+            counted = truth != cfg.ignore
+            pairs = torch.bincount((truth * classes + x)[counted].long(), minlength=classes**2).reshape(classes, classes).double()
+            union = pairs.sum(0) + pairs.sum(1) - pairs.diag()
+            return (pairs.diag() / union)[union > 0].mean().item()
+
+        name, ours, constant = "mean IoU", mean_iou(guess), mean_iou(truth.mode(dim=0).values.expand_as(truth))
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        (Path(cfg.out) / "results.json").write_text(json.dumps({"task": cfg.dense, name: ours, "constant map": constant}))
+    except OSError as error:
+        raise InputError(f"cannot write the results to {cfg.out}: {error}") from None
+    return f"{cfg.dense} {name} {ours:.3f} (the same map for all: {constant:.3f})"
+
+
 def find_init(cfg):
     """--init auto: the default run of mae_video.py (with --model mae: mae_image.py), or nothing, and how to get it."""
     if cfg.init != "auto":
@@ -957,7 +1032,7 @@ def classes_of(found, path):
 
 
 def open_aligned(files, cfg, train):
-    return AlignedDataset(cfg.data, files, parse_modalities(cfg.inputs), cfg.img_size, cfg.maps, cfg.seed, cfg.min_crop,
+    return AlignedDataset(cfg.data, files, planes_of(cfg), cfg.img_size, cfg.maps, cfg.seed, cfg.min_crop,
                           cfg.flip, train)  # fmt: skip
 
 
@@ -965,11 +1040,11 @@ def open_data(cfg):
     """-> dataset for training, files for training, files for testing."""
     if cfg.model == "multimae" and max(cfg.rand_augment, cfg.erase, cfg.mixup, cfg.cutmix) > 0:
         raise InputError("--rand-augment, --erase, --mixup and --cutmix are for RGB alone: set them to 0 for multimae")
-    inputs = parse_modalities(cfg.inputs)
-    listed = [list_aligned(cfg.data, split, inputs, cfg.allow_missing) if cfg.model == "multimae" else
+    listed = [list_aligned(cfg.data, split, planes_of(cfg), cfg.allow_missing) if cfg.model == "multimae" else
               data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing) if is_video(cfg)
               else data.list_images(cfg.data, split, cfg.allow_missing) for split in ("train", "val")]  # fmt: skip
-    check_labels(*listed, cfg)
+    if not cfg.dense:
+        check_labels(*listed, cfg)
     train, test = take_share(listed[0], cfg.share, cfg.seed), listed[1]
     if cfg.model == "multimae":
         dataset = open_aligned(train, cfg, train=True)
@@ -1014,13 +1089,19 @@ def main():
     else:
         if not cfg.eval_only:
             def look(model):
+                if cfg.dense:
+                    return report_dense(run_views(model, test_files, cfg, 1, 1, device, DenseHead.answers)[0], cfg, cfg.maps)
                 p, _ = run_views(model, test_files, cfg, 1, 1, device, class_probabilities)
                 return f"test, one view: top-1 {summarise(p, torch.from_numpy(test_files.labels))['top1']:.1%}"
 
             run, finished, total = train_classifier(model, train, look, cfg, {"classes": list(classes)})
         if finished:
-            probabilities, broken = run_views(model, test_files, cfg, cfg.clips, cfg.crops, device, class_probabilities)
-    result = report(probabilities, test_files, classes, cfg, broken) if rank == 0 and finished else ""
+            output = DenseHead.answers if cfg.dense else class_probabilities
+            probabilities, broken = run_views(model, test_files, cfg, cfg.clips, cfg.crops, device, output)
+    if cfg.dense and finished:
+        result = report_dense(probabilities, cfg, cfg.maps)
+    else:
+        result = report(probabilities, test_files, classes, cfg, broken) if rank == 0 and finished else ""
     if run:
         run.finish(total, result)
     elif rank == 0:

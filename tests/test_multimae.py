@@ -268,3 +268,14 @@ def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
 def test_masks_of_the_default_hide_five_sixths():
     hide = dirichlet_mask(4, [196] * 3, 98, torch.Generator().manual_seed(0))
     assert ((~hide).sum(dim=1) == 98).all() and masking.visible(torch.zeros(4, 588, 1), hide).shape == (4, 98, 1)
+
+
+@pytest.mark.parametrize("task, chosen", [("semseg", "rgb"), ("semseg", "rgb,depth"), ("depth", "rgb")])
+def test_a_linear_layer_paints_a_map_from_the_encoder(toy, run, tmp_path, task, chosen):
+    flags = ["--mode", "scratch", "--model", "multimae", "--size", "16x1x2", "--data", toy, "--img-size", 16, "--inputs", chosen,
+             "--dense", task, "--batch", 16, "--epochs", 1, "--warmup", 0, "--workers", 0, "--check-every", 0]  # fmt: skip
+    text = run("finetune.py", *flags)
+    assert "done: " + task in text
+    scores = json.loads((tmp_path / "runs/finetune/results.json").read_text())
+    assert 0 <= scores["mean IoU" if task == "semseg" else "depth error"] and 0 < scores["constant map"] < 1
+    assert "nothing would be left to do" in run("finetune.py", *flags, "--inputs", task, code=2)
