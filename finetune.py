@@ -27,7 +27,6 @@ import csv
 import json
 import math
 import re
-import sys
 import time
 import typing
 from dataclasses import dataclass, replace
@@ -172,7 +171,8 @@ class DenseHead(nn.Module):
         self.encoder, self.norm, self.inputs, self.task = classifier.encoder, classifier.norm, inputs, task
         if task in self.encoder.input_adapters:
             del self.encoder.input_adapters[task]  # it is read from the files, but the encoder does not see it
-        values = self.encoder.classes * (self.encoder.patch // STRIDE) ** 2 if task == "semseg" else self.encoder.patch**2
+        patch, classes = self.encoder.patch, self.encoder.classes
+        values = classes * (patch // STRIDE) ** 2 if task == "semseg" else patch**2
         self.head = nn.Linear(self.norm.normalized_shape[0], values)
 
     def forward(self, x):
@@ -217,9 +217,9 @@ def change_grid(encoder, new):
     old, encoder.grid = encoder.grid, tuple(new)
     if old == encoder.grid:
         return
-    sizes = {"pos_embed_spatial": ((1, *old[1:]), (1, *new[1:])), "pos_embed_temporal": ((old[0], 1, 1), (new[0], 1, 1)),
-             "pos_embed": (old, new)}  # fmt: skip
-    for name, (a, b) in sizes.items():
+    tables = {"pos_embed_spatial": ((1, *old[1:]), (1, *new[1:])), "pos_embed": (old, new),
+              "pos_embed_temporal": ((old[0], 1, 1), (new[0], 1, 1))}  # fmt: skip
+    for name, (a, b) in tables.items():
         if (table := getattr(encoder, name, None)) is not None:
             extra = table.shape[1] - math.prod(a)  # MAE-ST's joint table begins with the class token's row
             resized = torch.cat([table[:, :extra], resize_table(table[:, extra:].detach(), a, b)], dim=1)
@@ -388,8 +388,8 @@ def run_views(model, files, cfg, clips, crops, device, output):
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     own, views = range(rank, len(files.paths), world), clips * crops if is_video(cfg) else 1
     at_once = max(cfg.batch // views, 1)  # files, so that a forward pass is about as large as in training
-    loader = data.make_loader(ViewDataset(files, cfg, clips, crops),
-                              [own[i : i + at_once] for i in range(0, len(own), at_once)], cfg.workers, device)  # fmt: skip
+    batches = [own[i : i + at_once] for i in range(0, len(own), at_once)]
+    loader = data.make_loader(ViewDataset(files, cfg, clips, crops), batches, cfg.workers, device)
     dtype, results, broken = choose_precision(cfg, device), None, []
     shown, start = time.perf_counter(), time.perf_counter()
     model.eval()
@@ -469,7 +469,7 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
 @dataclass
 class Config:
     # what to do
-    mode: typing.Literal["finetune", "linear", "scratch", "knn", "features"] = "finetune"  # see the text above; features: one vector a file
+    mode: typing.Literal["finetune", "linear", "scratch", "knn", "features"] = "finetune"  # features: one vector a file
     init: str = "auto"  # pretrained file, ours or a public one; auto: the run in runs/mae_video if there is one
     eval_only: bool = False  # no training: test the classifier in --init
     predict: str = ""  # no training: what the classifier in --init says about this one file
@@ -494,10 +494,10 @@ class Config:
     cutmix: float = 0.0  # alpha of CutMix; the papers' is 1.0
     smoothing: float = 0.1  # label smoothing
     # model
-    model: typing.Literal["auto", "mae", "videomae", "mae_st", "omni", "multimae"] = "auto"  # auto: that of --init; from scratch videomae
+    model: typing.Literal["auto", *MODELS] = "auto"  # auto: that of --init; from scratch videomae
     images: bool = False  # --model omni: classify images, else videos
     inputs: str = "rgb"  # --model multimae: what the classifier sees, any of rgb,depth,semseg
-    dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: paint this map with a linear layer on every patch
+    dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: paint this map, a linear layer on each patch
     ignore: int = -1  # --dense semseg: class that does not count (void), -1: none
     maps: int = 6  # --model multimae: classes of the semantic maps; with --init the file says it, as the next one
     class_width: int = 16  # --model multimae: width of a class's learned vector
@@ -588,21 +588,22 @@ def read_init(path):
     """Recognise a file by its contents.   -> Found.   Raises InputError for a file of no known layout."""
     content = read_safetensors(path) if str(path).endswith(".safetensors") else load_file(path)
     if "script" not in content:
-        inner = next((content[k] for k in ("model", "module", "model_state") if isinstance(content.get(k), dict)), content)
+        wrappers = ("model", "module", "model_state")
+        inner = next((content[k] for k in wrappers if isinstance(content.get(k), dict)), content)
         return recognise({k: v for k, v in inner.items() if torch.is_tensor(v)}, path)
     config, state, script = content["config"], content["model"], content["script"]
-    names = {"mae_image": "mae", "mae_video": config.get("model"), "omni": "omni", "multimae": "multimae", "finetune": config.get("model")}
-    if names.get(script) not in MODELS:
+    model = {"mae_image": "mae", "omni": "omni", "multimae": "multimae"}.get(script, config.get("model"))
+    if model not in MODELS:
         raise InputError(f"checkpoint {path} was written by {script}.py, which this version does not know")
     settings = {k: config[k] for k in LAPTOP if k in config and k != "model"}
     if script == "multimae":
         settings.update(maps=config["classes"], class_width=config["class_width"])
     if script == "finetune":
-        settings.update(mode=config["mode"], pool=config["pool"], images=config["images"], inputs=config["inputs"],
-                        maps=config["maps"], class_width=config["class_width"])  # names as if it were public: fc_norm is the norm before the head
+        settings.update({k: config[k] for k in ("mode", "pool", "images", "inputs", "maps", "class_width")})
+        # names as if it were a public file: fc_norm is the norm before the head
         rename = lambda k: k.removeprefix("encoder.") if k.startswith("encoder.") else k.replace("norm.", "fc_norm.", 1)
         state = {rename(k): v for k, v in state.items()}
-    return Found(names[script], settings, state, False, content.get("classes", []))
+    return Found(model, settings, state, False, content.get("classes", []))
 
 
 def read_safetensors(path):
@@ -617,16 +618,20 @@ def read_safetensors(path):
 
 
 def recognise(state, path):
-    """Public layouts of MAE, MAE-ST, VideoMAE, OmniMAE and MultiMAE, pretrained or fine-tuned, by their tensors' names and shapes.
+    """Public layouts of the five papers, pretrained or fine-tuned, by the names and shapes of their tensors.
 
     Heads are not written in any file: by width and depth if it is a published size, else slices of 64."""
     if any("patch_embeddings.projection" in k for k in state):
         state = from_huggingface(state)
-    kernels = ("patch_embed.proj.weight", "input_adapters.rgb.proj.weight", "encoder.patch_embed.proj.weight", "trunk.patch_embed.proj.1.weight")
+    kernels = ("patch_embed.proj.weight", "encoder.patch_embed.proj.weight", "trunk.patch_embed.proj.1.weight",
+               "input_adapters.rgb.proj.weight")  # fmt: skip
     kernel = next((state[k] for k in kernels if k in state), None)
-    numbers = [int(m[1]) for m in (re.match(r"(?:(?:encoder\.|trunk\.)?blocks|encoder)\.(\d+)\.", k) for k in state) if m]
+    block = re.compile(r"(?:(?:encoder\.|trunk\.)?blocks|encoder)\.(\d+)\.")
+    numbers = [int(m[1]) for m in map(block.match, state) if m]
     if kernel is None or not numbers:
-        raise InputError(f"{path} has no layout that is known here: MAE, MAE-ST, VideoMAE, OmniMAE, MultiMAE, HuggingFace")
+        raise InputError(
+            f"{path} has no layout that is known here: MAE, MAE-ST, VideoMAE, OmniMAE, MultiMAE, HuggingFace"
+        )
     D, _, *sides = kernel.shape
     depth = max(numbers) + 1
     heads = {(d, n): h for d, n, h in ENCODERS.values()}.get((D, depth), max(D // 64, 1))
@@ -637,7 +642,9 @@ def recognise(state, path):
         settings["img_size"] = (table.shape[-1] if table is not None else 14) * sides[-1]
         if (embedding := state.get("input_adapters.semseg.class_emb.weight")) is not None:
             settings.update(maps=embedding.shape[0], class_width=embedding.shape[1])
-        named = lambda k: k.replace("output_adapters.cls.norm.", "fc_norm.").replace("output_adapters.cls.head.", "head.")
+        named = lambda k: k.replace("output_adapters.cls.norm.", "fc_norm.").replace(
+            "output_adapters.cls.head.", "head."
+        )
         return Found("multimae", settings, {named(k): v for k, v in state.items()}, True, [])
     if len(sides) == 2:
         side = math.isqrt(tables["pos_embed"] - 1) if "pos_embed" in tables else 14
@@ -694,7 +701,9 @@ def settle(cfg, found):
             raise InputError(f"--{name} {given}: the model in {cfg.init} has {there}; leave the flag out")
     asked = {k: v for k, v in settings.items() if k in LAPTOP and getattr(cfg, k) in (0, "auto")}
     asked.update({k: v for k, v in settings.items() if k in ("maps", "class_width")})
-    if cfg.dense and (settings["model"] != "multimae" and cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch")):
+    if cfg.dense and (
+        settings["model"] != "multimae" and cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch")
+    ):
         raise InputError("--dense is for --model multimae, and for --mode finetune or scratch")
     if only_tests(cfg):  # a classifier is tested as it was built
         mean = "fc_norm.weight" in found.state or settings["model"] in ("mae_st", "omni")
@@ -768,7 +777,9 @@ def inflate(state, encoder, side):
         D, (t, h, w) = encoder.cls_token.shape[2], encoder.grid
         space = resize_table(sincos_2d(D, side, side)[None], (1, side, side), (1, h, w))
         zeros = torch.zeros(1, 1, D)
-        state.update(pos_embed_spatial=space, pos_embed_temporal=torch.zeros(1, t, D), pos_embed_class=zeros, cls_token=zeros)
+        state.update(
+            pos_embed_spatial=space, pos_embed_temporal=torch.zeros(1, t, D), pos_embed_class=zeros, cls_token=zeros
+        )
     return state
 
 
@@ -845,8 +856,9 @@ def train_classifier(model, train, look, cfg, extra):
     start, losses = run.open()
     run.scores = {"chance": math.log(max(classes, 1)) if not cfg.dense else float("nan"), "val_loss": float("nan")}
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run.say(f"{learning / 1e6:.2f} M parameters learn, {dtype} on {world} x {device}, {per_epoch} updates x "
-            f"{cfg.epochs} epochs; learning rate {cfg.lr:g} x batch {cfg.batch} / 256 = {peak:g}".replace("torch.", ""))  # fmt: skip
+    where = f"{dtype} on {world} x {device}, {per_epoch} updates x {cfg.epochs} epochs".replace("torch.", "")
+    run.say(f"{learning / 1e6:.2f} M parameters learn, {where}")
+    run.say(f"learning rate {cfg.lr:g} x batch {cfg.batch} / 256 = {peak:g}")
 
     if cfg.compile:
         model.compile()
@@ -963,12 +975,17 @@ def report(probabilities, files, classes, cfg, broken):
     named = sorted((a, classes[i]) for i, a in enumerate(scores["per_class"]) if math.isfinite(a))
     print("  worst classes: " + ", ".join(f"{c} {a:.0%}" for a, c in named[:5]))
     if scores["confused"]:
-        print("  most confused: " + ", ".join(f"{classes[a]} taken for {classes[b]} {n}x" for a, b, n in scores["confused"]))
+        print(
+            "  most confused: "
+            + ", ".join(f"{classes[a]} taken for {classes[b]} {n}x" for a, b, n in scores["confused"])
+        )
     scores["per_class"] = {classes[i]: a for i, a in enumerate(scores["per_class"]) if math.isfinite(a)}
     scores["confused"] = [[classes[a], classes[b], n] for a, b, n in scores["confused"]]
     try:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        (Path(cfg.out) / "results.json").write_text(json.dumps({**scores, "mode": cfg.mode, "init": cfg.init}, indent=1))
+        (Path(cfg.out) / "results.json").write_text(
+            json.dumps({**scores, "mode": cfg.mode, "init": cfg.init}, indent=1)
+        )
         with open(Path(cfg.out) / "predictions.csv", "w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["path", "label"] + [f"{what}{k}" for k in range(1, 6) for what in ("class", "score")])
@@ -992,14 +1009,20 @@ def report_dense(answers, cfg, classes):
 
         def mean_iou(x):
             counted = truth != cfg.ignore
-            pairs = torch.bincount((truth * classes + x)[counted].long(), minlength=classes**2).reshape(classes, classes).double()
+            pairs = (
+                torch.bincount((truth * classes + x)[counted].long(), minlength=classes**2)
+                .reshape(classes, classes)
+                .double()
+            )
             union = pairs.sum(0) + pairs.sum(1) - pairs.diag()
             return (pairs.diag() / union)[union > 0].mean().item()
 
         name, ours, constant = "mean IoU", mean_iou(guess), mean_iou(truth.mode(dim=0).values.expand_as(truth))
     try:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        (Path(cfg.out) / "results.json").write_text(json.dumps({"task": cfg.dense, name: ours, "constant map": constant}))
+        (Path(cfg.out) / "results.json").write_text(
+            json.dumps({"task": cfg.dense, name: ours, "constant map": constant})
+        )
     except OSError as error:
         raise InputError(f"cannot write the results to {cfg.out}: {error}") from None
     return f"{cfg.dense} {name} {ours:.3f} (the same map for all: {constant:.3f})"
@@ -1016,7 +1039,9 @@ def find_init(cfg):
     if cfg.mode != "scratch":
         print(f"{path} is not there: run python {script}.py first (4 minutes), or name a file with --init")
     if only_tests(cfg):
-        raise InputError("--eval-only and --predict need --init FILE: a checkpoint of this script, or a public classifier")
+        raise InputError(
+            "--eval-only and --predict need --init FILE: a checkpoint of this script, or a public classifier"
+        )
     if cfg.mode in ("linear", "knn", "features"):
         raise InputError(f"--mode {cfg.mode} needs --init FILE: a network without pretraining knows nothing")
     return ""
@@ -1074,12 +1099,17 @@ def main():
         raise InputError(f"{cfg.data} has {len(classes)} classes, the classifier in {cfg.init} was trained for {known}")
     model, said = build(cfg, len(classes), found if cfg.mode != "scratch" else None)
     if rank == 0:
-        print(f"{len(train)} files to train, {len(test_files.paths)} to test, {len(classes)} classes; {said}", flush=True)
+        print(
+            f"{len(train)} files to train, {len(test_files.paths)} to test, {len(classes)} classes; {said}", flush=True
+        )
     model.to(device)
 
     run, total, finished = None, 0, True
     if cfg.mode in ("knn", "features"):
-        vectors = [run_views(model, files, cfg, 1, 1, device, lambda m, x: m.features(x)) for files in (train_files, test_files)]
+        vectors = [
+            run_views(model, files, cfg, 1, 1, device, lambda m, x: m.features(x))
+            for files in (train_files, test_files)
+        ]
         (a, broken_a), (b, broken) = vectors
         if cfg.mode == "features":
             return save_features(cfg, rank, {"train": (a[:, 0], train_files), "test": (b[:, 0], test_files)})
@@ -1088,9 +1118,12 @@ def main():
         probabilities = votes[:, None]
     else:
         if not cfg.eval_only:
+
             def look(model):
                 if cfg.dense:
-                    return report_dense(run_views(model, test_files, cfg, 1, 1, device, DenseHead.answers)[0], cfg, cfg.maps)
+                    return report_dense(
+                        run_views(model, test_files, cfg, 1, 1, device, DenseHead.answers)[0], cfg, cfg.maps
+                    )
                 p, _ = run_views(model, test_files, cfg, 1, 1, device, class_probabilities)
                 return f"test, one view: top-1 {summarise(p, torch.from_numpy(test_files.labels))['top1']:.1%}"
 
@@ -1098,10 +1131,10 @@ def main():
         if finished:
             output = DenseHead.answers if cfg.dense else class_probabilities
             probabilities, broken = run_views(model, test_files, cfg, cfg.clips, cfg.crops, device, output)
-    if cfg.dense and finished:
-        result = report_dense(probabilities, cfg, cfg.maps)
-    else:
-        result = report(probabilities, test_files, classes, cfg, broken) if rank == 0 and finished else ""
+    result = ""
+    if finished and rank == 0:
+        result = (report_dense(probabilities, cfg, cfg.maps) if cfg.dense else
+                  report(probabilities, test_files, classes, cfg, broken))  # fmt: skip
     if run:
         run.finish(total, result)
     elif rank == 0:

@@ -155,7 +155,9 @@ class Decoder(nn.Module):
     def __init__(self, task, modalities, width, depth, heads, D, values):
         super().__init__()
         if width % heads:
-            raise InputError(f"decoder width {width} is not a multiple of {heads} heads: each head needs an equal slice")
+            raise InputError(
+                f"decoder width {width} is not a multiple of {heads} heads: each head needs an equal slice"
+            )
         self.task = task  # the modality whose grid is painted
         self.proj_context = nn.Linear(D, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -222,7 +224,12 @@ class MultiMAE(nn.Module):
             check_divides(patch, STRIDE, "patch", "the stride of class maps", "--patch")
         D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
         E = decoder[0]
-        self.grid, self.patch, self.classes, self.ignore = (1, img_size // patch, img_size // patch), patch, classes, ignore
+        self.grid, self.patch, self.classes, self.ignore = (
+            (1, img_size // patch, img_size // patch),
+            patch,
+            classes,
+            ignore,
+        )
         self.modalities = [m for m in MODALITIES if m in modalities]
         self.tasks = self.modalities + ["norm_rgb"] * ("rgb" in modalities)
 
@@ -302,7 +309,9 @@ class MultiMAE(nn.Module):
             patches = self.patches(m, inputs[m])  # (B, N, P)
             table = self.table(self.pos_embed, inputs, "bilinear" if m == "semseg" else "bicubic")
             if table.shape[1] != patches.shape[1]:
-                raise InputError(f"{m} has {patches.shape[1]} patches, another modality {table.shape[1]}: sizes must agree")
+                raise InputError(
+                    f"{m} has {patches.shape[1]} patches, another modality {table.shape[1]}: sizes must agree"
+                )
             tokens.append(self.input_adapters[m](patches) + table)  # (B, N, D)
         x = torch.cat(tokens, dim=1)  # (B, sum of N, D)
         if mask.shape[1] != x.shape[1]:
@@ -360,7 +369,11 @@ class MultiMAE(nn.Module):
         """Names of EPFL-VILAB/MultiMAE -> ours: the MultiViT layout, or timm's (RGB only, token and table in front)."""
         renamed = {}
         for key, value in state.items():
-            key = re_encoder(key).replace("patch_embed.proj", "input_adapters.rgb.proj").replace("cls_token", "global_tokens")
+            key = (
+                re_encoder(key)
+                .replace("patch_embed.proj", "input_adapters.rgb.proj")
+                .replace("cls_token", "global_tokens")
+            )
             if not key.endswith(("pos_emb", "pos_embed")):  # fixed tables are computed here
                 renamed[key] = value
         return renamed
@@ -427,7 +440,9 @@ class AlignedDataset(torch.utils.data.Dataset):
         if not path.is_file():
             path = next((p for s in data.IMAGE if (p := path.with_suffix(s)).is_file()), None)
         if path is None:
-            raise InputError(f"{self.paths[i]} has no counterpart in {self.root / m}: every modality needs the same names")
+            raise InputError(
+                f"{self.paths[i]} has no counterpart in {self.root / m}: every modality needs the same names"
+            )
         return path
 
     def read(self, i, generator):
@@ -447,7 +462,9 @@ class AlignedDataset(torch.utils.data.Dataset):
         flip = self.train and self.flip and torch.rand(1, generator=generator) < 0.5
         planes = []
         for m, x in maps.items():
-            how = {"rgb": InterpolationMode.BICUBIC, "depth": InterpolationMode.BILINEAR}.get(m, InterpolationMode.NEAREST)
+            how = {"rgb": InterpolationMode.BICUBIC, "depth": InterpolationMode.BILINEAR}.get(
+                m, InterpolationMode.NEAREST
+            )
             x = TF.resized_crop(x, *box, [self.size, self.size], interpolation=how, antialias=m != "semseg")
             x = TF.horizontal_flip(x) if flip else x
             if m == "depth":
@@ -521,7 +538,13 @@ class Config:
     smoke: bool = False  # three updates only, to see that everything runs
 
 
-LIMITS = [("classes", 2, 256), ("ignore", -1, 255), ("class_width", 1, 10**6), ("visible", 1e-6, 0.999), ("alpha", 1e-3, 1e6)]
+LIMITS = [
+    ("classes", 2, 256),
+    ("ignore", -1, 255),
+    ("class_width", 1, 10**6),
+    ("visible", 1e-6, 0.999),
+    ("alpha", 1e-3, 1e6),
+]
 PRESETS = {
     # The public recipe: ViT-B on ImageNet with pseudo-labels, 8 GPUs
     "paper": dict(classes=133, img_size=224, patch=16, size="base", class_width=64, decoder_width=256, decoder_depth=2,
@@ -607,7 +630,7 @@ def to_pictures(model, task, values):
 def draw(model, inputs, mask, preds, path, count=4):
     """One PNG: a row per sample; per modality original, what is visible, painted; then each from one other alone."""
     columns, titles = [], []
-    values = lambda m, pred: (pred.unflatten(2, (model.classes, -1)).argmax(dim=2) if m == "semseg" else pred.float())
+    values = lambda m, pred: pred.unflatten(2, (model.classes, -1)).argmax(dim=2) if m == "semseg" else pred.float()
     for m, hide in zip(model.modalities, mask.chunk(len(model.modalities), dim=1)):
         target = model.target(m, inputs[m])
         original, painted = to_pictures(model, m, target), to_pictures(model, m, values(m, preds[m]))
@@ -657,7 +680,9 @@ def main():
             for name, (ours, constant, shuffled) in numbers.items():
                 print(f"  {modalities[0]} alone: {name} {ours:.3f} (constant map {constant:.3f}, another's "
                       f"{modalities[0]} {shuffled:.3f})")  # fmt: skip
-                record |= {f"{name} {k}": v for k, v in (("alone", ours), ("constant", constant), ("shuffled", shuffled))}
+                record |= {
+                    f"{name} {k}": v for k, v in (("alone", ours), ("constant", constant), ("shuffled", shuffled))
+                }
             draw(model, inputs, mask, preds, f"{path}.png")
         return {"val_loss": sum(losses.values()).item(), "chance": sum(chance.values()), **record}
 

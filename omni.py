@@ -167,8 +167,8 @@ class OmniMAE(nn.Module):
     def positions(self, N):
         """-> (1, N, D). An image, N = h*w, has the rows of the first time slot."""
         if N not in (self.grid[1] * self.grid[2], math.prod(self.grid)):
-            raise InputError(f"{N} patches, but the model was built for images of (h, w) = {self.grid[1:]} and clips of "
-                             f"(t, h, w) = {self.grid}")  # fmt: skip
+            raise InputError(f"{N} patches, but the model was built for images of (h, w) = {self.grid[1:]} and clips "
+                             f"of (t, h, w) = {self.grid}")  # fmt: skip
         return self.pos_embed[:, :N]
 
     def forward(self, x, mask):
@@ -294,7 +294,9 @@ class JointDataset(Dataset):
             pixels, number, broken = self.videos[epoch, i - len(self.images)]
             return pixels, number + len(self.images), broken
         pixels, number, broken = self.videos[epoch, i]
-        chosen = torch.randint(len(self.images), (self.repeat * self.per_clip,), generator=seeded(self.seed, 8, epoch, i))
+        chosen = torch.randint(
+            len(self.images), (self.repeat * self.per_clip,), generator=seeded(self.seed, 8, epoch, i)
+        )
         found = [self.images[epoch, int(n)] for n in chosen]
         imgs = torch.cat([x for x, _, _ in found]).reshape(self.repeat, -1)
         return torch.cat([pixels.flatten(1), imgs], dim=1), number, sum((b for _, _, b in found), broken)
@@ -310,7 +312,9 @@ def joint_plan(epoch, images, videos, batch, repeat, shares, seed):
     """
     of_images = shuffled(seed, epoch, images, batch)
     of_videos = [[images + i for i in update] for update in shuffled(seed + 1, epoch, videos, batch // repeat)]
-    parts = [part[: max(round(share * len(part)), 1 if share else 0)] for part, share in zip((of_images, of_videos), shares)]
+    parts = [
+        part[: max(round(share * len(part)), 1 if share else 0)] for part, share in zip((of_images, of_videos), shares)
+    ]
     updates = parts[0] + parts[1]
     return [updates[i] for i in torch.randperm(len(updates), generator=seeded(seed, 9, epoch)).tolist()]
 

@@ -118,7 +118,13 @@ def plan(claim, name, folder, args):
         for fold in range(1, min(settings["folds"], args.folds) + 1):
             pre = f"{name}-{fold}-pre-{key(a.pretrain)}"
             flags = f"--data {folder} --fold {fold} --workers 1 --pictures 1 --log-every 100 {settings['pretrain']} {a.pretrain}"
-            before[pre] = [str(ROOT / "mae_video.py"), *flags.split(), *(QUICK.split() if args.quick else []), "--out", pre]
+            before[pre] = [
+                str(ROOT / "mae_video.py"),
+                *flags.split(),
+                *(QUICK.split() if args.quick else []),
+                "--out",
+                pre,
+            ]
             for seed in range(args.seeds):
                 run = f"{pre}-ft-{key(a.finetune)}-{seed}"
                 flags = (f"--data {folder} --fold {fold} --seed {seed} --workers 1 --log-every 100 --check-every 0 "
@@ -192,10 +198,18 @@ def show(name, claim, after, args, folder):
     for arm in claim.arms:
         values = [v for (a, _, _), v in accuracy.items() if a == arm]
         spent = statistics.median(m for (a, _, _), m in minutes.items() if a == arm)
-        print(f"| {name} | {arm} | {statistics.mean(values):.1%} ± {spread(values):.1%} | {len(values)} runs, {spent:.1f} min each |")
+        print(
+            f"| {name} | {arm} | {statistics.mean(values):.1%} ± {spread(values):.1%} | {len(values)} runs, {spent:.1f} min each |"
+        )
     if name != "toy" and not args.quick:
         rows = [trivial_baselines(args.work / folder, fold) for fold in range(1, args.folds + 1)]
-        print("| " + name + " | trivial | " + ", ".join(f"{b} {statistics.mean(r[b] for r in rows):.1%}" for b in rows[0]) + " | |")
+        print(
+            "| "
+            + name
+            + " | trivial | "
+            + ", ".join(f"{b} {statistics.mean(r[b] for r in rows):.1%}" for b in rows[0])
+            + " | |"
+        )
     for better, worse in claim.pairs:
         gaps = [v - accuracy[worse, f, s] for (a, f, s), v in accuracy.items() if a == better]
         mean, sd = statistics.mean(gaps), spread(gaps)

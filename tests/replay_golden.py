@@ -89,7 +89,11 @@ def our_name(r, name):
         name = name.removeprefix("trunk.").replace("proj.1.", "proj.").replace("decoder.decoder_", "decoder_")
         name = name.replace("decoder.norm", "decoder_norm").replace("heads.0.projector.", "head.")
     if r.meta["method"] == "MultiMAE":
-        name = multimae.re_encoder(name).replace("output_adapters.cls.norm", "norm").replace("output_adapters.cls.head", "head")
+        name = (
+            multimae.re_encoder(name)
+            .replace("output_adapters.cls.norm", "norm")
+            .replace("output_adapters.cls.head", "head")
+        )
     return name
 
 
@@ -117,7 +121,10 @@ def probe_norms(r, model, rename=lambda name: name):
     layers = dict(model.named_modules())
     for key in [k for k in ("norm_probe", "norm_probe_dec") if f"{k}_in" in r.arrays]:
         x = torch.from_numpy(r.arrays[f"{key}_in"])
-        ours = [rename(our_name(r, n if r.meta["method"] == "MultiMAE" else f"{n}.").removesuffix(".")) for n in r.config[key]]
+        ours = [
+            rename(our_name(r, n if r.meta["method"] == "MultiMAE" else f"{n}.").removesuffix("."))
+            for n in r.config[key]
+        ]
         r.check(f"{key}_out", torch.stack([layers[n](x) for n in ours]))
 
 
@@ -235,7 +242,9 @@ def replay_omni_pretrain(r):
     batches = []
     for kind in ("image", "video"):
         x, mask = pixels(r, f"{kind}_u8"), torch.from_numpy(a[f"{kind}/mask"]).bool()
-        assert int(mask[0].sum()) == num_hidden(mask.shape[1], c[f"mask_ratio_{kind}"], "hide") == c[f"num_hidden_{kind}"]
+        assert (
+            int(mask[0].sum()) == num_hidden(mask.shape[1], c[f"mask_ratio_{kind}"], "hide") == c[f"num_hidden_{kind}"]
+        )
         batches.append((x, mask))
         patches = mae_video.patchify(model.as_clip(x), c["t_patch_size"], c["patch_size"])
         r.check(f"{kind}/tokens", model.patch_embed(patches))
@@ -265,7 +274,11 @@ def replay_multimae_pretrain(r):
                               c["class_emb_dim"])  # fmt: skip
     model.load_state_dict(model.from_public(dict(r.weights)))
     depth = torch.from_numpy(a["depth_u8"].astype(np.float32)) / 255
-    inputs = {"rgb": pixels(r, "rgb_u8"), "depth": multimae.standardise(depth), "semseg": torch.from_numpy(a["semseg"]).long()}
+    inputs = {
+        "rgb": pixels(r, "rgb_u8"),
+        "depth": multimae.standardise(depth),
+        "semseg": torch.from_numpy(a["semseg"]).long(),
+    }
     for name, table in (("pos_encoder", model.pos_embed), ("pos_decoder", model.decoder_pos_embed)):
         r.check(name, table[0, c["pos_rows"]])
     probe_norms(r, model)
@@ -279,7 +292,9 @@ def replay_multimae_pretrain(r):
         latent = model.forward_encoder(inputs, mask)
         preds = model.forward_decoder(latent, inputs, mask)
         if f"{name}/latent" in a:
-            kept = latent[:, :-1] if ids_keep is None else in_order_of(torch.from_numpy(ids_keep).long(), latent[:, :-1])
+            kept = (
+                latent[:, :-1] if ids_keep is None else in_order_of(torch.from_numpy(ids_keep).long(), latent[:, :-1])
+            )
             r.check(f"{name}/latent", torch.cat([kept, latent[:, -1:]], dim=1))
         for task, pred in preds.items():
             if f"{name}/pred/{task}" in a:
@@ -308,7 +323,9 @@ def replay_multimae_pretrain(r):
     scenario("hires", large, nothing(large, 2 * (c["hires_img_size"][0] // c["patch_size"]) ** 2))
 
     s = c["steps"]
-    optimizer = torch.optim.AdamW(mae_image.param_groups(model, s["weight_decay"]), s["lr"], betas=tuple(s["betas"]), eps=s["eps"])
+    optimizer = torch.optim.AdamW(
+        mae_image.param_groups(model, s["weight_decay"]), s["lr"], betas=tuple(s["betas"]), eps=s["eps"]
+    )
     rows = []
     for i in range(s["updates"] + 1):
         mask = mask_of(a["steps_ids_keep"][i], 3 * n)
@@ -379,7 +396,11 @@ def replay_vit(r):
     c, method = r.config, {"MAE": "mae", "MAE-ST": "mae_st", "VideoMAE": "videomae"}[r.meta["method"]]
     model = load_classifier(r, method)
     x, encoder = pixels(r, "image_u8" if method == "mae" else "video_u8"), model.encoder
-    patches = mae_image.patchify(x, c["patch_size"]) if method == "mae" else mae_video.patchify(x, c["t_patch_size"], c["patch_size"])
+    patches = (
+        mae_image.patchify(x, c["patch_size"])
+        if method == "mae"
+        else mae_video.patchify(x, c["t_patch_size"], c["patch_size"])
+    )
     if "pos_encoder" in r.arrays:
         r.check("pos_encoder", encoder.pos_embed[0, c["pos_rows"]])
     r.check("tokens", encoder.patch_embed(patches))
@@ -434,7 +455,9 @@ def layer_decay(r, encoder, layer_scale=0.0):
     groups = finetune.layer_groups(model, s["weight_decay"], s["layer_decay"])
     of, own = {id(p): g for g in groups for p in g["params"]}, dict(model.named_parameters())
     fused = re.compile(r"attn\.([qkv]\.|q_|v_)")
-    names = [of_classifier(fused.sub("attn.qkv.", n).replace("qkv.qkv.", "qkv.")) for n in r.meta["names"]["layerdecay"]]
+    names = [
+        of_classifier(fused.sub("attn.qkv.", n).replace("qkv.qkv.", "qkv.")) for n in r.meta["names"]["layerdecay"]
+    ]
     for key in ("lr_scale", "weight_decay"):
         r.check(f"layerdecay_{key}", [of[id(own[n])][key] for n in names])
 
@@ -507,7 +530,10 @@ def replay_functions_mae_st(r):
     s, start = c["train_clip"], float(a["train_clip_start_end"][0])
     r.check("train_clip_frames", data.linspace_clip(s["video_frames"], s["num_frames"], s["sampling_rate"], start))
     s = c["test_clip"]
-    r.check("test_clip_frames", test_views(s["video_frames"], s["num_frames"], s["sampling_rate"], s["num_views"], "linspace"))
+    r.check(
+        "test_clip_frames",
+        test_views(s["video_frames"], s["num_frames"], s["sampling_rate"], s["num_views"], "linspace"),
+    )
 
 
 def replay_functions_videomae(r):

@@ -88,7 +88,13 @@ def test_frozen_means_frozen(toy, tmp_path, monkeypatch):
     train = finetune.Augmented(data.ClipDataset(data.list_videos(toy, "train"), 8, 2, 32, 0), 2, 0)
     finetune.train_classifier(model, train, None, cfg, {})
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {"head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked", "head.1.weight", "head.1.bias"}
+    assert changed == {
+        "head.0.running_mean",
+        "head.0.running_var",
+        "head.0.num_batches_tracked",
+        "head.1.weight",
+        "head.1.bias",
+    }
 
 
 def test_other_sizes_interpolate_every_table():
@@ -122,9 +128,16 @@ def test_layers_below_learn_slower_and_vectors_do_not_decay():
     of = {id(p): g for g in groups for p in g["params"]}
     scale = {n: of[id(p)]["lr_scale"] for n, p in model.named_parameters()}
     assert scale["head.weight"] == scale["norm.bias"] == 1 and scale["encoder.blocks.2.mlp.fc1.weight"] == 0.5
-    assert scale["encoder.cls_token"] == scale["encoder.pos_embed_spatial"] == scale["encoder.patch_embed.proj.bias"] == 0.5**4
+    assert (
+        scale["encoder.cls_token"]
+        == scale["encoder.pos_embed_spatial"]
+        == scale["encoder.patch_embed.proj.bias"]
+        == 0.5**4
+    )
     decayed = {n for n, p in model.named_parameters() if of[id(p)]["weight_decay"]}
-    assert "encoder.patch_embed.proj.weight" in decayed and not [n for n in decayed if "pos" in n or "token" in n or "bias" in n]
+    assert "encoder.patch_embed.proj.weight" in decayed and not [
+        n for n in decayed if "pos" in n or "token" in n or "bias" in n
+    ]
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
@@ -144,7 +157,9 @@ def test_frames_of_a_clip_are_mixed_erased_and_augmented_alike():
         seed, repeat, paths, labels, classes = 0, 2, ["x"], np.zeros(1), ["x"]
 
         def __getitem__(self, key):
-            pixels = torch.randint(0, 256, (2, 1, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(key[1]))
+            pixels = torch.randint(
+                0, 256, (2, 1, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(key[1])
+            )
             return pixels.expand(-1, 5, -1, -1, -1), key[1], []
 
     augmented = finetune.Augmented(Still(), 4, 9)
@@ -152,7 +167,9 @@ def test_frames_of_a_clip_are_mixed_erased_and_augmented_alike():
     x = [augmented[0, i][0] for i in range(8)]
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all((c == c[:, :1]).all() for c in x) and any(not torch.equal(c, Still()[0, i][0]) for i, c in enumerate(x))
-    assert all(torch.equal(augmented[0, i][0], c) for i, c in enumerate(x)) and not torch.equal(augmented[1, 3][0], x[3])
+    assert all(torch.equal(augmented[0, i][0], c) for i, c in enumerate(x)) and not torch.equal(
+        augmented[1, 3][0], x[3]
+    )
 
 
 def test_a_share_of_the_labels_is_the_same_every_time_and_keeps_every_class(toy):
@@ -213,7 +230,10 @@ def test_nearest_neighbours_are_those_of_a_loop():
     votes = finetune.nearest_neighbours(train, labels, test, 4, k=5)
     mean = train.mean(0)
     for x, vote in zip(test, votes):
-        near = sorted(((torch.cosine_similarity(x - mean, t - mean, 0).item(), int(y)) for t, y in zip(train, labels)), reverse=True)
+        near = sorted(
+            ((torch.cosine_similarity(x - mean, t - mean, 0).item(), int(y)) for t, y in zip(train, labels)),
+            reverse=True,
+        )
         want = torch.zeros(4)
         for cosine, y in near[:5]:
             want[y] += np.exp(cosine / 0.07)
@@ -225,7 +245,9 @@ def test_training_and_test_files_never_share_a_group(toy, request):
                     if os.environ.get("MAE_TEST_DATA")]  # fmt: skip
     for root in sets:
         for fold in (1, 2, 3):
-            groups = [{re.search(r"_g(\d+)_", p)[1] for p in data.list_videos(root, s, fold).paths} for s in ("train", "val")]
+            groups = [
+                {re.search(r"_g(\d+)_", p)[1] for p in data.list_videos(root, s, fold).paths} for s in ("train", "val")
+            ]
             assert groups[0] and groups[1] and not groups[0] & groups[1]
 
 
@@ -243,7 +265,9 @@ def public_videomae(model):
             state[k] = v
     names = (("decoder_embed", "encoder_to_decoder"), ("decoder_blocks", "decoder.blocks"), ("decoder_norm", "decoder.norm"),
              ("decoder_pred", "decoder.head"))  # fmt: skip
-    rename = lambda k: next((k.replace(a, b) for a, b in names if k.startswith(a)), k if k == "mask_token" else f"encoder.{k}")
+    rename = lambda k: next(
+        (k.replace(a, b) for a, b in names if k.startswith(a)), k if k == "mask_token" else f"encoder.{k}"
+    )
     return {rename(k): v for k, v in state.items()}
 
 
@@ -252,7 +276,9 @@ def huggingface(model, new):
     video, state = isinstance(model, VideoMAE), {}
     root = "videomae." if video else "vit."
     for k, v in model.state_dict().items():
-        k = k.replace("patch_embed.proj", "embeddings.patch_embeddings.projection").replace("cls_token", "embeddings.cls_token")
+        k = k.replace("patch_embed.proj", "embeddings.patch_embeddings.projection").replace(
+            "cls_token", "embeddings.cls_token"
+        )
         if m := re.match(r"blocks\.(\d+)\.(.*)", k):
             layer = f"layers.{m[1]}." if new and not video else f"encoder.layer.{m[1]}."
             part = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
@@ -320,8 +346,14 @@ def test_every_public_layout_gives_the_features_of_its_model(layout, tmp_path):
         state, skip = {"model_state": model.state_dict()}, 1
     elif "omni" in layout:
         model = filled(omni.OmniMAE(16, 112, 2, 8, WIDE, (16, 1, 2)))
-        names = {"decoder_embed": "decoder.decoder_embed", "decoder_blocks": "decoder.decoder_blocks", "decoder_norm": "decoder.norm"}
-        rename = lambda k: next((f"trunk.{b}{k.removeprefix(a)}" for a, b in names.items() if k.startswith(a)), f"trunk.{k}")
+        names = {
+            "decoder_embed": "decoder.decoder_embed",
+            "decoder_blocks": "decoder.decoder_blocks",
+            "decoder_norm": "decoder.norm",
+        }
+        rename = lambda k: next(
+            (f"trunk.{b}{k.removeprefix(a)}" for a, b in names.items() if k.startswith(a)), f"trunk.{k}"
+        )
         head = "head." if "hub" in layout else "heads.0.projector."
         state = {f"{head}{k[13:]}" if k.startswith("decoder_pred") else rename(k).replace("embed.proj", "embed.proj.1"): v
                  for k, v in model.state_dict().items()}  # fmt: skip
@@ -331,7 +363,11 @@ def test_every_public_layout_gives_the_features_of_its_model(layout, tmp_path):
     elif "videomae" in layout:
         model = filled(VideoMAE(16, 112, 2, 8, WIDE, (16, 1, 2)))
         x, flags, skip = torch.randn(2, 3, 16, 112, 112), {**flags, "img_size": 112}, 0
-        state = {"module" if "module" in layout else "model": public_videomae(model)} if "hf" not in layout else huggingface(model, False)
+        state = (
+            {"module" if "module" in layout else "model": public_videomae(model)}
+            if "hf" not in layout
+            else huggingface(model, False)
+        )
     else:
         model, x, skip = filled(MAE(32, 8, WIDE, (16, 1, 2))), torch.randn(2, 3, 32, 32), 0
         state = {"model": official_mae(model)} if "hf" not in layout else huggingface(model, "5" in layout)
@@ -355,11 +391,18 @@ def test_a_fine_tuned_public_file_is_a_classifier(tmp_path):
     model = filled(VideoMAE(16, 112, 2, 8, WIDE, (16, 1, 2)))
     encoder = {k.removeprefix("encoder."): v for k, v in public_videomae(model).items()
                if not k.startswith(("decoder", "mask", "encoder_to", "encoder.norm"))}  # fmt: skip
-    head = {"fc_norm.weight": torch.rand(64), "fc_norm.bias": torch.rand(64), "head.weight": torch.randn(4, 64), "head.bias": torch.randn(4)}
+    head = {
+        "fc_norm.weight": torch.rand(64),
+        "fc_norm.bias": torch.rand(64),
+        "head.weight": torch.randn(4, 64),
+        "head.bias": torch.randn(4),
+    }
     got, said, cfg = from_file({"module": {**encoder, **head}}, tmp_path / "ft.pth", eval_only=True)
     x = torch.randn(1, 3, 16, 112, 112)
     model.norm = torch.nn.Identity()
-    norm = torch.nn.functional.layer_norm(model.encode(x).mean(dim=1), (64,), head["fc_norm.weight"], head["fc_norm.bias"], 1e-6)
+    norm = torch.nn.functional.layer_norm(
+        model.encode(x).mean(dim=1), (64,), head["fc_norm.weight"], head["fc_norm.bias"], 1e-6
+    )
     with torch.no_grad():
         assert torch.allclose(got.eval()(x), norm @ head["head.weight"].T + head["head.bias"], atol=1e-4)
     got, said, cfg = from_file({"module": {**encoder, **head}}, tmp_path / "ft.pth")  # or a place to start from
@@ -421,10 +464,25 @@ def test_the_four_modes_run_and_what_is_reported_is_the_last_epochs_model(pretra
     text = run("finetune.py", *TINY, cwd=pretrained)
     assert "tensors used" in text and re.search(r"done: top-1 [\d.]+% \(chance 16.7%\) after .*see runs/finetune", text)
     folder = pretrained / "runs/finetune"
-    results, rows = json.loads((folder / "results.json").read_text()), list(csv.DictReader(open(folder / "predictions.csv")))
+    results, rows = (
+        json.loads((folder / "results.json").read_text()),
+        list(csv.DictReader(open(folder / "predictions.csv"))),
+    )
     assert len(rows) == results["files"] == 12 and {"path", "label", "class1", "score5"} <= set(rows[0])
     assert np.isclose(np.mean([r["class1"] == r["label"] for r in rows]), results["top1"])
-    again = run("finetune.py", "--eval-only", "--init", "runs/finetune/checkpoint.pt", "--clips", 1, "--workers", 0, "--out", "e", cwd=pretrained)
+    again = run(
+        "finetune.py",
+        "--eval-only",
+        "--init",
+        "runs/finetune/checkpoint.pt",
+        "--clips",
+        1,
+        "--workers",
+        0,
+        "--out",
+        "e",
+        cwd=pretrained,
+    )
     assert "left over, as expected: nothing" in again
     assert json.loads((pretrained / "e/results.json").read_text())["top1"] == results["top1"]
     clip = next((pretrained / "toy/videos").rglob("*.mp4"))
@@ -466,14 +524,44 @@ def test_two_processes_test_every_video_once(pretrained, run, toy):
     (folder / "val.csv").write_text("".join(f"{p} {i % 3}\n" for i, p in enumerate(videos[:4])) + "broken.mp4 1\n")
     flags = ["--data", "five/train.csv", "--workers", 0, "--epochs", 1, "--batch", 4, "--clips", 2, "--check-every", 0]
     run("finetune.py", *flags, "--out", "one", cwd=pretrained)
-    test = [ROOT / "finetune.py", "--data", "five/train.csv", "--eval-only", "--init", "one/checkpoint.pt", "--clips", 2, "--workers", 0]
+    test = [
+        ROOT / "finetune.py",
+        "--data",
+        "five/train.csv",
+        "--eval-only",
+        "--init",
+        "one/checkpoint.pt",
+        "--clips",
+        2,
+        "--workers",
+        0,
+    ]
     run(*test, "--out", "a", cwd=pretrained)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29519", *test, "--out", "b"]
-    result = subprocess.run(list(map(str, command)), cwd=pretrained, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29519",
+        *test,
+        "--out",
+        "b",
+    ]
+    result = subprocess.run(
+        list(map(str, command)),
+        cwd=pretrained,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0 and result.stdout.count("done: ") == 1, result.stderr
     a, b = (list(csv.reader(open(pretrained / n / "predictions.csv"))) for n in "ab")
-    assert len(a) == 6 and a[5][2] == "unreadable" and [[r[0], r[1], r[2]] for r in a] == [[r[0], r[1], r[2]] for r in b]
-    assert "1 files unreadable" in result.stdout and json.loads((pretrained / "b/results.json").read_text())["files"] == 4
+    assert (
+        len(a) == 6 and a[5][2] == "unreadable" and [[r[0], r[1], r[2]] for r in a] == [[r[0], r[1], r[2]] for r in b]
+    )
+    assert (
+        "1 files unreadable" in result.stdout and json.loads((pretrained / "b/results.json").read_text())["files"] == 4
+    )
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -508,4 +596,6 @@ def test_labels_and_checkpoints_that_do_not_fit_are_refused(pretrained, refused,
     classifier = Path(pretrained / "runs/finetune/checkpoint.pt")
     if classifier.exists():
         (tmp_path / "classes/train/b/x.mp4").symlink_to(videos[1])
-        assert "2 classes, the classifier in" in refused(finetune, "--data", "classes", "--eval-only", "--init", classifier)
+        assert "2 classes, the classifier in" in refused(
+            finetune, "--data", "classes", "--eval-only", "--init", classifier
+        )

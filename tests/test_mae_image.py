@@ -16,8 +16,11 @@ import torch
 import torchvision
 from PIL import Image
 
+import finetune
 import mae_image
 import mae_video
+import multimae
+import omni
 from conftest import ROOT, TINY_IMAGE, copy_encoder
 from mae_image import MAE
 from masking import InputError, hidden, random_mask
@@ -463,7 +466,7 @@ def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
 
 
 def test_help_explains_every_flag(capsys, monkeypatch):
-    for module in (mae_image, mae_video):
+    for module in (mae_image, mae_video, omni, multimae, finetune):
         monkeypatch.setattr(sys, "argv", ["x", "--help"])
         with pytest.raises(SystemExit):
             module.main()

@@ -76,14 +76,21 @@ def test_losses_are_those_of_a_loop_over_samples_and_hidden_pixels():
     model, x, hide = tiny(), inputs(), mask()
     preds = model(x, hide)[1]
     losses = model.task_losses(preds, x, x, hide)
-    for task, where, error in (("rgb", hide[:, :16], lambda p, t: (p - t) ** 2), ("depth", hide[:, 16:32], lambda p, t: (p - t).abs())):
+    for task, where, error in (
+        ("rgb", hide[:, :16], lambda p, t: (p - t) ** 2),
+        ("depth", hide[:, 16:32], lambda p, t: (p - t).abs()),
+    ):
         target = model.target(task, x[task])
         rows = [error(preds[task][b][where[b]], target[b][where[b]]).mean().item() for b in range(3) if where[b].any()]
         assert math.isclose(losses[task].item(), sum(rows) / len(rows), rel_tol=1e-5)
     rows = []
     for b in range(3):
         logits = preds["semseg"][b].reshape(16, 6, 4).transpose(1, 2)[hide[b, 32:]].reshape(-1, 6)
-        rows.append(torch.nn.functional.cross_entropy(logits, model.target("semseg", x["semseg"])[b][hide[b, 32:]].flatten()).item())
+        rows.append(
+            torch.nn.functional.cross_entropy(
+                logits, model.target("semseg", x["semseg"])[b][hide[b, 32:]].flatten()
+            ).item()
+        )
     assert math.isclose(losses["semseg"].item(), sum(rows) / 3, rel_tol=1e-5)
     assert math.isclose(model(x, hide)[0].item(), sum(losses.values()).item(), rel_tol=1e-6)
 
@@ -177,7 +184,9 @@ def write_maps(root, count=6, size=(40, 48), depth_bits=16):
 
 
 def open_maps(root, train=True, modalities=MODALITIES, classes=6):
-    return multimae.AlignedDataset(root, multimae.list_aligned(root, "train", modalities), list(modalities), 32, classes, 0, 0.3, True, train)
+    return multimae.AlignedDataset(
+        root, multimae.list_aligned(root, "train", modalities), list(modalities), 32, classes, 0, 0.3, True, train
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -188,9 +197,13 @@ def test_one_crop_and_one_flip_for_all_modalities_and_no_mixed_classes(tmp_path,
         x = dataset[epoch, 1][0][0].long()  # (32, 32, 6)
         depth, classes = x[..., 3] * 256 + x[..., 4], x[..., 5]
         assert set(classes.unique().tolist()) <= set(range(6))
-        inside = torch.nn.functional.max_pool2d(classes[None].float(), 5, 1, 2) == -torch.nn.functional.max_pool2d(-classes[None].float(), 5, 1, 2)
+        inside = torch.nn.functional.max_pool2d(classes[None].float(), 5, 1, 2) == -torch.nn.functional.max_pool2d(
+            -classes[None].float(), 5, 1, 2
+        )
         unit = 10000 if bits == 16 else 40 * 257
-        assert ((depth - classes * unit).abs() < unit / 4)[inside[0]].all() and ((x[..., 0] - classes * 40).abs() < 10)[inside[0]].all()
+        assert ((depth - classes * unit).abs() < unit / 4)[inside[0]].all() and ((x[..., 0] - classes * 40).abs() < 10)[
+            inside[0]
+        ].all()
     assert torch.equal(dataset[0, 1][0], dataset[0, 1][0]) and not torch.equal(dataset[0, 1][0], dataset[1, 1][0])
 
 
@@ -198,9 +211,15 @@ def test_maps_become_inputs_and_depth_keeps_its_16_bits(tmp_path):
     write_maps(tmp_path)
     model, x = tiny(), open_maps(tmp_path, train=False)[0, 0][0]
     got = model.normalize(x)
-    assert {m: tuple(v.shape) for m, v in got.items()} == {"rgb": (1, 3, 32, 32), "depth": (1, 1, 32, 32), "semseg": (1, 8, 8)}
+    assert {m: tuple(v.shape) for m, v in got.items()} == {
+        "rgb": (1, 3, 32, 32),
+        "depth": (1, 1, 32, 32),
+        "semseg": (1, 8, 8),
+    }
     raw = (x[..., 3].float() * 256 + x[..., 4]) / 65536
-    assert torch.equal(got["depth"], multimae.standardise(raw[:, None])) and torch.equal(got["semseg"], x[:, 2::4, 2::4, 5].long())
+    assert torch.equal(got["depth"], multimae.standardise(raw[:, None])) and torch.equal(
+        got["semseg"], x[:, 2::4, 2::4, 5].long()
+    )
 
 
 def test_wrong_maps_are_named(tmp_path):

@@ -120,7 +120,9 @@ def test_mixed_items_hold_the_clips_and_images_they_name(toy):
     want = mae_image.normalize(images[1, int(chosen[4])][0], OmniMAE.MEAN, OmniMAE.STD)
     assert torch.equal(imgs[4:5], want)
     joint = omni.JointDataset(images, videos, False, 1, 0)
-    assert joint[1, len(images) + 5][1] == len(images) + 5 and len(joint.paths) == len(joint) == len(images) + len(videos)
+    assert joint[1, len(images) + 5][1] == len(images) + 5 and len(joint.paths) == len(joint) == len(images) + len(
+        videos
+    )
 
 
 def test_the_loss_falls_on_both():
@@ -141,7 +143,9 @@ def test_other_token_counts_are_named():
         tiny().encode(torch.randn(1, 3, 4, 32, 32))
 
 
-@pytest.mark.parametrize("flags", [[], ["--joint", "mixed", "--repeat", 2, "--per-clip", 2, "--norm-pix"]], ids=["pure", "mixed"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--joint", "mixed", "--repeat", 2, "--per-clip", 2, "--norm-pix"]], ids=["pure", "mixed"]
+)
 def test_the_script_trains_on_both_draws_both_and_resumes(toy, run, tmp_path, flags):
     text = run("omni.py", *TINY, "--data", toy, "--images", toy, "--repeat", 2, *flags)
     folder = tmp_path / "runs/omni"

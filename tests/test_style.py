@@ -12,6 +12,8 @@ from PIL import Image
 import mae_image
 import mae_video
 import masking
+import multimae
+import omni
 from conftest import ROOT, TINY_IMAGE
 
 ORDER = ["masking", "data", "mae_image", "mae_video", "omni", "multimae", "finetune"]
@@ -141,6 +143,29 @@ def test_shape_comments_of_the_video_models_are_true(kind):
     assert len(checked) >= 10, sorted(checked)
 
 
+def test_shape_comments_of_the_joint_model_are_true():
+    model = omni.OmniMAE(6, (16, 24), 2, 4, (36, 1, 3), (20, 1, 4))
+    clips, imgs = torch.randn(2, 3, 6, 16, 24), torch.randn(2, 3, 16, 24)
+    masks = [masking.random_mask(2, g, 0.75, torch.Generator(), "hide") for g in ((1, 4, 6), model.grid)]
+    letters = dict(B=2, C=3, T=6, H=16, W=24, u=2, p=4, t=3, h=4, w=6, N=72, K=18, M=54, D=36, E=20, P=96)
+    checked = check_shapes(ROOT / "omni.py", letters, lambda: (model(clips, masks[1]), model.encode(clips)))
+    checked |= check_shapes(ROOT / "omni.py", {**letters, "N": 24, "K": 6, "M": 18}, lambda: model(imgs, masks[0]))
+    assert len(checked) >= 3, sorted(checked)
+
+
+def test_shape_comments_of_the_multimodal_model_are_true():
+    model = multimae.MultiMAE(16, 8, (36, 1, 3), (20, 1, 4), classes=5, class_width=4)
+    inputs = {
+        "rgb": torch.randn(2, 3, 16, 16),
+        "depth": torch.randn(2, 1, 16, 16),
+        "semseg": torch.zeros(2, 4, 4).long(),
+    }
+    mask = masking.dirichlet_mask(2, [4, 4, 4], 5, torch.Generator())
+    letters = dict(B=2, C=3, H=16, W=16, N=4, K=5, D=36, E=20)
+    checked = check_shapes(ROOT / "multimae.py", letters, lambda: model(inputs, mask))
+    assert len(checked) >= 6, sorted(checked)
+
+
 def test_a_stale_shape_comment_is_noticed(tmp_path):
     path = tmp_path / "stale.py"
     path.write_text("def f(x):\n    y = x[:, 0]  # (B, N, D)\n    return y\n")
@@ -177,6 +202,32 @@ def commands():
     return sorted({line for line in lines if line.startswith(("python ", "torchrun "))})
 
 
+PRETRAINING = ("mae_image.py", "mae_video.py", "omni.py", "multimae.py")
+
+
+def before_finetuning(run, words):
+    """The checkpoint that a command of finetune.py starts from, made by the smallest run there is."""
+    path = words[words.index("--init") + 1] if "--init" in words else "runs/mae_video/checkpoint.pt"
+    out = path.removesuffix("/checkpoint.pt")
+    script = {"runs/omni": "omni.py", "runs/multimae": "multimae.py"}.get(out, "mae_video.py")
+    small = [
+        *TINY_IMAGE,
+        "--smoke",
+        "--data",
+        "toy",
+        "--workers",
+        0,
+        *([] if script == "multimae.py" else ["--frames", 4]),
+    ]
+    if out == "runs/finetune":
+        run("mae_video.py", *small)
+        run("finetune.py", "--data", "toy", "--smoke", "--workers", 0, "--clips", 1)
+        if "--predict" not in words:  # what the command tests again has its own folder already
+            words += ["--data", "toy"]
+    else:
+        run(script, *small, "--out", out)
+
+
 SLOW = ("tests", "data.py toy", "pip", "venv", "pytest", "benchmark")
 
 
@@ -191,10 +242,13 @@ def test_a_readme_command_runs(command, run, toy, tmp_path, clips_by_name):
     else:
         words = words[1:]
     small = []
-    if words[0] in ("mae_image.py", "mae_video.py") and "--resume" not in words:
+    if words[0] in PRETRAINING and "--resume" not in words:
         small = [*map(str, TINY_IMAGE), "--smoke", "--size", "nano"]
-        small += ["--frames", "4"] if words[0] == "mae_video.py" else []
+        small += ["--frames", "4"] if words[0] in ("mae_video.py", "omni.py") else []
         small += ["--data", "toy"] if "cifar10" in words else []  # no network
+    if words[0] == "finetune.py":
+        small = ["--smoke", "--workers", "0", "--batch", "4", "--clips", "1", "--crops", "1"]
+        before_finetuning(run, words)
     if "--resume" in words:
         run(
             words[0],
@@ -230,6 +284,8 @@ def clips_by_name(toy):
                 else:
                     text = f"{names[0]} 2\n" + "".join(f"{n} 1\n" for n in names[1:] * 3)
                     (lists / f"wave_test_split{fold}.txt").write_text(text)
+        if "clip.avi" in words:
+            (folder / "clip.avi").write_bytes(source[0].read_bytes())
         for name, part in (("my_images", "rgb/train"), ("my_videos", "videos")):
             if name in words:
                 (folder / name).symlink_to(toy / part)
