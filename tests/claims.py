@@ -21,8 +21,9 @@ import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,26 +34,50 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 
-# Flags per data set: of the pretraining, of the fine-tuning, and which copy of the data (short side, 0: as it is).
-VIDEO = "--img-size 48 --patch 12 --size 128x4x4 --decoder-width 64 --decoder-depth 1 --norm-pix --mask-ratio 0.75 --lr 2e-2 "
+VIDEO = "--img-size 48 --patch 12 --size 128x4x4 --decoder-width 64 --decoder-depth 1 --norm-pix --mask-ratio 0.75 --lr 2e-2"
+
+
+@dataclass
+class Set:
+    """A data set, and the flags of its pretraining and fine-tuning.
+
+    script  of the pretraining;   folds: its splits;   short: side to which its videos are shrunk first, 0: as they are
+    images  a second data set, of images, for omni.py
+    """
+
+    data: str
+    pretrain: str
+    finetune: str
+    script: str = "mae_video.py"
+    folds: int = 3
+    short: int = 0
+    images: str = ""
+
+
 SETS = {
-    "toy": dict(short=0, folds=3, pretrain="", finetune="--clips 1"),
-    "lips20": dict(short=64, folds=3, pretrain=VIDEO + "--sampling segments --batch 32 --epochs 60 --warmup 5",
-                   finetune="--batch 32 --epochs 15 --warmup 2 --clips 2"),
-    "gestures10": dict(short=64, folds=3, pretrain=VIDEO + "--no-flip --frames 16 --sampling segments --batch 32 "
-                       "--epochs 200 --warmup 10", finetune="--no-flip --batch 16 --epochs 60 --warmup 5 --clips 2"),
-    "sprites5": dict(short=64, folds=3, pretrain=VIDEO + "--frames 16 --sampling segments --batch 32 --epochs 100 --warmup 5",
-                     finetune="--batch 32 --epochs 30 --warmup 3 --clips 2"),
-    "weizmann4": dict(short=0, folds=3, pretrain=VIDEO + "--frames 16 --stride 2 --batch 16 --epochs 600 --warmup 30",
-                      finetune="--batch 16 --epochs 60 --warmup 5 --clips 5"),
+    "toy": Set("toy", "", "--clips 1 --epochs 20", folds=1),
+    "lips20": Set("lips20", f"{VIDEO} --sampling segments --batch 32 --epochs 60 --warmup 5",
+                  "--batch 32 --epochs 15 --warmup 2 --clips 2", short=64),
+    "gestures10": Set("gestures10", f"{VIDEO} --no-flip --frames 16 --sampling segments --batch 32 --epochs 200 --warmup 10",
+                      "--no-flip --batch 16 --epochs 60 --warmup 5 --clips 2", short=64),
+    "sprites5": Set("sprites5", f"{VIDEO} --frames 16 --sampling segments --batch 32 --epochs 60 --warmup 5",
+                    "--batch 32 --epochs 20 --warmup 3 --clips 2", short=64),
+    "weizmann4": Set("weizmann4", f"{VIDEO} --frames 16 --stride 2 --batch 16 --epochs 600 --warmup 30",
+                     "--batch 16 --epochs 60 --warmup 5 --clips 5"),
+    "toy-joint": Set("toy", "--epochs 20", "--epochs 20 --clips 1", "omni.py", folds=1, images="toy"),
+    "lips20+tin20": Set("lips20", "--img-size 48 --patch 12 --size 128x4x4 --norm-pix --sampling segments --batch 32 --epochs 30 "
+                        "--lr 2e-2", "--batch 32 --epochs 15 --warmup 2 --clips 1", "omni.py", folds=1, short=64, images="tin20"),
+    "toy-maps": Set("toy", "--epochs 20", "--epochs 30 --batch 16", "multimae.py", folds=1),
+    "toy-images": Set("toy", "--epochs 20 --batch 32 --lr 1.6e-2", "--epochs 30 --batch 16", "mae_image.py", folds=1),
 }  # fmt: skip
 SCRATCH = "--mode scratch --lr 4e-3"  # a quarter of the pretrained network's rate: at the full one it does not learn
 
 
 @dataclass
 class Arm:
-    pretrain: str = None  # flags on top of the set's; None: no pretraining. The flags name the run
+    pretrain: str = ""  # flags on top of the set's
     finetune: str = ""
+    on: str = ""  # another set's data and flags
 
 
 @dataclass
@@ -62,10 +87,11 @@ class Claim:
     paper: str
     sets: tuple
     arms: dict
-    pairs: tuple = field(default_factory=tuple)  # (better arm, worse arm), as the paper has it
+    pairs: tuple = ()  # (better arm, worse arm), as the paper has it
 
 
-PRETRAINED, FROM_SCRATCH = Arm(""), Arm("", SCRATCH)
+PRETRAINED, FROM_SCRATCH = Arm(), Arm("", SCRATCH)
+FEW = "--share 0.05"  # 80 labelled images: with all 1,600 every arm is right nearly always
 CLAIMS = {
     "V1": Claim("VideoMAE Table 2", "pretraining on the small set itself beats training from scratch by far",
                 "UCF101 51.4 -> 91.3, HMDB51 18.0 -> 62.6", ("toy", "lips20", "gestures10", "sprites5", "weizmann4"),
@@ -75,13 +101,24 @@ CLAIMS = {
                 {"kNN": Arm("", "--mode knn"), "linear": Arm("", "--mode linear"), "fine-tuned": PRETRAINED},
                 (("fine-tuned", "linear"),)),
     "V3": Claim("VideoMAE Table 1(b), MAE-ST Table 2(a)", "which mask kind gives the best features",
-                "VideoMAE: tube 69.6 > random 68.3 > frame 61.5; MAE-ST: random 84.4 > tube 83.5 > frame 79.1",
-                ("lips20",),
+                "VideoMAE: tube 69.6 > random 68.3 > frame 61.5; MAE-ST: random 84.4 > tube 83.5 > frame 79.1", ("lips20",),
                 {kind: Arm(f"--mask {kind}") for kind in ("tube", "random", "frame")}, (("tube", "random"), ("tube", "frame"))),
     "S1": Claim("MAE-ST Fig. 6, VideoMAE Table 1(b)", "a very high masking ratio is best", "90 % > 75 % > 50 %", ("lips20",),
                 {f"{r:.0%}": Arm(f"--mask-ratio {r}") for r in (0.5, 0.75, 0.9)}, (("90%", "75%"), ("75%", "50%"))),
     "S8": Claim("MAE Table 1(d), MAE-ST Table 2(b)", "the normalised target is the better one", "+0.5, +0.6", ("lips20",),
                 {"raw": Arm("--no-norm-pix"), "normalised": PRETRAINED}, (("normalised", "raw"),)),
+    "O1": Claim("OmniMAE abstract", "one joint model is about as good as one per modality (equal steps per modality)",
+                "no numbers were read", ("toy-joint", "lips20+tin20"),
+                {"videos, video-only": Arm("--image-share 0"), "videos, joint": Arm(), "videos, image-only": Arm("--video-share 0"),
+                 "images, image-only": Arm("--video-share 0", "--images"), "images, joint": Arm("", "--images"),
+                 "images, video-only": Arm("--image-share 0", "--images")},
+                (("videos, joint", "videos, video-only"), ("images, joint", "images, image-only"))),
+    "X1": Claim("MultiMAE README table", "with RGB alone as good as MAE", "83.3 = 83.3 (ImageNet)", ("toy-maps",),
+                {"MultiMAE, RGB": Arm("", FEW), "MAE": Arm("", FEW, "toy-images")}, (("MultiMAE, RGB", "MAE"),)),
+    "X2": Claim("MultiMAE README table", "a second input modality helps: segmentation, mean IoU", "NYUv2 RGB 52.0, RGB-D 56.0",
+                ("toy-maps",), {"RGB": Arm("", f"{FEW} --dense semseg"), "RGB-D": Arm("", f"{FEW} --dense semseg --inputs rgb,depth"),
+                                "RGB, scratch": Arm("", f"{FEW} --dense semseg {SCRATCH}")},
+                (("RGB-D", "RGB"), ("RGB", "RGB, scratch"))),
 }  # fmt: skip
 QUICK = "--smoke --batch 8 --workers 0"
 
@@ -95,7 +132,10 @@ def run_all(jobs, count, work):
         name, command = job
         start = time.perf_counter()
         with open(work / f"{name}.log", "w") as log:
-            code = subprocess.run([sys.executable, *command], cwd=work, env=env, stdout=log, stderr=log).returncode
+            words = command.split()
+            code = subprocess.run(
+                [sys.executable, ROOT / words[0], *words[1:]], cwd=work, env=env, stdout=log, stderr=log
+            ).returncode
         seconds = time.perf_counter() - start
         if code:
             raise SystemExit(f"{name} ended with code {code}: see {work / name}.log")
@@ -111,41 +151,52 @@ def key(text):
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in text.replace("--", "").strip()) or "plain"
 
 
-def plan(claim, name, folder, args):
+def plan(claim, name, args):
     """-> pretraining jobs, fine-tuning jobs {(arm, fold, seed): (run name, command)}."""
-    settings, before, after = SETS[name], {}, {}
+    before, after, quick = {}, {}, QUICK if args.quick else ""
     for arm, a in claim.arms.items():
-        for fold in range(1, min(settings["folds"], args.folds) + 1):
-            pre = f"{name}-{fold}-pre-{key(a.pretrain)}"
-            flags = f"--data {folder} --fold {fold} --workers 1 --pictures 1 --log-every 100 {settings['pretrain']} {a.pretrain}"
-            before[pre] = [
-                str(ROOT / "mae_video.py"),
-                *flags.split(),
-                *(QUICK.split() if args.quick else []),
-                "--out",
-                pre,
-            ]
+        s = SETS[a.on or name]
+        folder, images = prepare(s.data, s.short, args), prepare(s.images, 0, args) if s.images else ""
+        for fold in range(1, min(s.folds, args.folds) + 1):
+            videos = s.script in ("mae_video.py", "omni.py")
+            where = f"--data {folder} {f'--fold {fold}' if videos else ''}"
+            pre = f"{a.on or name}-{fold}-pre-{key(a.pretrain)}"
+            flags = f"{where} {f'--images {images}' if images else ''} --workers 1 --pictures 1 --log-every 100"
+            before[pre] = f"{s.script} {flags} {s.pretrain} {a.pretrain} {quick} --out {pre}"
             for seed in range(args.seeds):
                 run = f"{pre}-ft-{key(a.finetune)}-{seed}"
-                flags = (f"--data {folder} --fold {fold} --seed {seed} --workers 1 --log-every 100 --check-every 0 "
-                         f"{settings['finetune']} {a.finetune}")  # fmt: skip
-                after[arm, fold, seed] = run, [str(ROOT / "finetune.py"), *flags.split(), *(QUICK.split() if args.quick else []),
-                                               "--init", f"{pre}/checkpoint.pt", "--out", run]  # fmt: skip
+                on_images = f"--data {images}" if images and "--images" in a.finetune else ""
+                flags = f"{where} {on_images} --seed {seed} --workers 1 --log-every 100 --check-every 0"
+                command = (
+                    f"finetune.py {flags} {s.finetune} {a.finetune} {quick} --init {pre}/checkpoint.pt --out {run}"
+                )
+                after[arm, fold, seed] = run, command
     return before, after
 
 
-def prepare(name, args):
-    """The data of a set: real videos are re-encoded once to a small short side, or decoding would be most of the work."""
-    short = SETS[name]["short"]
-    if name == "toy":
+def prepare(name, short, args):
+    """The folder of a data set. Real videos are re-encoded once to a small short side, or decoding is most of the work."""
+    folder = args.work / (f"{name}-{short}" if short else name)
+    source = Path(os.environ.get("MAE_TEST_DATA", ""), name).resolve()
+    if args.list or folder.exists():
+        pass
+    elif name == "toy":
         subprocess.run([sys.executable, ROOT / "data.py", "toy", "toy"], cwd=args.work, check=True)
-        return "toy"
-    source = Path(os.environ.get("MAE_TEST_DATA", "")) / name
-    if not short:
-        return str(source.resolve())
-    subprocess.run([sys.executable, ROOT / "data.py", "shrink", source.resolve(), f"{name}-{short}", "--short-side", str(short)],
-                   cwd=args.work, check=True, stdout=subprocess.DEVNULL)  # fmt: skip
-    return f"{name}-{short}"
+    elif short:
+        command = [sys.executable, ROOT / "data.py", "shrink", source, folder.name, "--short-side", str(short)]
+        subprocess.run(command, cwd=args.work, check=True, stdout=subprocess.DEVNULL)
+    elif source.is_dir():
+        folder.symlink_to(source)
+    else:
+        with tarfile.open(f"{source}.tar.gz") as archive:
+            archive.extractall(args.work, filter="data")
+    return folder.name
+
+
+def have(name):
+    """Whether a data set is here, as a folder or packed."""
+    source = Path(os.environ.get("MAE_TEST_DATA", "/nowhere"), name)
+    return name in ("", "toy") or source.is_dir() or Path(f"{source}.tar.gz").is_file()
 
 
 def ridge(train, labels, test, classes, strengths=(1, 10, 100, 1000)):
@@ -191,27 +242,24 @@ def spread(values):
     return statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
-def show(name, claim, after, args, folder):
+def show(name, claim, after, args):
     """Print the lines of one claim on one data set, as rows of a README table."""
-    accuracy = {k: json.loads((args.work / run / "results.json").read_text())["top1"] for k, (run, _) in after.items()}
+    results = {k: json.loads((args.work / run / "results.json").read_text()) for k, (run, _) in after.items()}
+    score = {k: r["top1"] if "top1" in r else r["mean IoU"] for k, r in results.items()}
     minutes = {k: json.loads((args.work / run / "minutes.json").read_text()) for k, (run, _) in after.items()}
     for arm in claim.arms:
-        values = [v for (a, _, _), v in accuracy.items() if a == arm]
+        values = [v for (a, _, _), v in score.items() if a == arm]
         spent = statistics.median(m for (a, _, _), m in minutes.items() if a == arm)
         print(
-            f"| {name} | {arm} | {statistics.mean(values):.1%} ± {spread(values):.1%} | {len(values)} runs, {spent:.1f} min each |"
+            f"| {name} | {arm} | {statistics.mean(values):.1%} ± {spread(values):.1%} | {len(values)} x {spent:.1f} min |"
         )
-    if name != "toy" and not args.quick:
-        rows = [trivial_baselines(args.work / folder, fold) for fold in range(1, args.folds + 1)]
-        print(
-            "| "
-            + name
-            + " | trivial | "
-            + ", ".join(f"{b} {statistics.mean(r[b] for r in rows):.1%}" for b in rows[0])
-            + " | |"
-        )
+    if SETS[name].short and not args.quick and SETS[name].script == "mae_video.py":
+        folder = args.work / prepare(SETS[name].data, SETS[name].short, args)
+        rows = [trivial_baselines(folder, fold) for fold in range(1, args.folds + 1)]
+        means = ", ".join(f"{b} {statistics.mean(r[b] for r in rows):.1%}" for b in rows[0])
+        print(f"| {name} | without a network | {means} | |")
     for better, worse in claim.pairs:
-        gaps = [v - accuracy[worse, f, s] for (a, f, s), v in accuracy.items() if a == better]
+        gaps = [v - score[worse, f, s] for (a, f, s), v in score.items() if a == better]
         mean, sd = statistics.mean(gaps), spread(gaps)
         verdict = "holds" if mean > sd else "does not hold here" if -mean > sd else "cannot be seen at this size"
         print(f"| {name} | {better} - {worse} | {100 * mean:+.1f} ± {100 * sd:.1f} points, {100 * min(gaps):+.1f} to "
@@ -236,24 +284,22 @@ def main():
         parser.error(f"{unknown} is unknown: claims {', '.join(CLAIMS)}; data sets {', '.join(SETS)}")
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
-    folders = {}
     for number in asked:
         claim = CLAIMS[number]
         print(f"\n{number}  {claim.place}: {claim.text}\n    the paper: {claim.paper}", flush=True)
         for name in [s for s in claim.sets if s in sets]:
-            if name != "toy" and not (Path(os.environ.get("MAE_TEST_DATA", "")) / name).is_dir():
-                print(f"  {name}: left out, MAE_TEST_DATA names no folder that has it")
+            if missing := [d for d in (SETS[name].data, SETS[name].images) if not have(d)]:
+                print(f"  {name}: left out, MAE_TEST_DATA names no folder with {missing[0]}")
                 continue
-            folder = folders[name] = folders.get(name) or (name if args.list else prepare(name, args))
-            before, after = plan(claim, name, folder, args)
+            before, after = plan(claim, name, args)
             if args.list:
                 for command in [*before.values(), *(c for _, c in after.values())]:
-                    print("  python " + " ".join(command))
+                    print(f"  python {command}")
                 continue
             done = lambda run: (args.work / run / "minutes.json").exists()
             run_all([(n, c) for n, c in before.items() if not done(n)], args.jobs, args.work)
             run_all([(n, c) for n, c in after.values() if not done(n)], args.jobs, args.work)
-            show(name, claim, after, args, folder)
+            show(name, claim, after, args)
 
 
 if __name__ == "__main__":
