@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import mae_image  # noqa: E402
 import mae_video  # noqa: E402
+import omni  # noqa: E402
 from masking import random_mask, tube_mask, visible  # noqa: E402
 
 
@@ -183,6 +184,52 @@ def benchmark_models(quick, device, compiled):
             run.model.cpu()
 
 
+def benchmark_joint(quick, device):
+    """OmniMAE: what extreme ratios save on an image step and a clip step, and what packing both into one step does."""
+    dtype, generator = torch.bfloat16 if device == "cuda" else torch.float32, torch.Generator().manual_seed(0)
+    frames, side, patch, size, decoder, B, rounds = (
+        (4, 32, 8, (32, 1, 2), (16, 1, 2), 2, 1)
+        if quick
+        else (16, 224, 16, "base", (384, 4, 16), 32, 10)
+        if device == "cuda"
+        else (16, 112, 8, "small", (192, 4, 16), 2, 5)
+    )
+    model = omni.OmniMAE(frames, side, 2, patch, size, decoder)
+    t, h, w = model.grid
+    imgs = torch.randn(4 * B, 3, side, side, generator=generator).to(device)
+    clips = torch.randn(B, 3, frames, side, side, generator=generator).to(device)
+
+    def step(image, clip):
+        return Contestant(model, lambda m: m((imgs, clips), (image, clip))[0], device, dtype)
+
+    def dense(m):
+        """Every token goes through the encoder; the loss is that of the lowest ratios."""
+        image, clip = masks[-1]
+        total = 0
+        for x, mask in ((imgs, image), (clips, clip)):
+            patches = mae_video.patchify(m.as_clip(x), m.tubelet, m.patch)
+            latent = visible(m.forward_encoder([patches], [torch.zeros_like(mask)])[0], mask)
+            pred = m.decoder_pred(mae_image.hidden(m.forward_decoder([latent], [mask])[0], mask))
+            total = total + m.forward_loss(x, pred, mask) / 2
+        return total
+
+    runs, masks = {}, []
+    for a, b in ((0.9, 0.95), (0.75, 0.9)):
+        masks.append(
+            (random_mask(4 * B, (1, h, w), a, generator, "hide"), random_mask(B, model.grid, b, generator, "hide"))
+        )
+        runs[f"{a:.0%} / {b:.0%}, packed"] = step(*masks[-1])
+        apart = lambda m, mask=masks[-1]: (m(imgs, mask[0])[0] + m(clips, mask[1])[0]) / 2
+        runs[f"{a:.0%} / {b:.0%}, one after the other"] = Contestant(model, apart, device, dtype)
+    runs["nothing dropped"] = Contestant(model, dense, device, dtype)
+    seconds = medians({key: run.step for key, run in runs.items()}, rounds)
+    print(
+        f"\n{f'OmniMAE, {4 * B} images and {B} clips, hidden':44s} {'seconds':>9s} {'against the first':>18s} {'MB':>8s}"
+    )
+    for key, s in seconds.items():
+        print(f"{key:44s} {s:9.4f} {s / next(iter(seconds.values())):17.2f}x {runs[key].megabytes():8.1f}")
+
+
 def ucf_like(path, n=186):
     """A clip as in UCF101: 320 x 240, MPEG-4 with B-frames in AVI, a drifting picture with some noise."""
     rng = np.random.default_rng(0)
@@ -264,6 +311,7 @@ def main():
     print(f"torch {torch.__version__}, {name}")
     benchmark_loader(args.quick)
     benchmark_models(args.quick, device, args.compile)
+    benchmark_joint(args.quick, device)
 
 
 if __name__ == "__main__":
