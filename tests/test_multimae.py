@@ -1,5 +1,6 @@
 import json
 import math
+import tarfile
 
 import numpy as np
 import pytest
@@ -266,8 +267,6 @@ def test_street_scenes_train(real, run, tmp_path):
     archive = real / "camvid128.tar.gz"
     if not archive.is_file():
         pytest.skip("MAE_TEST_DATA has no camvid128.tar.gz")
-    import tarfile
-
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
     flags = ["--data", "camvid128", "--modalities", "rgb,semseg", "--classes", 12, "--ignore", 11]

@@ -10,7 +10,7 @@ import mae_image
 import mae_video
 import omni
 from conftest import TINY_VIDEO
-from masking import InputError, hidden, random_mask, tube_mask
+from masking import InputError, hidden, random_mask, restore, tube_mask
 from omni import OmniMAE
 
 TINY = [*TINY_VIDEO, "--size", "16x1x2"]
@@ -74,8 +74,6 @@ def test_the_decoder_is_equal_to_one_of_maes_kind_with_its_tables_projected():
     (_, x), (_, mask) = samples(model)
     latent = model.forward_encoder([mae_video.patchify(x, 2, 8)], [mask])[0]
     W, b = model.decoder_embed.weight, model.decoder_embed.bias
-    from masking import restore
-
     tokens = restore(latent @ W.T + b, mask, model.mask_token[0] @ W.T + b) + model.pos_embed @ W.T
     for block in model.decoder_blocks:
         tokens = block(tokens)
