@@ -49,7 +49,6 @@ from mae_image import (
     Run,
     StopOnSignal,
     agree,
-    average_over_processes,
     check_divides,
     choose_precision,
     encoder_size,
@@ -853,7 +852,7 @@ def train_classifier(model, train, look, cfg, extra):
         optimizer = torch.optim.AdamW(groups, peak, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(Path(cfg.out), cfg, "finetune", model, optimizer, scaler, writes=rank == 0, extra=extra)
-    start, losses = run.open()
+    start = run.open()
     run.scores = {"chance": math.log(max(classes, 1)) if not cfg.dense else float("nan"), "val_loss": float("nan")}
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     where = f"{dtype} on {world} x {device}, {per_epoch} updates x {cfg.epochs} epochs".replace("torch.", "")
@@ -864,7 +863,7 @@ def train_classifier(model, train, look, cfg, extra):
         model.compile()
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     loader = iter(data.make_loader(train, Batches(plan, start, total, rank, world, cfg.accum), cfg.workers, device))
-    unchecked, wait, mark, clock = [], 0.0, start, time.perf_counter()
+    run.begin(start, total, per_epoch, world, device)
     with StopOnSignal() as stop:
         for step in range(start, total):
             model.train()
@@ -875,11 +874,8 @@ def train_classifier(model, train, look, cfg, extra):
             torch.manual_seed(int(seeded(cfg.seed, 6, step, rank).initial_seed()))
             update_loss, names = 0.0, []
             for a in range(cfg.accum):
-                tick = time.perf_counter()
-                batch, index, broken = run.next_batch(loader, step, losses)
-                wait += time.perf_counter() - tick
+                batch, index = run.next_batch(loader, step)
                 names += [str(train.paths[i]) for i in index]
-                run.report_broken(broken)
                 labels = torch.from_numpy(train.labels[index]).repeat_interleave(train.repeat).to(device)
                 x = erase(model.encoder.normalize(batch.to(device, non_blocking=True)), cfg.erase)
                 x, labels = mix(x, labels, classes, cfg.mixup, cfg.cutmix)
@@ -899,23 +895,11 @@ def train_classifier(model, train, look, cfg, extra):
 
             done = step + 1
             ending = done == total or agree(bool(stop), world, device)
-            logging, epoch_ends = done % cfg.log_every == 0 or done == total, done % per_epoch == 0
-            losses.append(update_loss)
-            unchecked.append((step, update_loss, names))
-            run.check_finite(unchecked if logging or epoch_ends or ending else unchecked[:-1])  # see mae_image.py
-            unchecked = unchecked[-1:]
-            if logging or epoch_ends or ending:
-                losses = average_over_processes(losses, world, device)
-            if logging:
-                seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                run.log_step(done, total, per_epoch, sum(losses) / len(losses), lr, (done - mark) * cfg.batch / seconds,
-                             wait / seconds)  # fmt: skip
-                losses, wait, mark = [], 0.0, done
-            if epoch_ends or ending:
-                run.save(done, losses, must=ending)
-            if cfg.check_every and epoch_ends and done // per_epoch % cfg.check_every == 0 and not ending:
+            run.after_update(done, update_loss, names, lr, ending)
+            run.save_if_due(done, ending)
+            if cfg.check_every and done % (cfg.check_every * per_epoch) == 0 and not ending:
                 run.say(look(model))
-                clock, mark = time.perf_counter(), done
+                run.clock, run.mark = time.perf_counter(), done  # the look is not training time
             if ending:
                 return run, done == total, total
     return run, True, total

@@ -632,7 +632,7 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), peak, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # or small gradients become 0
     run = Run(Path(cfg.out), cfg, script, model, optimizer, scaler, writes=rank == 0)
-    start, losses = run.open()
+    start = run.open()
     run.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {dtype} on {world} x {device}"
             f", {per_epoch} updates x {cfg.epochs} epochs".replace("torch.", ""))  # fmt: skip
     run.say(f"learning rate {cfg.lr:g} x batch {cfg.batch} / 256 = {peak:g}")
@@ -648,7 +648,7 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
     if rank == 0 and start == 0:
         run.score(validate(model, run.picture(0)), 0)
     picture_after = {math.ceil(total * k / max(cfg.pictures, 1)) for k in range(1, cfg.pictures + 1)}
-    unchecked, wait, mark, clock = [], 0.0, start, time.perf_counter()
+    run.begin(start, total, per_epoch, world, device)
 
     with StopOnSignal() as stop:
         for step in range(start, total):
@@ -658,11 +658,8 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
             torch.manual_seed(cfg.seed + step)  # for whatever a model may draw inside, e.g. drop path
             update_loss, names = 0.0, []
             for a in range(cfg.accum):
-                tick = time.perf_counter()
-                batch, index, broken = run.next_batch(loader, step, losses)
-                wait += time.perf_counter() - tick
+                batch, index = run.next_batch(loader, step)
                 names += [str(train.paths[i]) for i in index]
-                run.report_broken(broken)
                 mask = draw_mask(batch, cfg.batch, seeded(cfg.seed, 1, step)).chunk(pieces)[a * world + rank]
                 x = model.normalize(batch.to(device, non_blocking=True))
                 hold = parallel.no_sync() if world > 1 and a + 1 < cfg.accum else contextlib.nullcontext()
@@ -680,23 +677,10 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
 
             done = step + 1
             ending = done == total or agree(bool(stop), world, device)
-            logging, epoch_ends = done % cfg.log_every == 0 or done == total, done % per_epoch == 0
-            losses.append(update_loss)
-            unchecked.append((step, update_loss, names))
-            # A loss is looked at one update later: asking for its value at once makes the CPU wait for the GPU.
-            run.check_finite(unchecked if logging or epoch_ends or ending else unchecked[:-1])
-            unchecked = unchecked[-1:]
-            if logging or epoch_ends or ending:
-                losses = average_over_processes(losses, world, device)
-            if logging:
-                seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                speed = (done - mark) * cfg.batch / seconds
-                run.log_step(done, total, per_epoch, sum(losses) / len(losses), lr, speed, wait / seconds)
-                losses, wait, mark = [], 0.0, done
+            run.after_update(done, update_loss, names, lr, ending)
             if rank == 0 and done in picture_after and (done == total or not stop):
                 run.score(validate(model, run.picture(done)), done)
-            if epoch_ends or ending:
-                run.save(done, losses, must=ending)
+            run.save_if_due(done, ending)
             if ending:
                 break
     run.finish(total)
@@ -754,7 +738,7 @@ class Run:
         self.broken, self.began, self.save_seconds, self.saved_at, self.board = {}, time.perf_counter(), 0.0, 0.0, None
 
     def open(self):
-        """-> first update to do, losses that the last log line did not cover. Makes the folder or reads it."""
+        """-> the first update to do. Makes the folder or reads it."""
         checkpoint, log = self.out / "checkpoint.pt", self.out / "log.jsonl"
         if self.cfg.resume:
             state = load_file(checkpoint)
@@ -778,7 +762,7 @@ class Run:
                 self.board = SummaryWriter(self.out)
             if self.cfg.resume:
                 self.say(f"resumed {self.out} after update {self.step}")
-        return self.step, self.losses
+        return self.step
 
     def belongs(self, line):
         """Whether a line of the log was written before the checkpoint; not one that a crash cut off."""
@@ -803,14 +787,37 @@ class Run:
                 if name != "step" and isinstance(value, float):
                     self.board.add_scalar(name, value, record["step"])
 
-    def log_step(self, done, total, per_epoch, loss, lr, speed, waiting):
+    def begin(self, start, total, per_epoch, world, device):
+        """Counters of the log, just before the first update."""
+        self.total, self.per_epoch, self.world, self.device = total, per_epoch, world, device
+        self.unchecked, self.wait, self.mark, self.clock = [], 0.0, start, time.perf_counter()
+
+    def after_update(self, done, loss, names, lr, ending):
+        """Look at the loss, and write a line of the log when it is due. names: the files of the batch."""
+        logging = done % self.cfg.log_every == 0 or done == self.total
+        due = logging or done % self.per_epoch == 0 or ending
+        self.losses.append(loss)  # since the last line of the log
+        self.unchecked.append((done - 1, loss, names))
+        # A loss is looked at one update later: asking for its value at once makes the CPU wait for the GPU.
+        self.check_finite(self.unchecked if due else self.unchecked[:-1])
+        self.unchecked = self.unchecked[-1:]
+        if due:
+            self.losses = average_over_processes(self.losses, self.world, self.device)
+        if logging:
+            self.log_step(done, sum(self.losses) / len(self.losses), lr)
+            self.losses = []
+
+    def log_step(self, done, loss, lr):
+        now = time.perf_counter()
+        speed, waiting = (done - self.mark) * self.cfg.batch / (now - self.clock), self.wait / (now - self.clock)
+        self.mark, self.wait, self.clock = done, 0.0, now
         if not self.writes:
             return
-        eta = (total - done) * self.cfg.batch / speed
-        self.say(f"epoch {done / per_epoch:6.1f}  update {done:6d}/{total}  loss {loss:.4f} (chance "
-                 f"{self.scores['chance']:.3f})  lr {lr:.1e}  {speed:7.1f} samples/s  waiting for data "
-                 f"{waiting:4.0%}  ETA {clock_text(eta)}")  # fmt: skip
-        self.log({"step": done, "epoch": done / per_epoch, "loss": loss, "chance": self.scores["chance"], "lr": lr,
+        eta, chance = (self.total - done) * self.cfg.batch / speed, self.scores["chance"]
+        self.say(f"epoch {done / self.per_epoch:6.1f}  update {done:6d}/{self.total}  loss {loss:.4f} (chance "
+                 f"{chance:.3f})  lr {lr:.1e}  {speed:7.1f} samples/s  waiting for data {waiting:4.0%}  ETA "
+                 f"{clock_text(eta)}")  # fmt: skip
+        self.log({"step": done, "epoch": done / self.per_epoch, "loss": loss, "chance": chance, "lr": lr,
                   "samples_per_second": speed, "data_wait": waiting})  # fmt: skip
 
     def score(self, scores, done):
@@ -822,16 +829,21 @@ class Run:
     def picture(self, done):
         return self.out / "pictures" / f"update_{done:06d}"
 
-    def next_batch(self, loader, step, losses):
-        """The loader's next batch. When it cannot deliver, the state is saved before the run ends."""
+    def next_batch(self, loader, step):
+        """-> batch, file numbers. When the loader cannot deliver, the state is saved before the run ends."""
+        tick = time.perf_counter()
         try:
-            return next(loader)
+            batch, index, broken = next(loader)
         except (RuntimeError, InputError) as error:  # a worker was killed, or too many files in a row are broken
             if step > self.step:
-                self.save(step, [float(x) for x in losses], must=True)
+                self.losses = [float(x) for x in self.losses]
+                self.save(step, must=True)
             reason = str(error).strip().splitlines()[-1].removeprefix("masking.InputError: ")
             hint = f"; go on with --resume --out {self.out}" if self.step else ""
             sys.exit(f"{self.script}.py: the loader failed: {reason}{hint}")
+        self.wait += time.perf_counter() - tick
+        self.report_broken(broken)
+        return batch, index
 
     def report_broken(self, broken):
         for path, reason in broken:
@@ -845,7 +857,11 @@ class Run:
                 sys.exit(f"{self.script}.py: loss is {float(loss)} in update {step + 1}, stopped; try a lower --lr, "
                          f"--clip 1 or --precision float32. The batch was: {', '.join(names)}")  # fmt: skip
 
-    def save(self, done, losses, must):
+    def save_if_due(self, done, ending):
+        if done % self.per_epoch == 0 or ending:
+            self.save(done, must=ending)
+
+    def save(self, done, must):
         """After an epoch, unless saving would take more than a twentieth of the time; always at the end."""
         big = self.save_seconds > 0.5
         if not self.writes or (big and not must and time.perf_counter() - self.saved_at < 20 * self.save_seconds):
@@ -853,7 +869,7 @@ class Run:
         tick = time.perf_counter()
         try:
             save_checkpoint(self.out / "checkpoint.pt", {
-                "script": self.script, "config": dataclasses.asdict(self.cfg), "step": done, "losses": losses,
+                "script": self.script, "config": dataclasses.asdict(self.cfg), "step": done, "losses": self.losses,
                 "scores": self.scores, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), **self.extra})  # fmt: skip
             self.step = done
