@@ -24,7 +24,8 @@ What changes against mae_image.py:
     patch values     (row, column, channel)      (channel, row, column)
     loss             mean over hidden patches    mean over hidden patches of each sample, then over samples
 
-Run     python multimae.py                                    (5 min on 2 CPU cores: the toy world's three maps)
+Run     python multimae.py                                    (6 min on 2 CPU cores: the toy world's three maps)
+        python multimae.py --epochs 80 --alpha 0.3 --visible 0.33     (half an hour: also RGB alone -> depth, classes)
         python multimae.py --data FOLDER --modalities rgb,semseg --classes 12    (FOLDER/rgb, FOLDER/semseg)
         python multimae.py --resume                           (goes on where a run was stopped)
         It ends with "done: ... see runs/multimae".

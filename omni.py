@@ -22,7 +22,7 @@ What changes against mae_video.py:
     target's root    epsilon outside                       epsilon inside
 Nothing tells the network whether it sees an image or a clip, and every weight serves both.
 
-Run     python omni.py                                     (5 min on 2 CPU cores: toy images and toy videos)
+Run     python omni.py                                     (4 min on 2 CPU cores: toy images and toy videos)
         python omni.py --joint mixed                       (both in every step, packed)
         python omni.py --data SSv2 --images IMAGENET --preset paper
         python omni.py --resume                            (goes on where a run was stopped)
@@ -454,7 +454,7 @@ def main():
             scores[name], scores[f"chance_{name}"] = loss, chance
             some = torch.linspace(0, len(batch) - 1, min(3, len(batch))).long()
             cells = torch.stack([p[some] for p in pictures.values()], dim=1)  # (3, kinds, frames, 3, H, W)
-            frames = torch.linspace(0, cells.shape[2] - 1, min(4, cells.shape[2])).long()
+            frames = torch.linspace(0, cells.shape[2] - 1, min(3, cells.shape[2])).long()
             rows = cells[:, :, frames].permute(0, 2, 1, 3, 4, 5).flatten(0, 1)  # a row per frame, a column per kind
             tables.append((rows, list(pictures)))
         save_picture(picture_table(torch.cat([rows for rows, _ in tables]), tables[0][1],
