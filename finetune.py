@@ -43,6 +43,7 @@ from torchvision.transforms.v2 import functional as TF
 import data
 from data import BrokenFile, dense_views, linspace_clip, make_crop, read_clips, read_image, seeded, segment_views
 from mae_image import (
+    DECODER,
     ENCODERS,
     MAE,
     Batches,
@@ -189,9 +190,6 @@ class DenseHead(nn.Module):
         if self.task == "semseg":
             pred = pred.unflatten(2, (self.encoder.classes, -1)).argmax(dim=2)
         return torch.cat([pred.flatten(1), target.flatten(1)], dim=1)
-
-
-DECODER = ("decoder", "mask_token", "output_adapters")  # how names of its parts begin, in every model
 
 
 def drop_decoder(model):

@@ -506,6 +506,9 @@ def load_file(path):
     return content
 
 
+DECODER = ("decoder", "mask_token", "output_adapters")  # how the names of its parts begin, in all models
+
+
 def load_weights(model, path, script):
     """Start `model` from a file: a checkpoint of this script, or a public one of its paper. Returns a report.
 
@@ -522,8 +525,7 @@ def load_weights(model, path, script):
         state = model.from_public({k: v for k, v in inner.items() if torch.is_tensor(v)})
     own = model.state_dict()
     missing = [k for k in own if k not in state]
-    decoder = ("decoder", "mask_token")
-    fresh = [k for k in missing if k.startswith(decoder) and not any(s.startswith(decoder) for s in state)]
+    fresh = [k for k in missing if k.startswith(DECODER) and not any(s.startswith(DECODER) for s in state)]
     left = [k for k in state if k not in own]
     shape = [f"{k} {tuple(v.shape)}, here {tuple(own[k].shape)}" for k, v in state.items()
              if k in own and v.shape != own[k].shape]  # fmt: skip

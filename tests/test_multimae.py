@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+import finetune
 import masking
 import multimae
-from mae_image import sincos_2d
+from mae_image import load_weights, sincos_2d
 from masking import InputError, dirichlet_mask
 from multimae import MODALITIES, MultiMAE, masked_mean
 
@@ -159,6 +160,51 @@ def test_void_has_no_part_in_the_loss():
     void = model.target("semseg", x["semseg"]) == 5
     preds["semseg"].view(3, 16, 6, 4).transpose(2, 3)[void] += torch.randn(6) * 10
     assert torch.equal(model.task_losses(preds, x, x, hide)["semseg"], before)
+
+
+def public(model):
+    """State of our model under the public names, with the frozen tables that public files hold."""
+    state = {
+        k.replace("blocks.", "encoder.", 1) if k.startswith("blocks.") else k: v for k, v in model.state_dict().items()
+    }
+    table = lambda x: x.transpose(1, 2).unflatten(2, model.grid[1:])
+    state |= {f"input_adapters.{m}.pos_emb": table(model.pos_embed) for m in model.modalities}
+    return state | {f"output_adapters.{t}.pos_emb": table(model.decoder_pos_embed) for t in model.tasks}
+
+
+def timm(model):
+    """The RGB encoder alone, as a plain ViT: token and its row of zeros in front."""
+    zero = torch.zeros(1, 1, model.pos_embed.shape[2])
+    state = {k: v for k, v in model.state_dict().items() if k.startswith("blocks.")}
+    state |= {f"patch_embed.proj.{k}": getattr(model.input_adapters["rgb"].proj, k) for k in ("weight", "bias")}
+    return state | {"cls_token": model.global_tokens, "pos_embed": torch.cat([zero, model.pos_embed], dim=1)}
+
+
+def test_public_files_load_with_all_adapters_and_as_a_plain_vit(tmp_path):
+    model, other = tiny(), MultiMAE(32, 8, (32, 2, 4), (16, 1, 2), MODALITIES, classes=6, class_width=4)
+    torch.save({"model": public(model), "epoch": 3}, tmp_path / "multivit.pth")
+    assert "tensors used" in load_weights(other, tmp_path / "multivit.pth", "multimae")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    rgb = tiny(("rgb",))
+    torch.save({"model": timm(model)}, tmp_path / "timm.pth")
+    assert "of the decoder start fresh" in load_weights(rgb, tmp_path / "timm.pth", "multimae")
+    x = inputs()["rgb"]
+    assert torch.equal(rgb.encode(x), model.encode(x))
+
+
+@pytest.mark.parametrize("layout, chosen", [("multivit", "rgb"), ("multivit", "rgb,depth"), ("timm", "rgb")])
+def test_finetune_takes_public_files(tmp_path, layout, chosen):
+    torch.manual_seed(0)
+    model = MultiMAE(32, 8, (64, 2, 1), (16, 1, 2), MODALITIES, classes=6, class_width=4)
+    torch.save({"model": public(model) if layout == "multivit" else timm(model)}, tmp_path / "x.pth")
+    found = finetune.read_init(tmp_path / "x.pth")
+    got, said = finetune.build(cfg := finetune.settle(finetune.Config(init="x.pth", inputs=chosen), found), 5, found)
+    x = {m: v for m, v in inputs().items() if m in chosen.split(",")}
+    x = x["rgb"] if layout == "timm" else x
+    tokens = model.encode(x)  # the global token last; as a plain ViT it is in front, and left out of the mean
+    want = tokens.mean(dim=1) if layout == "multivit" else tokens[:, :-1].mean(dim=1)
+    assert cfg.model == ("multimae" if layout == "multivit" else "mae") and "tensors used" in said
+    assert torch.allclose(got.eval().features(x), got.norm(want), atol=1e-5)
 
 
 # ---- data -------------------------------------------------------------------------------------------------------
