@@ -565,34 +565,34 @@ def parse_modalities(text):
     return [m for m in MODALITIES if m in names]
 
 
-def trivial(model, inputs, mask):
-    """Losses of predictors that look at nothing, on the same hidden patches: {task: loss}.
+def constant_maps(model, reference):
+    """What a predictor that looks at nothing would paint: {task: (1, N, P)} in the form of the predictions.
 
-    RGB: the best constant colour; norm_rgb: 0; depth: the median of each pixel over these samples; classes: how often
-    each class is at each pixel of these samples. The last two know the very samples, so they are hard to beat.
+    Learnt from `reference`, training samples: the mean colour, 0 for norm_rgb, at each pixel the median depth, and at
+    each pixel how often each class is there (as log-probabilities: the best that a constant can do in cross-entropy).
     """
-    preds = {}
+    maps = {}
     for task in model.tasks:
-        m = task.removeprefix("norm_")
-        target = model.target(task, inputs[m])  # (B, N, P)
+        target = model.target(task, reference[task.removeprefix("norm_")])  # (B, N, P)
         if task == "semseg":
-            share = F.one_hot(target, model.classes).float().mean(dim=0) + 1e-3  # (N, p*p, classes)
-            preds[task] = share.log().transpose(1, 2).flatten(1).expand(len(target), -1, -1)
+            share = F.one_hot(target.clamp(0, model.classes - 1), model.classes).float().mean(dim=0) + 1e-3
+            maps[task] = share.log().transpose(1, 2).flatten(1)[None]  # from (N, p*p, classes)
         elif task == "depth":
-            preds[task] = target.median(dim=0).values.expand_as(target)
+            maps[task] = target.median(dim=0).values[None]
         else:
             colour = target.unflatten(2, (3, -1)).mean(dim=(0, 1, 3)) * (task == "rgb")
-            preds[task] = colour.repeat_interleave(target.shape[2] // 3).expand_as(target)
-    return {t: x.item() for t, x in model.task_losses(preds, inputs, inputs, mask).items()}
+            maps[task] = colour.repeat_interleave(target.shape[2] // 3).expand(1, *target.shape[1:])
+    return maps
 
 
 @torch.no_grad()
-def cross_modal(model, inputs, source):
-    """All other modalities from one alone, every patch of it visible.   -> preds, {name: number}
+def cross_modal(model, inputs, source, constant):
+    """All other modalities from one alone, every patch of it visible.   -> preds, {name: numbers}
 
-    For depth the mean absolute error (standardised), for classes the recall on object pixels: in the toy world floor
-    and wall, numbers 0 and 1, make up most of a picture, and a constant map has most pixels right. Each beside the
-    trivial map's, and beside the model's when it is given another sample's input: that gap is what was really read.
+    For depth the mean absolute error (standardised), for classes the share of right ones among the pixels where the
+    constant map is wrong: in the toy world those of objects. (Most pixels are floor and wall, which a constant gets
+    right.) Each for the model, the constant map, and the model given another sample's input: that gap is what was
+    really read from it.
     """
     alone = {source: inputs[source]}
     mask = torch.zeros(len(inputs[source]), math.prod(model.grid), dtype=torch.bool)
@@ -600,14 +600,14 @@ def cross_modal(model, inputs, source):
     preds, shuffled, numbers = guess(alone), guess({source: inputs[source].roll(1, 0)}), {}
     if "depth" in inputs and source != "depth":
         target = model.target("depth", inputs["depth"])
-        error = lambda x: (x - target).abs().mean().item()
-        numbers["depth error"] = (error(preds["depth"]), error(target.median(dim=0).values), error(shuffled["depth"]))
+        error = lambda x: (x["depth"] - target).abs().mean().item()
+        numbers["depth error"] = (error(preds), error(constant), error(shuffled))
     if "semseg" in inputs and source != "semseg":
         target = model.target("semseg", inputs["semseg"])
-        objects, best = (target >= 2) & (target != model.ignore), target.mode(dim=0).values.expand_as(target)
-        classes = lambda x: x.unflatten(2, (model.classes, -1)).argmax(dim=2)
-        recall = lambda x: (x == target)[objects].float().mean().item()
-        numbers["object recall"] = (recall(classes(preds["semseg"])), recall(best), recall(classes(shuffled["semseg"])))
+        classes = lambda x: x["semseg"].unflatten(2, (model.classes, -1)).argmax(dim=2)
+        count = (target != classes(constant)) & (target != model.ignore)
+        recall = lambda x: (classes(x) == target)[count].float().mean().item()
+        numbers["object recall"] = (recall(preds), 0.0, recall(shuffled))
     return preds, numbers
 
 
@@ -628,7 +628,7 @@ def to_pictures(model, task, values):
     return (x * torch.tensor(model.STD)[:, None, None] + torch.tensor(model.MEAN)[:, None, None]).clamp(0, 1)
 
 
-def draw(model, inputs, mask, preds, path, count=4):
+def draw(model, inputs, mask, preds, constant, path, count=4):
     """One PNG: a row per sample; per modality original, what is visible, painted; then each from one other alone."""
     columns, titles = [], []
     values = lambda m, pred: pred.unflatten(2, (model.classes, -1)).argmax(dim=2) if m == "semseg" else pred.float()
@@ -642,9 +642,12 @@ def draw(model, inputs, mask, preds, path, count=4):
     for source, goals in (("rgb", ("depth", "semseg")), ("depth", ("rgb",)), ("semseg", ("rgb",))):
         for goal in goals if source in inputs else ():
             if goal in inputs and len(titles) < 3 * len(model.modalities) + 3:
-                columns.append(to_pictures(model, goal, values(goal, cross_modal(model, inputs, source)[0][goal])))
+                columns.append(
+                    to_pictures(model, goal, values(goal, cross_modal(model, inputs, source, constant)[0][goal]))
+                )
                 titles.append(f"{source}>{goal}")
-    cells = torch.stack([c[:count] for c in columns], dim=1)  # (count, columns, 3, H, W)
+    some = torch.linspace(0, len(mask) - 1, min(count, len(mask))).long()  # over all classes
+    cells = torch.stack([c[some] for c in columns], dim=1)  # (count, columns, 3, H, W)
     save_picture(picture_table(cells, titles, "the last columns are painted from one whole other modality alone"), path)
 
 
@@ -662,30 +665,30 @@ def main():
     draw_mask = lambda batch, rows, generator: dirichlet_mask(rows, sizes, count, generator, cfg.alpha)
     if cfg.init and not cfg.resume:
         print(load_weights(model, cfg.init, "multimae"))
-    open_split = lambda split: AlignedDataset(
-        cfg.data, list_aligned(cfg.data, split, modalities, cfg.allow_missing), modalities, cfg.img_size, cfg.classes,
-        cfg.seed, cfg.min_crop, cfg.flip, split == "train")  # fmt: skip
-    train = open_split("train")
-    batch, mask = held_out(open_split("val"), draw_mask, cfg.seed, 64)
+    files = {split: list_aligned(cfg.data, split, modalities, cfg.allow_missing) for split in ("train", "val")}
+    options = (modalities, cfg.img_size, cfg.classes, cfg.seed, cfg.min_crop, cfg.flip)
+    open_files = lambda split, train: AlignedDataset(cfg.data, files[split], *options, train)
+    train = open_files("train", True)
+    batch, mask = held_out(open_files("val", False), draw_mask, cfg.seed, 64)
+    reference, _ = held_out(open_files("train", False), draw_mask, cfg.seed, 128)
 
     @torch.no_grad()
     def validate(model, path):
-        """Loss of every task beside its trivial predictor's, and what one modality alone tells of the others."""
+        """Loss of every task beside that of a constant map, and what one modality alone tells of the others."""
         inputs = model.normalize(batch.to(device))
         preds = model.forward_decoder(model.forward_encoder(inputs, mask), inputs, mask)
-        losses, chance = model.task_losses(preds, inputs, inputs, mask), trivial(model, inputs, mask)
-        print("held-out " + ", ".join(f"{t} {x:.3f} (trivial {chance[t]:.3f})" for t, x in losses.items()))
-        record = {f"{t}_{k}": float(v[t]) for t in losses for k, v in (("loss", losses), ("trivial", chance))}
+        constant = constant_maps(model, model.normalize(reference.to(device)))
+        everywhere = {t: x.expand(len(batch), -1, -1) for t, x in constant.items()}
+        losses, chance = (model.task_losses(x, inputs, inputs, mask) for x in (preds, everywhere))
+        print("held-out " + ", ".join(f"{t} {x:.3f} (constant {chance[t]:.3f})" for t, x in losses.items()))
+        record = {f"{t}_{k}": float(v[t]) for t in losses for k, v in (("loss", losses), ("constant", chance))}
         if len(modalities) > 1:
-            _, numbers = cross_modal(model, inputs, modalities[0])
-            for name, (ours, constant, shuffled) in numbers.items():
-                print(f"  {modalities[0]} alone: {name} {ours:.3f} (constant map {constant:.3f}, another's "
-                      f"{modalities[0]} {shuffled:.3f})")  # fmt: skip
-                record |= {
-                    f"{name} {k}": v for k, v in (("alone", ours), ("constant", constant), ("shuffled", shuffled))
-                }
-            draw(model, inputs, mask, preds, f"{path}.png")
-        return {"val_loss": sum(losses.values()).item(), "chance": sum(chance.values()), **record}
+            for name, numbers in cross_modal(model, inputs, modalities[0], constant)[1].items():
+                print(f"  {modalities[0]} alone: {name} {numbers[0]:.3f} (constant map {numbers[1]:.3f}, another's "
+                      f"{modalities[0]} {numbers[2]:.3f})")  # fmt: skip
+                record |= {f"{name} {k}": v for k, v in zip(("alone", "constant", "shuffled"), numbers)}
+            draw(model, inputs, mask, preds, constant, f"{path}.png")
+        return {"val_loss": sum(losses.values()).item(), "chance": sum(chance.values()).item(), **record}
 
     pretrain(model, train, draw_mask, validate, cfg, "multimae")
 
