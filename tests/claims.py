@@ -55,20 +55,20 @@ class Set:
 
 
 SETS = {
-    "toy": Set("toy", "", "--clips 1 --epochs 20", folds=1),
+    "toy": Set("toy", "", "--clips 1 --sampling segments", folds=1),
     "lips20": Set("lips20", f"{VIDEO} --sampling segments --batch 32 --epochs 60 --warmup 5",
-                  "--batch 32 --epochs 15 --warmup 2 --clips 2", short=64),
+                  "--preset laptop --clips 2", short=64),
     "gestures10": Set("gestures10", f"{VIDEO} --no-flip --frames 16 --sampling segments --batch 32 --epochs 200 --warmup 10",
-                      "--no-flip --batch 16 --epochs 60 --warmup 5 --clips 2", short=64),
+                      "--preset laptop --no-flip --batch 16 --epochs 60 --warmup 5 --clips 2", short=64),
     "sprites5": Set("sprites5", f"{VIDEO} --frames 16 --sampling segments --batch 32 --epochs 60 --warmup 5",
-                    "--batch 32 --epochs 20 --warmup 3 --clips 2", short=64),
+                    "--preset laptop --epochs 20 --warmup 3 --clips 2", short=64),
     "weizmann4": Set("weizmann4", f"{VIDEO} --frames 16 --stride 2 --batch 16 --epochs 600 --warmup 30",
-                     "--batch 16 --epochs 60 --warmup 5 --clips 5"),
-    "toy-joint": Set("toy", "--epochs 20", "--epochs 20 --clips 1", "omni.py", folds=1, images="toy"),
+                     "--preset laptop --batch 16 --epochs 60 --warmup 5 --clips 5"),
+    "toy-joint": Set("toy", "--epochs 20", "--sampling segments --clips 1", "omni.py", folds=1, images="toy"),
     "lips20+tin20": Set("lips20", "--img-size 48 --patch 12 --size 128x4x4 --norm-pix --sampling segments --batch 32 --epochs 30 "
-                        "--lr 2e-2", "--batch 32 --epochs 15 --warmup 2 --clips 1", "omni.py", folds=1, short=64, images="tin20"),
-    "toy-maps": Set("toy", "--epochs 20", "--epochs 30 --batch 16", "multimae.py", folds=1),
-    "toy-images": Set("toy", "--epochs 20 --batch 32 --lr 1.6e-2", "--epochs 30 --batch 16", "mae_image.py", folds=1),
+                        "--lr 2e-2", "--preset laptop --clips 1", "omni.py", folds=1, short=64, images="tin20"),
+    "toy-maps": Set("toy", "--epochs 20", "--preset laptop --epochs 30 --batch 16 --warmup 3", "multimae.py", folds=1),
+    "toy-images": Set("toy", "--epochs 20 --batch 32 --lr 1.6e-2", "--preset laptop --epochs 30 --batch 16 --warmup 3", "mae_image.py", folds=1),
 }  # fmt: skip
 SCRATCH = "--mode scratch --lr 4e-3"  # a quarter of the pretrained network's rate: at the full one it does not learn
 
