@@ -544,16 +544,19 @@ _one_gpu = dict(_recipe, min_crop=0.3, batch=128, lr=1e-3, layer_decay=0.7, drop
 _paper = dict(_recipe, min_crop=0.08, batch=256, layer_decay=0.7, drop_path=0.2, dropout=0.5, warmup=5, min_lr=5e-6,
               workers=16)  # fmt: skip
 PRESETS = {
-    "laptop": dict(batch=32, lr=1.6e-2, layer_decay=0.75, drop_path=0.1, smoothing=0.1, min_crop=0.5, epochs=15, warmup=2),
+    # small sets on a CPU, in minutes: the recipe of tests/claims.py
+    "laptop": dict(batch=32, lr=1.6e-2, layer_decay=0.75, drop_path=0.1, smoothing=0.1, min_crop=0.5, epochs=15,
+                   warmup=2),
     "ucf101": dict(_one_gpu, clips=5, out="runs/ucf101_ft"),
     "hmdb51": dict(_one_gpu, clips=10, out="runs/hmdb51_ft"),
     "ucf101_paper": dict(_paper, lr=2.5e-4, epochs=100, clips=5, out="runs/ucf101_paper_ft"),
     "hmdb51_paper": dict(_paper, lr=5e-4, epochs=50, clips=10, out="runs/hmdb51_paper_ft"),
-    "cifar10": dict(data="cifar10", smoothing=0.1, drop_path=0.1, batch=512, lr=1e-3, epochs=100, warmup=5, min_crop=0.6, rand_augment=7, mixup=0.8,
-                    cutmix=1.0, layer_decay=0.75, out="runs/cifar10_ft", init="runs/mae_cifar10/checkpoint.pt"),
+    "cifar10": dict(data="cifar10", smoothing=0.1, drop_path=0.1, batch=512, lr=1e-3, epochs=100, warmup=5,
+                    min_crop=0.6, rand_augment=7, mixup=0.8, cutmix=1.0, layer_decay=0.75, out="runs/cifar10_ft",
+                    init="runs/mae_cifar10/checkpoint.pt"),
     # MAE Table 9 (ViT-B; the public code has 5e-4 and 0.65), random erasing from the public code
-    "mae_paper": dict(smoothing=0.1, min_crop=0.08, erase=0.25, rand_augment=9, mixup=0.8, cutmix=1.0, batch=1024, lr=1e-3, epochs=100,
-                      warmup=5, layer_decay=0.75, drop_path=0.1, workers=16),
+    "mae_paper": dict(smoothing=0.1, min_crop=0.08, erase=0.25, rand_augment=9, mixup=0.8, cutmix=1.0, batch=1024,
+                      lr=1e-3, epochs=100, warmup=5, layer_decay=0.75, drop_path=0.1, workers=16),
     # MAE Table 10; the class token of MAE, the mean of others
     "mae_probe_paper": dict(mode="linear", min_crop=0.08, batch=16384, lr=0.1, epochs=90, warmup=10, workers=16),
 }  # fmt: skip
