@@ -13,7 +13,7 @@ The four modes answer different questions. finetune: is the encoder a good place
 it have learnt without? linear and knn: what does the encoder know already? Masked autoencoders are strong in the
 first and weak in the last two (VideoMAE Table 3: 69.6 fine-tuned, 38.9 linear): do not expect miracles of a probe.
 
-Run     python finetune.py                                (minutes on 2 CPU cores: the toy world, runs/mae_video)
+Run     python finetune.py                                (4 min on 2 CPU cores: the toy world, runs/mae_video)
         python finetune.py --mode scratch --out runs/scratch      (the same network and budget without pretraining)
         python finetune.py --mode linear --out runs/linear        (--mode knn needs no training at all)
         python finetune.py --data UCF101 --preset ucf101 --init runs/ucf101/checkpoint.pt --out runs/ucf101_ft
