@@ -426,7 +426,7 @@ class MAEST(nn.Module):
         """A learned table for another grid -> ours; one that cannot be resized stays, and load_weights names it."""
         t, h, w = self.grid
         own, side = getattr(self, name, None), math.isqrt(table.shape[1]) if table.ndim == 3 else 0
-        if own is None or own.shape == table.shape or own.shape[2] != table.shape[2]:
+        if own is None or not side or own.shape == table.shape or own.shape[2] != table.shape[2]:
             return table
         if name.endswith("spatial") and side * side == table.shape[1]:
             return resize_table(table, (1, side, side), (1, h, w))
