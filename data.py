@@ -468,7 +468,8 @@ def make_crop(pixels, size, kind, min_crop, flip, generator, bicubic=False):
 def random_box(x, scale, generator):
     """RandomResizedCrop's box from an explicit generator; torchvision draws from the global one."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        # not torch.manual_seed: it reaches for the GPUs too, and would take as long as the resize of a small clip
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         box = v2.RandomResizedCrop(1, scale=scale).make_params([x])
     return box["top"], box["left"], box["height"], box["width"]
 

@@ -310,7 +310,8 @@ class Augmented(Dataset):
         pixels, number, broken = self.dataset[key]
         if self.augment:
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-                torch.manual_seed(int(torch.randint(2**62, (1,), generator=seeded(self.dataset.seed, 5, *key))))
+                seed = torch.randint(2**62, (1,), generator=seeded(self.dataset.seed, 5, *key))
+                torch.default_generator.manual_seed(int(seed))
                 pixels = torch.stack([self.augment(x.movedim(-1, -3)).movedim(-3, -1) for x in pixels])
         return pixels, number, broken
 
