@@ -352,6 +352,11 @@ def count_frames(path):
         return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
 
 
+def upright(rgb, frame):
+    """Converted frame -> uint8 (H, W, 3), turned as the file says: a phone only notes how it was held."""
+    return np.rot90(rgb.to_ndarray(), round(frame.rotation / 90))
+
+
 LONG = 600  # frames; before a clip that begins later than this the decoder jumps to a key frame
 
 
@@ -377,7 +382,7 @@ def grab(path, wanted):
             i = i if i <= first else 0
         for frame in container.decode(stream):
             if i in wanted:
-                found[i] = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                found[i] = upright(convert.reformat(frame, format="rgb24", threads=1), frame)
             i += 1
             if i > last:
                 break
@@ -412,12 +417,13 @@ def read_image(path):
     try:
         if not os.path.isfile(path):
             raise BrokenFile("no such file")
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip all above 255 to white
-                image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
-            return np.array(image.convert("RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's doubts about a damaged file: an error says it, or none matters
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip all above 255 to white
+                    image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+                return np.array(image.convert("RGB"))
     except BrokenFile:
         raise
     except Exception as error:
@@ -955,9 +961,8 @@ def shrink_file(job):
             W, H = max(2, round(W * scale / 2) * 2), max(2, round(H * scale / 2) * 2)
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             convert = av.video.reformatter.VideoReformatter()
-            frames = (
-                convert.reformat(f, W, H, "rgb24", interpolation="AREA").to_ndarray() for f in container.decode(stream)
-            )
+            frames = (upright(convert.reformat(f, W, H, "rgb24", interpolation="AREA"), f)
+                      for f in container.decode(stream))  # fmt: skip
             target.parent.mkdir(parents=True, exist_ok=True)
             write_video(partial, frames, Fraction(rate).limit_denominator(1001), "mpeg4")
         os.replace(partial, target)

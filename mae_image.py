@@ -753,9 +753,12 @@ class Run:
         if self.writes:
             try:
                 (self.out / "pictures").mkdir(parents=True, exist_ok=True)
+                self.lock()
                 lines = log.read_text().splitlines() if log.exists() and self.cfg.resume else []
                 (self.out / "log.tmp").write_text("".join(x + "\n" for x in lines if self.belongs(x)))
                 os.replace(self.out / "log.tmp", log)
+            except InputError:
+                raise
             except (OSError, ValueError) as error:
                 raise InputError(f"cannot write the run folder {self.out}: {error}") from None
             with contextlib.suppress(ImportError):  # TensorBoard only if it is installed
@@ -765,6 +768,17 @@ class Run:
             if self.cfg.resume:
                 self.say(f"resumed {self.out} after update {self.step}")
         return self.step
+
+    def lock(self):
+        """Two runs in one folder would overwrite each other. The lock ends with the process, however that ends."""
+        with contextlib.suppress(ImportError, OSError):  # not on Windows, nor on every network disk
+            import fcntl
+
+            self.locked = open(self.out / ".lock", "w")
+            try:
+                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise InputError(f"another run is writing to {self.out}: wait for it, or take another --out") from None
 
     def belongs(self, line):
         """Whether a line of the log was written before the checkpoint; not one that a crash cut off."""
