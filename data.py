@@ -9,7 +9,7 @@
 
 What item i gets in an epoch (crop, flip, clip position) is drawn from a generator seeded with (seed, epoch, i):
 a dataset is indexed with the pair (epoch, i), and workers need no state. A file that cannot be read is named in
-the log and another one is taken; it never ends the run and never becomes silent zeros.
+the log and another one is taken (ten in a row end the run); it never becomes silent zeros.
 
 Run   python data.py toy toy                             (30 s on 2 cores: the toy world, 600 clips, 2,000 images)
       python data.py check UCF101                        (decodes everything, lists what is broken, draws a sheet)
@@ -18,6 +18,7 @@ Next  mae_image.py: the first model, and the training loop.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import functools
 import math
@@ -48,7 +49,12 @@ IMAGE = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".pp
 
 
 def seeded(*numbers):
-    """A generator that is a function of whole numbers, e.g. (seed, epoch, item): what ran before has no part in it."""
+    """A generator that is a function of whole numbers: what ran before has no part in it.
+
+    The number after the seed names the use: 0 items, 1 masks, 2 held-out masks, 3 what replaces a broken file, and so
+    on; the order of an epoch has (seed, epoch) alone. important: numpy drops trailing zeros, so (s, 1) and (s, 1, 0)
+    are one stream. Whoever copies this should begin with a use of 1 or more and put it last.
+    """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -75,14 +81,14 @@ def list_videos(root, split="train", fold=1, allow_missing=False):
     root/<Class>/*.avi + root/trainlist01.txt ...           lists in UCF101's format beside the class folders
     root/train/<class>/*, root/val/<class>/*                (or valid, validation, test)
     root/<class>/* or root/*                                every 20th file is held out as "val"
-    a file of lines "path label"                            (space or comma); val: val.csv or test.csv beside it
+    a file of lines "path label"                            (space or comma), paths absolute or from the list's folder;
+                                                            val: val.csv or test.csv beside it
 
     Raises InputError for a missing or empty folder and for listed files that are absent (unless allow_missing).
     """
     root = find_root(root, "videos")
-    if root.is_dir():
-        if (found := find_official(root)) is not None:
-            return read_official(*found, split, fold, allow_missing)
+    if found := find_official(root):
+        return read_official(*found, split, fold, allow_missing)
     return list_plain(root, split, VIDEO, allow_missing)
 
 
@@ -144,7 +150,7 @@ def read_official(name, lists, videos, split, fold, allow_missing):
         tables = sorted(lists.glob(f"*_test_split{fold}.txt"))
         classes = [t.name.removesuffix(f"_test_split{fold}.txt") for t in tables]
         code = "1" if split == "train" else "2"  # 1 train, 2 test, 0 in neither
-        for label, table in enumerate(tables):
+        for label, table in enumerate(tables):  # in the order of the list files, where climb_stairs precedes climb
             for line in read_lines(table):
                 path, _, use = line.rpartition(" ")
                 if use == code:
@@ -166,10 +172,12 @@ def resolve(wanted, classes, folder, source, kinds, allow_missing):
     Names are matched without regard to case (UCF101's lists and folders disagree about HandStandPushups) and to
     the suffix (a re-encoded copy may be .mp4 where the list says .avi). Absolute paths are taken as they are.
     """
-    there = {path_key(p.relative_to(folder)): p for p in walk(folder, kinds)}
+    there = {p.relative_to(folder): p for p in walk(folder, kinds)}
+    alike = {path_key(name): p for name, p in there.items()}
     found = []
     for path, label in wanted:
-        file = Path(path) if os.path.isabs(path) and os.path.isfile(path) else there.get(path_key(Path(path)))
+        name = Path(path)
+        file = name if name.is_absolute() and name.is_file() else there.get(name) or alike.get(path_key(name))
         found.append((file, label))
     missing = [path for (path, _), (file, _) in zip(wanted, found) if file is None]
     if len(missing) == len(wanted) or (missing and not allow_missing):
@@ -203,13 +211,13 @@ def list_plain(root, split, kinds, allow_missing):
         if split == "val" and other:
             return read_list(other, kinds, allow_missing)
         return hold_out(read_list(root, kinds, allow_missing), split if not other else "all")
-    parts = [name for name in ("train",) + ("val", "valid", "validation", "test") if (root / name).is_dir()]
-    if parts[:1] == ["train"]:
-        train = list_folder(root / "train", kinds)
-        if split == "train":
-            return train if len(parts) > 1 else hold_out(train, "train")
-        return list_folder(root / parts[1], kinds, train.classes) if len(parts) > 1 else hold_out(train, "val")
-    return hold_out(list_folder(root, kinds), split)
+    if not (root / "train").is_dir():
+        return hold_out(list_folder(root, kinds), split)
+    train = list_folder(root / "train", kinds)
+    other = next((root / n for n in ("val", "valid", "validation", "test") if (root / n).is_dir()), None)
+    if other is None:
+        return hold_out(train, split)
+    return train if split == "train" else list_folder(other, kinds, train.classes)
 
 
 def list_folder(folder, kinds, classes=None):
@@ -269,7 +277,7 @@ def load_torchvision(name, split):
 
 
 # ============================================================================================================
-#  PART 2: which frames                                                                           (needs: numpy)
+#  PART 2: which frames                                                                    (needs: numpy, torch)
 #
 #  n is the number of frames of the video. Every function returns int (T,) frame numbers in [0, n); a video that
 #  is too short gives its last frames several times.
@@ -277,13 +285,16 @@ def load_torchvision(name, split):
 
 
 def dense_clip(n, length, stride, start):
-    """`length` frames, `stride` apart: VideoMAE Sec. 3.3 "temporal downsampling" (stride 4, on SSv2 2)."""
+    """`length` frames, `stride` apart: VideoMAE Sec. 3.3 "temporal downsampling" (stride 4, on SSv2 2).
+
+    DIFFERS from VideoMAE's public code, whose steps drift (0, 4, 8, 12, 17, 21, ...): here each is exactly `stride`.
+    """
     frames = start + stride * np.arange(length)
     return np.minimum(frames, start + (n - 1 - start) // stride * stride)
 
 
 def dense_start(n, length, stride, generator):
-    """A random start for dense_clip, each valid one equally likely (0 for a video that is too short)."""
+    """A random start for dense_clip, each equally likely where length * stride frames fit; else 0."""
     return int(torch.randint(max(n - length * stride + 1, 1), (1,), generator=generator))
 
 
@@ -331,6 +342,10 @@ class BrokenFile(Exception):
     """This file cannot be read; the message says why."""
 
 
+def one_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def open_video(path):
     """-> container, video stream.   Called in the worker: an open container does not survive a fork."""
     if not os.path.isfile(path):  # a pipe or device of that name would wait for ever
@@ -340,8 +355,8 @@ def open_video(path):
         container.close()
         raise BrokenFile("no video stream in it")
     stream = container.streams.video[0]
-    stream.thread_type = "SLICE"  # important: FRAME or AUTO can hang when a loop is left early beside torch,
-    stream.codec_context.thread_count = 1  # and more threads than workers gain nothing
+    # important: threads of kind FRAME or AUTO can hang when a loop is left early beside torch; one per worker is enough
+    stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
     return container, stream
 
 
@@ -409,7 +424,7 @@ def read_clips(path, choose):
     except BrokenFile:
         raise
     except Exception as error:  # decoders raise many kinds on a damaged file
-        raise BrokenFile(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+        raise BrokenFile(one_line(error)) from None
 
 
 def read_image(path):
@@ -427,7 +442,7 @@ def read_image(path):
     except BrokenFile:
         raise
     except Exception as error:
-        raise BrokenFile(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+        raise BrokenFile(one_line(error)) from None
 
 
 # ============================================================================================================
@@ -490,20 +505,15 @@ class ClipDataset(Dataset):
 
     frames, stride   T frames, `stride` apart ("dense", "linspace"), or spread over the video ("segments")
     size             side of the square clips;   crop, min_crop, flip: see make_crop
-    repeat           R clips of every decoded video, with their own position and crop: MAE-ST Sec. 4 "repeated
-                     sampling". Decoding is the slow part, so R clips cost little more than one.
+    repeat           R clips of every decoded video, with their own position and crop: MAE-ST Sec. 4 "Data
+                     pre-processing". Decoding is the slow part, so R clips cost little more than one.
     train            False: the middle of the video, no randomness
     """
 
     def __init__(self, files, frames, stride, size, seed, sampling="dense", crop="random", min_crop=0.5, flip=True,
                  repeat=1, train=True):  # fmt: skip
-        self.paths, self.labels, self.classes, self.seed, self.repeat = (
-            files.paths,
-            files.labels,
-            files.classes,
-            seed,
-            repeat,
-        )
+        self.paths, self.labels, self.classes = files.paths, files.labels, files.classes
+        self.seed, self.repeat = seed, repeat
         self.frames, self.stride, self.size, self.sampling, self.train = frames, stride, size, sampling, train
         self.crop, self.min_crop, self.flip = crop if train else "center", min_crop, flip
 
@@ -525,9 +535,8 @@ class ClipDataset(Dataset):
         if self.sampling == "segments":
             return np.stack([segment_clip(n, T, generator) for _ in range(self.repeat)])
         if self.sampling == "dense":
-            return np.stack(
-                [dense_clip(n, T, stride, dense_start(n, T, stride, generator)) for _ in range(self.repeat)]
-            )
+            starts = [dense_start(n, T, stride, generator) for _ in range(self.repeat)]
+            return np.stack([dense_clip(n, T, stride, s) for s in starts])
         starts = torch.rand(self.repeat, generator=generator).numpy() * max(n - T * stride, 0)
         return np.stack([linspace_clip(n, T, stride, s) for s in starts])
 
@@ -539,13 +548,8 @@ class ImageDataset(Dataset):
 
     def __init__(self, files, size, seed, min_crop=0.2, flip=True, train=True):
         self.paths, self.labels, self.classes, self.pixels = files.paths, files.labels, files.classes, files.pixels
-        self.size, self.seed, self.crop, self.min_crop, self.flip = (
-            size,
-            seed,
-            "random" if train else "center",
-            min_crop,
-            flip,
-        )
+        self.size, self.seed, self.crop = size, seed, "random" if train else "center"
+        self.min_crop, self.flip = min_crop, flip
 
     def __len__(self):
         return len(self.paths)
@@ -588,7 +592,7 @@ def leave_ctrl_c_to_the_parent(worker):
 
 
 # ============================================================================================================
-#  PART 6: the toy world                                                                          (needs: numpy)
+#  PART 6: the toy world                                              (needs: numpy, pillow, av; in_parallel below)
 #
 #  A room with a patterned floor and wall, an object that matters and some that do not, seen by a camera that
 #  drifts sideways. Rays are cast through every pixel, so depth and class maps are exact. Units are metres.
@@ -608,6 +612,7 @@ MOTIONS = {  # class -> angle on the circle, in turns, at time 0 .. 1
     "FastAway": lambda t: -2 * t,
     "ThereAndBack": lambda t: 1 - abs(2 * t - 1),
 }
+VIEW = 0.55  # tangent of half the camera's angle of view
 FAR = 16.0  # depth maps hold depth / FAR * 65535
 
 
@@ -643,11 +648,8 @@ def draw_image_scene(rng, kind):
 
 def draw_video_scene(rng, motion, frames):
     times = np.arange(frames) / frames
-    angle = (
-        2
-        * math.pi
-        * (rng.uniform() + rng.choice([-1, 1] if motion == "ThereAndBack" else [1]) * MOTIONS[motion](times))
-    )
+    turns = rng.uniform() + rng.choice([-1, 1] if motion == "ThereAndBack" else [1]) * MOTIONS[motion](times)
+    angle = 2 * math.pi * turns
     x = rng.uniform(-0.7, 0.7)
     place = np.stack([np.full(frames, x), 1.8 + 1.0 * np.sin(angle), 4.6 + 1.2 * np.cos(angle)], axis=1)  # (T, 3)
     return draw_scene(rng, rng.choice(KINDS), place, times)
@@ -659,8 +661,8 @@ def render(scene, size):
     Pixels are rendered at twice the size and averaged, or edges would flicker; the maps are not smoothed."""
     T, S = len(scene["camera"]), 2 * size
     at = np.float32((np.arange(S) + 0.5) / S * 2 - 1)
-    right, down = np.meshgrid(at * 0.55, at * 0.55)
-    slope = 0.12  # the camera looks down a little; a ray is (right, up, 1), so its length counts depth
+    right, down = np.meshgrid(at * VIEW, at * VIEW)
+    slope = 0.12  # the camera looks down a little. A ray is 1 long along the view, so t in eye + t * ray is the depth
     ray = np.stack([right, -down * math.cos(slope) - math.sin(slope), math.cos(slope) - down * math.sin(slope)], -1)
     ray = np.broadcast_to(np.float32(ray), (T, S, S, 3))
     eye = np.float32(np.stack([scene["camera"], np.full(T, 1.7), np.zeros(T)], -1))[:, None, None]  # (T, 1, 1, 3)
@@ -668,10 +670,8 @@ def render(scene, size):
     floor, wall = -eye[..., 1] / np.minimum(ray[..., 1], -1e-6), 9.0 / ray[..., 2]
     depth, classes = np.minimum(floor, wall), np.where(floor < wall, 0, 1).astype(np.uint8)
     point = eye + depth[..., None] * ray
-    on_floor, on_wall = (
-        paint(scene["floor"], point[..., 0], point[..., 2]),
-        paint(scene["wall"], point[..., 0], point[..., 1]),
-    )
+    on_floor = paint(scene["floor"], point[..., 0], point[..., 2])
+    on_wall = paint(scene["wall"], point[..., 0], point[..., 1])
     for thing in scene["objects"]:  # a soft shadow straight below makes height visible
         x, _, z = np.moveaxis(thing["place"].reshape(-1, 3), -1, 0).reshape(3, -1, 1, 1)
         gap = ((point[..., 0] - x) ** 2 + (point[..., 2] - z) ** 2) / thing["radius"] ** 2
@@ -694,8 +694,8 @@ def render(scene, size):
 
 
 def span(low, high, S):
-    """From and to which pixel, over all frames, something lies between two slopes of the ray."""
-    low, high = ((int((v / 0.55 + 1) / 2 * S)) for v in (low.min(), high.max()))
+    """The pixels, over all frames, between two slopes of a ray (sideways or down / ahead)."""
+    low, high = (int((v / VIEW + 1) / 2 * S) for v in (low.min(), high.max()))
     return slice(min(max(low, 0), S - 1), max(min(high + 1, S), 1))
 
 
@@ -794,7 +794,7 @@ def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400))
     folder = Path(folder)
     if (folder / "videos").is_dir() and (folder / "rgb").is_dir():
         return
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is no toy world: name an empty folder")
     partial = folder.with_name(folder.name + ".part")  # renamed when complete
     shutil.rmtree(partial, ignore_errors=True)
@@ -859,13 +859,14 @@ def write_video(path, frames, rate, codec="libx264"):
 # ============================================================================================================
 
 
-def in_parallel(work, jobs, what, workers=None):
+def in_parallel(work, jobs, what):
     """Yield (result, error) of work(job) in the order of jobs, from all CPU cores, with progress and ETA."""
     start, shown = time.perf_counter(), 0.0
-    with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), initializer=one_thread) as pool:
-        futures = [pool.submit(work, job) for job in jobs]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), initializer=one_thread) as pool:
+        futures = collections.deque(pool.submit(work, job) for job in jobs)
         try:
-            for i, future in enumerate(futures, 1):
+            for i in range(1, len(jobs) + 1):
+                future = futures.popleft()  # or every result would stay in memory
                 error = future.exception()
                 if isinstance(error, concurrent.futures.process.BrokenProcessPool):
                     raise InputError(f"{what}: a worker process was killed (out of memory?), after {i - 1} files")
@@ -885,23 +886,21 @@ def one_thread():
 
 
 def check_file(path):
-    """Decode one file in full: -> text for the report, reason if broken (else ""), small picture of its middle."""
+    """Decode one file in full: -> reason if broken (else ""), small picture of its middle."""
     try:
         if path.suffix.lower() in IMAGE:
-            pixels = read_image(path)
-            return f"{pixels.shape[1]}x{pixels.shape[0]}", "", thumbnail(pixels)
+            return "", thumbnail(read_image(path))
         promised = count_frames(path)
         found, n = grab(path, np.array([0, promised // 2, 10**9]))  # from the first frame to the end
         if n == 0:
             raise BrokenFile("no frame can be decoded")
         # B-frames at either end may be lost, so one or two frames less than promised is common and harmless
         reason = f"the header says {promised} frames, {n} can be decoded" if n < 0.9 * promised - 2 else ""
-        picture = found[max(found)]
-        return f"{n} frames {picture.shape[1]}x{picture.shape[0]}", reason, thumbnail(picture)
+        return reason, thumbnail(found[max(found)])
     except BrokenFile as error:
-        return "", str(error), None
+        return str(error), None
     except Exception as error:
-        return "", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", None
+        return one_line(error), None
 
 
 def thumbnail(pixels, size=96):
@@ -920,7 +919,7 @@ def check(root, sheet):
     broken, pictures = [], []
     shown = set(np.linspace(0, len(paths) - 1, min(len(paths), 48)).round().astype(int).tolist())
     for i, ((report, error), path) in enumerate(zip(in_parallel(check_file, paths, f"checking {root}"), paths)):
-        text, reason, picture = report or ("", str(error), None)
+        reason, picture = report or (str(error), None)
         if reason:
             broken.append(path)
             print(f"broken: {path}: {reason}")
@@ -952,7 +951,7 @@ def shrink_file(job):
     source, target, short = job
     if target.exists():
         return ""
-    partial = target.with_name(target.stem + ".part" + target.suffix)
+    partial = target.with_name("." + target.name)  # walk() does not see it, should the work be cut off
     try:
         container, stream = open_video(source)
         with container:
@@ -981,7 +980,7 @@ def shrink(source, target, short):
     source, target = Path(source), Path(target)
     if not source.is_dir():
         raise InputError(f"{source} is no folder")
-    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
+    if target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{target} lies in {source}: the copy needs a folder of its own")
     if short < 16:
         raise InputError(f"--short-side {short} is too small for a picture: 128 is common")
@@ -1034,8 +1033,9 @@ def main():
     else:
         if args.size < 16 or args.size % 2 or args.groups < 4 or args.images < 4:
             raise InputError("the toy world needs an even --size of 16 or more, 4 --groups and 4 --images")
+        there = Path(args.folder, "videos").is_dir() and Path(args.folder, "rgb").is_dir()
         make_toy(args.folder, args.size, groups=args.groups, images=(args.images, args.images // 4))
-        print(f"the toy world is in {args.folder}")
+        print(f"the toy world is in {args.folder}" + ", as it was: it is not written twice" * there)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Paper   Masked Autoencoders Are Scalable Vision Learners. He, Chen, Xie, Li, Dol
 Covers  Sec. 3 "Masking"                 masking.random_mask
         Sec. 3 "MAE encoder"             MAE.forward_encoder: the hidden patches are not masked out but absent
         Sec. 3 "MAE decoder"             MAE.forward_decoder
-        Sec. 3 "Reconstruction target"   MAE.normalise, MAE.forward_loss
+        Sec. 3 "Reconstruction target"   MAE.standardise, MAE.forward_loss
         App. A.1 "ViT architecture"      sincos_2d, Block, ENCODERS
         App. A.1 "Pre-training"          init_weights, lr_at, param_groups, pretrain (Table 8)
 Not     fine-tuning and probing (finetune.py); PCA and dVAE targets of Table 1(d); grid masks of Table 1(f).
@@ -59,15 +59,15 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ============================================================================================================
-#  THE PAPER, part 1: from pixels to patches and back                                            (needs: torch)
+#  THE PAPER, part 1: from pixels to patches and back                               (needs: torch, InputError)
 # ============================================================================================================
 
 
 def check_divides(length, part, what, of, flag):
     """Raise InputError, with the two nearest sizes that work, if `part` does not divide `length`."""
     if part < 1 or length < part or length % part:
-        low, high = max(length // max(part, 1), 1) * part, (length // max(part, 1) + 1) * part
-        raise InputError(f"{what} {length} is not a multiple of {of} {part}: use {flag} {low} or {high}")
+        low = max(length // max(part, 1), 1) * part
+        raise InputError(f"{what} {length} is not a multiple of {of} {part}: use {flag} {low} or {low + part}")
 
 
 def patchify(imgs, p):
@@ -128,7 +128,7 @@ def sincos_2d(width, h, w):
 
 
 # ============================================================================================================
-#  THE PAPER, part 2: the Transformer block (ViT, arXiv 2010.11929)                              (needs: torch)
+#  THE PAPER, part 2: the Transformer block (ViT, arXiv 2010.11929)                 (needs: torch, InputError)
 # ============================================================================================================
 
 
@@ -188,7 +188,7 @@ def init_weights(module):
 
 
 # ============================================================================================================
-#  THE PAPER, part 3: the model                                  (needs: parts 1, 2, masking.py parts 1 and 3)
+#  THE PAPER, part 3: the model                (needs: ENCODERS, IMAGENET_*, parts 1 and 2, masking.py part 3)
 # ============================================================================================================
 
 
@@ -277,7 +277,7 @@ class MAE(nn.Module):
         """The patches that are to be painted, in the units of pred when norm_pix is off.   -> (B, N, P)"""
         return patchify(imgs, self.patch)
 
-    def normalise(self, patches):
+    def standardise(self, patches):
         """Each patch by its own mean and variance, Sec. 3 "Reconstruction target".
 
         patches (B, M, P) -> target, mean, std, each (B, M, P).   Over all three channels together, unbiased
@@ -290,7 +290,7 @@ class MAE(nn.Module):
     @torch.no_grad()
     def forward_target(self, patches):
         """Hidden patches -> what pred is compared with, float32 (B, M, P)."""
-        return self.normalise(patches.float())[0] if self.norm_pix else patches.float()
+        return self.standardise(patches.float())[0] if self.norm_pix else patches.float()
 
     def forward_loss(self, patches, pred, mask):
         """Mean squared error on hidden patches only: Sec. 3 "Reconstruction target"."""
@@ -365,7 +365,7 @@ class Config:
     # data
     data: str = "toy"  # folder of images, list file, cifar10 or stl10; "toy" is written first if it is not there
     img_size: int = 64  # side of the square that the model sees, in pixels
-    min_crop: float = 0.2  # smallest share of the image area that a random crop takes (1 - this: no crop)
+    min_crop: float = 0.2  # smallest share of the image area that a random crop takes; 1: nearly all of it
     flip: bool = True  # mirror half of the images
     allow_missing: bool = False  # a list may name files that are not there: use the others
     workers: int = 2  # processes that load data
@@ -382,7 +382,7 @@ class Config:
     epochs: int = 60  # passes over the data
     batch: int = 64  # samples per update, over all processes and accumulation steps
     accum: int = 1  # forward-backward passes per update: raise it when memory runs out
-    lr: float = 8e-3  # base rate, for a batch of 256; the paper's is 1.5e-4, for runs a thousand times longer
+    lr: float = 8e-3  # base rate, for a batch of 256; the paper's is 1.5e-4, for 500,000 updates instead of 1,500
     min_lr: float = 0.0  # base rate at the end of the cosine
     warmup: float = 4  # epochs of linear warm-up
     weight_decay: float = 0.05  # of matrices
@@ -435,12 +435,9 @@ def parse_config(Config, presets, doc, argv=None):
 
 # What a number may be, for all scripts. Sizes that must divide each other are checked where they meet.
 BIG = 10**9
-LIMITS = [(name, 1, BIG) for name in ("img_size", "patch", "frames", "tubelet", "stride", "repeat", "batch", "accum")]
-LIMITS += [(name, 1, BIG) for name in ("decoder_width", "decoder_heads", "log_every")]
-LIMITS += [
-    (name, 0, BIG) for name in ("workers", "seed", "epochs", "warmup", "pictures", "decoder_depth", "lr", "min_lr")
-]
-LIMITS += [("min_crop", 0.01, 1), ("weight_decay", 0, BIG), ("clip", 0, BIG)]
+AT_LEAST_1 = "img_size patch frames tubelet stride repeat batch accum decoder_width decoder_heads log_every"
+AT_LEAST_0 = "workers seed epochs warmup pictures decoder_depth lr min_lr weight_decay clip"
+LIMITS = [(n, 1, BIG) for n in AT_LEAST_1.split()] + [(n, 0, BIG) for n in AT_LEAST_0.split()] + [("min_crop", 0.01, 1)]
 
 # What may change when a run goes on. All else would make it another run.
 MAY_CHANGE = ("out", "resume", "workers", "device", "compile", "log_every", "accum", "pictures")
@@ -638,6 +635,8 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
     run.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {dtype} on {world} x {device}"
             f", {per_epoch} updates x {cfg.epochs} epochs".replace("torch.", ""))  # fmt: skip
     run.say(f"learning rate {cfg.lr:g} x batch {cfg.batch} / 256 = {peak:g}")
+    if 0 < cfg.epochs <= cfg.warmup:
+        run.say(f"warning: all {cfg.epochs} epochs are warm-up, the rate never reaches its peak: lower --warmup")
 
     parallel = model
     if cfg.compile:
@@ -925,8 +924,8 @@ def reconstruct(model, imgs, mask):
     """What the model makes of a masked batch.
 
     -> loss, chance, {title: pictures (B, frames, 3, H, W) in [0, 1]}
-    chance is the loss of the best constant prediction: the variance of the target. With normalised patches it is
-    1 less a little, because flat patches have a target of 0.
+    chance is the loss of the best constant prediction: the variance of the target. With normalised patches of P
+    values it is (P - 1) / P, since they are divided by the unbiased deviation, and less where patches are flat.
     important: a normalised prediction has no brightness and contrast of its own, so the picture takes both from
     the hidden original. That alone looks like a reconstruction! The extra picture shows what a model that has
     learnt nothing would "rebuild" that way.
@@ -943,7 +942,7 @@ def reconstruct(model, imgs, mask):
     pictures = {"original": original, "masked": torch.where(hole, 0.5, original)}
     pred = pred.float()
     if model.norm_pix:
-        _, mean, std = model.normalise(hidden(patches, mask))
+        _, mean, std = model.standardise(hidden(patches, mask))
         pictures["knowing nothing*"] = fill(mean)
         pred = pred * std + mean
     painted = fill(pred)
@@ -1003,7 +1002,7 @@ def main():
 
     open_split = lambda split: data.list_images(cfg.data, split, cfg.allow_missing)
     train = data.ImageDataset(open_split("train"), cfg.img_size, cfg.seed, min_crop=cfg.min_crop, flip=cfg.flip)
-    val = data.ImageDataset(open_split("val"), cfg.img_size, cfg.seed, min_crop=1, flip=False)
+    val = data.ImageDataset(open_split("val"), cfg.img_size, cfg.seed, train=False)
     if cfg.init and not cfg.resume:
         print(load_weights(model, cfg.init, "mae_image"))
     batch, mask = held_out(val, draw_mask, cfg.seed, 64)
@@ -1022,10 +1021,9 @@ def encoder_size(size):
     """--size, a name in ENCODERS or numbers as in 128x4x4 -> (width, blocks, heads)."""
     if size in ENCODERS:
         return ENCODERS[size]
-    numbers = [int(n) for n in size.split("x") if n.isdecimal()]
-    if len(numbers) != 3 or size != "x".join(map(str, numbers)) or min(numbers) < 1:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", size):
         raise InputError(f"--size {size} is unknown: use one of {', '.join(ENCODERS)}, or WIDTHxBLOCKSxHEADS")
-    return tuple(numbers)
+    return tuple(int(n) for n in size.split("x"))
 
 
 def check_mask(draw_mask):

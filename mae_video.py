@@ -5,18 +5,18 @@ Papers  VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Super
         MAE-ST: Masked Autoencoders As Spatiotemporal Learners. Feichtenhofer, Fan, Li, He, 2022, arXiv 2205.09113
 Covers  VideoMAE Sec. 3.3 "cube embedding", Table 8      patchify, PatchEmbed with a kernel (u, p, p)
         VideoMAE Sec. 3.3 "tube masking"                 masking.tube_mask
-        VideoMAE Eq. (1), target per cube and channel    VideoMAE.normalise
+        VideoMAE Eq. (1); per channel: public code       VideoMAE.standardise
         MAE-ST Sec. 3 "Masking", Fig. 4                  masking.random_mask, block_mask, frame_mask
         MAE-ST Sec. 3 "Autoencoding", one frame a cube   MAEST.target_patches, target_frames
         MAE-ST Sec. 4 "Architecture", separable tables   MAEST.positions
-        MAE-ST Sec. 4 "repeated sampling", Table 2(d)    --repeat, data.ClipDataset
+        MAE-ST Sec. 4 "Data pre-processing", Table 2(d)  --repeat (repeated sampling), data.ClipDataset
 Not     fine-tuning (finetune.py); MAE-ST's joint space-time table is there, its HOG and dVAE targets are not.
 
 What changes against mae_image.py, and where the two papers part:
                      MAE                     MAE-ST                            VideoMAE
     token            p x p pixels            u x p x p                         u x p x p
     mask             random 75 %             random in space-time 90 %         tubes 90 % (UCF101, HMDB51: 75 %)
-    positions        fixed, rows + columns   learned, space + time             fixed, one sine over the token number
+    positions        fixed, rows and columns learned, space + time             fixed, one sine over the token number
     class token      one for both parts      one each, the decoder's its own   none
     decoder order    raster                  raster                            visible first, then hidden
     target           the patch               one frame of every cube           the cube, in [0, 1]
@@ -66,7 +66,7 @@ from mae_image import (
 from masking import MASKS, InputError, hidden, restore, run_script, visible
 
 # ============================================================================================================
-#  THE PAPERS, part 1: from frames to cubes and back, and one sine over everything               (needs: torch)
+#  THE PAPERS, part 1: from frames to cubes and back, and one sine over everything      (needs: check_divides)
 # ============================================================================================================
 
 
@@ -100,7 +100,8 @@ def unpatchify(patches, p, t, h, w):
 def sinusoid(width, N):
     """VideoMAE's fixed table (N, width), float32: one position per token number, sine on even, cosine on odd channels.
 
-    important: it knows nothing of rows, columns and slots, and channels alternate. MAE's table does neither.
+    important: it knows only the token's number, not its row, column and slot, and sine and cosine alternate. MAE's
+    table has row and column, and its sines and cosines stand in blocks.
     """
     j = torch.arange(width)
     angle = torch.arange(N).double()[:, None] / 10000.0 ** (2 * (j // 2).double() / width)
@@ -122,7 +123,7 @@ def resize_table(table, old, new, mode="bicubic"):
 
 
 # ============================================================================================================
-#  THE PAPERS, part 2: VideoMAE     (needs: part 1; mae_image.py parts 1, 2; masking.py parts 1 and 3)
+#  THE PAPERS, part 2: VideoMAE           (needs: part 1; mae_image.py ENCODERS, parts 1-3; masking.py part 3)
 # ============================================================================================================
 
 
@@ -166,7 +167,7 @@ class VideoMAE(nn.Module):
         self.register_buffer("pos_embed", sinusoid(D, N)[None], persistent=False)  # (1, N, D)
         self.register_buffer("decoder_pos_embed", sinusoid(E, N)[None], persistent=False)  # (1, N, E)
 
-        # The official top-level initialisation is never called: these two keep PyTorch's default.
+        # patch_embed and decoder_embed keep PyTorch's default: the official initialisation never reaches them.
         self.blocks.apply(init_weights)
         self.decoder_blocks.apply(init_weights)
         init_weights(self.decoder_pred)
@@ -211,7 +212,7 @@ class VideoMAE(nn.Module):
         mean, std = (clips.new_tensor(v)[:, None, None, None] for v in (self.MEAN, self.STD))
         return patchify(clips.float() * std + mean, self.tubelet, self.patch)
 
-    def normalise(self, patches):
+    def standardise(self, patches):
         """Each cube by its own mean and standard deviation, each channel by itself.
 
         patches (B, M, P) -> target, mean, std, each (B, M, P).   Unbiased; epsilon outside the root (MAE: inside)
@@ -228,7 +229,7 @@ class VideoMAE(nn.Module):
     @torch.no_grad()
     def forward_target(self, patches):
         """Hidden cubes -> what pred is compared with, float32 (B, M, P)."""
-        return self.normalise(patches)[0] if self.norm_pix else patches
+        return self.standardise(patches)[0] if self.norm_pix else patches
 
     def forward_loss(self, clips, pred, mask):
         """Eq. (1): mean squared error on hidden cubes only."""
@@ -261,7 +262,7 @@ class VideoMAE(nn.Module):
 
 
 # ============================================================================================================
-#  THE PAPERS, part 3: MAE-ST       (needs: part 1; mae_image.py parts 1, 2; masking.py parts 1 and 3)
+#  THE PAPERS, part 3: MAE-ST             (needs: part 1; mae_image.py ENCODERS, parts 1-3; masking.py part 3)
 # ============================================================================================================
 
 
@@ -296,7 +297,7 @@ class MAEST(nn.Module):
         super().__init__()
         self.grid = t, h, w = check_clip(frames, img_size, tubelet, patch)
         predicted = predicted or t
-        check_divides(predicted, t, "number of predicted frames", "time slots", "--predicted")
+        check_divides(predicted, t, "number of predicted frames", "time slots", "predicted =")
         self.tubelet, self.patch, self.norm_pix, self.cls = tubelet, patch, norm_pix, cls
         D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
         E, decoder_depth, decoder_heads = decoder
@@ -381,7 +382,7 @@ class MAEST(nn.Module):
         """The frames that are painted, as cubes of u' frames: Sec. 3 "Autoencoding".   -> (B, N, P)"""
         return patchify(clips.float()[:, :, self.frame_index], len(self.frame_index) // self.grid[0], self.patch)
 
-    def normalise(self, patches):
+    def standardise(self, patches):
         """Each cube by its own mean and variance, as in MAE.   (B, M, P) -> target, mean, std, each (B, M, P)"""
         mean = patches.mean(dim=-1, keepdim=True).expand_as(patches)
         std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt().expand_as(patches)
@@ -390,7 +391,7 @@ class MAEST(nn.Module):
     @torch.no_grad()
     def forward_target(self, patches):
         """Hidden cubes -> what pred is compared with, float32 (B, M, P)."""
-        return self.normalise(patches)[0] if self.norm_pix else patches
+        return self.standardise(patches)[0] if self.norm_pix else patches
 
     def forward_loss(self, clips, pred, mask):
         """Mean squared error on hidden cubes only."""
@@ -504,10 +505,11 @@ PRESETS = {
     "ucf101_paper": dict(_paper, stride=4, epochs=3200, out="runs/ucf101_paper"),
     "hmdb51_paper": dict(_paper, stride=2, epochs=4800, out="runs/hmdb51_paper"),
     # MAE-ST Sec. 4: 800 epochs are 200 passes x 4 clips. Passes and warm-up from SlowFast's configuration, rate and
-    # clipping from mae_st's PRETRAIN.md; the paper's own Table 5 was not read
+    # clipping from mae_st's PRETRAIN.md, where 1.6e-3 is for 256 videos, that is 1024 clips, and here for 256 clips:
+    # so a quarter. The paper's own Table 5 was not read
     "mae_st_paper": dict(model="mae_st", frames=16, stride=4, sampling="linspace", img_size=224, patch=16, size="large",
                          decoder_width=512, decoder_depth=4, decoder_heads=16, mask_ratio=0.9, norm_pix=True, repeat=4,
-                         batch=512, lr=1.6e-3, clip=0.02, epochs=200, warmup=30, workers=16, out="runs/mae_st"),
+                         batch=512, lr=4e-4, clip=0.02, epochs=200, warmup=30, workers=16, out="runs/mae_st"),
 }  # fmt: skip
 
 

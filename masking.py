@@ -59,9 +59,9 @@ def num_hidden(tokens, ratio, rule):
 
 
 # ============================================================================================================
-#  THE PAPER, part 2: which tokens are hidden                                           (needs: torch, part 1)
+#  THE PAPER, part 2: which tokens are hidden                        (needs: torch, numpy, InputError, part 1)
 #
-#  Every function takes (batch, grid, ratio, generator) and returns a mask, bool (B, N), on the CPU.
+#  The kinds in MASKS take (batch, grid, ratio, generator) and return a mask, bool (B, N), on the CPU.
 #  The generator is an explicit torch.Generator: the same seed gives the same masks on every machine.
 # ============================================================================================================
 
@@ -87,8 +87,8 @@ def random_mask(batch, grid, ratio, generator, rule="keep"):
 def tube_mask(batch, grid, ratio, generator):
     """One pattern of h*w places, the same in all t time slots: VideoMAE Sec. 3.3 "tube masking".
 
-    Neighbouring frames look alike. Had a patch a visible twin one slot earlier, the network could copy it;
-    a tube leaves no twin to copy from. (The paper writes a Bernoulli draw, its code hides an exact count.)
+    Neighbouring frames look alike. If a hidden patch had a visible twin one slot earlier, the network could copy
+    it; a tube leaves no twin. (The paper writes a Bernoulli draw, its code hides an exact count.)
     """
     t, h, w = grid
     noise = torch.rand(batch, h * w, generator=generator)  # (B, h*w)
@@ -103,7 +103,7 @@ def frame_mask(batch, grid, ratio, generator):
 
 
 def causal_mask(batch, grid, ratio, generator=None):
-    """The last int(ratio*N) tokens in raster order: predict the future (an ablation in OmniMAE's public code)."""
+    """The last int(ratio*N) tokens in raster order: predict the future (in OmniMAE's public code)."""
     t, h, w = grid
     return hide_largest(torch.arange(t * h * w).repeat(batch, 1), num_hidden(t * h * w, ratio, "hide"))
 
@@ -125,7 +125,7 @@ def block_mask(batch, grid, ratio, generator, rule="keep"):
             dt, dh, dw = draw(1, t), draw(max(1, h // 4), max(1, h // 2)), draw(max(1, w // 4), max(1, w // 2))
             s, r, c = draw(0, t - dt), draw(0, h - dh), draw(0, w - dw)
             hidden[s : s + dt, r : r + dh, c : c + dw] = True
-        if count:  # the last box went too far: sort hidden-before first, then the box in random order, then the rest
+        if count:  # the last box may go too far: keep all earlier boxes and a random part of this one
             rank = before.float() * 2 + hidden.float() + torch.rand(t, h, w, generator=generator)
             hidden = hide_largest(rank.reshape(1, -1), count)
         rows.append(hidden.reshape(-1))
@@ -145,16 +145,16 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
     if not 0 < num_visible <= total:
         raise InputError(f"{num_visible} visible tokens cannot be drawn from {total}: give 1 to {total}")
     chosen = torch.ones(batch, modalities)
-    if subset_first:  # the bits of a number in 1 .. 2^M - 1 are a non-empty subset, each equally likely
+    if subset_first:  # the bits of a number in 1 .. 2^modalities - 1 are a non-empty subset, each equally likely
         number = torch.randint(1, 2**modalities, (batch, 1), generator=generator)
         chosen = (number >> torch.arange(modalities)) & 1
     # torch's Dirichlet takes no generator; numpy's does, so it is seeded from ours
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     shares = torch.from_numpy(np.stack([_shares(rng, alpha, row) for row in chosen.bool().numpy()]))
-    counts = (shares * num_visible).round()  # (B, M); rounding makes the sum miss num_visible by one or so
+    counts = (shares * num_visible).round()  # (B, modalities); rounding makes the sum miss num_visible by one or so
     masks = []
     for size, count in zip(sizes, counts.T):
-        rank = torch.rand(batch, size, generator=generator).argsort(dim=1).argsort(dim=1)  # a random order
+        rank = torch.rand(batch, size, generator=generator).argsort(dim=1).argsort(dim=1)  # (B, size), a random order
         masks.append(rank >= count[:, None])  # (B, size)
     # The repair of that rounding: chosen tokens first in random order, the rest behind, cut after num_visible.
     # A missing token comes at random from the hidden ones, a surplus one is dropped at random.
@@ -169,12 +169,12 @@ def _shares(rng, alpha, chosen):
     return shares
 
 
-# kinds that a flag can name; each is drawn(batch, grid, ratio, generator)
+# the kinds that a flag can name; each is called as f(batch, grid, ratio, generator)
 MASKS = {"random": random_mask, "tube": tube_mask, "frame": frame_mask, "block": block_mask, "causal": causal_mask}
 
 
 # ============================================================================================================
-#  THE PAPER, part 3: to obey a mask                                                             (needs: torch)
+#  THE PAPER, part 3: to obey a mask                                                (needs: torch, InputError)
 #
 #  The only gather and scatter of the project. Masks may lie on the CPU while x is on a GPU, and better do:
 #  counting the visible tokens of a mask on the GPU would make the CPU wait for it.

@@ -6,7 +6,7 @@ Paper   OmniMAE: Single Model Masked Pretraining on Images and Videos. Girdhar, 
 Covers  abstract, "90 % of image and 95 % of video patches"     random_mask on both, --mask-ratio-image, --mask-ratio
         public code, images as clips of one cube                OmniMAE.patches, positions
         public code, the decoder                                OmniMAE.forward_decoder
-        public code, the target                                 OmniMAE.target_patches, normalise
+        public code, the target                                 OmniMAE.target_patches, standardise
         public code, joint training in pure batches             JointDataset, joint_plan
         public code, sample replication                         --repeat, data.ClipDataset
         ours: images and clips in one step                      run_blocks, --joint mixed
@@ -213,7 +213,7 @@ class OmniMAE(nn.Module):
         mean, std = (x.new_tensor(v)[:, None, None, None] for v in (self.MEAN, self.STD))
         return patchify(x * std + mean, self.tubelet, self.patch)
 
-    def normalise(self, patches):
+    def standardise(self, patches):
         """Each cube by its own mean and variance, each channel by itself, as in VideoMAE but for the epsilon.
 
         patches (B, M, P) -> target, mean, std, each (B, M, P).   Unbiased; epsilon inside the root"""
@@ -228,7 +228,7 @@ class OmniMAE(nn.Module):
     @torch.no_grad()
     def forward_target(self, patches):
         """Hidden cubes -> what pred is compared with, float32 (B, M, P)."""
-        return self.normalise(patches)[0] if self.norm_pix else patches
+        return self.standardise(patches)[0] if self.norm_pix else patches
 
     def forward_loss(self, x, pred, mask):
         """Mean squared error on hidden cubes only, no weight for either modality."""
@@ -433,8 +433,7 @@ def main():
 
     def open_images(split):
         files = data.list_images(cfg.images, split, cfg.allow_missing)
-        return data.ImageDataset(files, cfg.img_size, cfg.seed, cfg.min_crop_image if split == "train" else 1,
-                                 cfg.flip_image and split == "train", train=split == "train")  # fmt: skip
+        return data.ImageDataset(files, cfg.img_size, cfg.seed, cfg.min_crop_image, cfg.flip_image, train=split == "train")
 
     images, videos = open_images("train"), open_videos("train")
     mixed = cfg.joint == "mixed"
