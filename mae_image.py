@@ -42,7 +42,7 @@ from torch import nn
 
 import data
 from data import seeded
-from masking import MASKS, InputError, OneLineParser, hidden, restore, run_script, visible
+from masking import MASKS, InputError, OneLineParser, grid_mask, hidden, restore, run_script, visible
 
 # Published encoders: width D, blocks, heads. tiny is DeiT's (arXiv 2012.12877), small that of VideoMAE's code, the
 # others MAE's; huge comes with 14 x 14 patches in MAE, 16 x 16 in VideoMAE. nano is ours, for a laptop.
@@ -375,7 +375,7 @@ class Config:
     decoder_width: int = 64  # the paper's is 512
     decoder_depth: int = 2  # blocks; the paper has 8
     decoder_heads: int = 4  # the paper has 16
-    mask: typing.Literal["random", "block"] = "random"  # which patches are hidden
+    mask: typing.Literal["random", "block", "grid"] = "random"  # which patches are hidden: Fig. 6
     mask_ratio: float = 0.75  # share of patches that are hidden
     norm_pix: bool = False  # predict patches normalised by their own mean and variance, as the paper's best
     # optimiser
@@ -997,7 +997,8 @@ def main():
     torch.manual_seed(cfg.seed)
     decoder = (cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
     model = MAE(cfg.img_size, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)
-    draw_mask = lambda batch, rows, generator: MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator)
+    draw = grid_mask if cfg.mask == "grid" else MASKS[cfg.mask]
+    draw_mask = lambda batch, rows, generator: draw(rows, model.grid, cfg.mask_ratio, generator)
     check_mask(draw_mask)
 
     open_split = lambda split: data.list_images(cfg.data, split, cfg.allow_missing)

@@ -433,7 +433,8 @@ def main():
 
     def open_images(split):
         files = data.list_images(cfg.images, split, cfg.allow_missing)
-        return data.ImageDataset(files, cfg.img_size, cfg.seed, cfg.min_crop_image, cfg.flip_image, train=split == "train")
+        return data.ImageDataset(files, cfg.img_size, cfg.seed, cfg.min_crop_image, cfg.flip_image,
+                                 train=split == "train")  # fmt: skip
 
     images, videos = open_images("train"), open_videos("train")
     mixed = cfg.joint == "mixed"

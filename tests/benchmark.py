@@ -1,6 +1,7 @@
-"""benchmark.py - what masking saves, and how we compare with others, measured side by side in one run.
+"""benchmark.py - what masking saves, what each lever gives, how we compare with others: side by side in one run.
 
-    python tests/benchmark.py                 (CPU: about 4 minutes; GPU: published sizes, about 2 minutes)
+    python tests/benchmark.py                 (CPU: about 10 minutes; GPU: published sizes, about 3 minutes)
+    python tests/benchmark.py --only cost     (one of: start, loader, models, joint, cost, levers)
     python tests/benchmark.py --quick         (tiny sizes, to see that it runs)
 
 Prints medians over interleaved rounds: A, B, A, B, ... so that a busy machine slows all alike. A step is forward,
@@ -9,7 +10,10 @@ backward and AdamW. transformers, torchcodec and decord are used if they are ins
 
 import argparse
 import contextlib
+import os
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,8 +22,11 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import mae_image  # noqa: E402
@@ -78,6 +85,20 @@ class Contestant:
             return torch.cuda.max_memory_allocated() / 2**20
         weights = sum(p.untyped_storage().nbytes() for p in self.model.parameters())
         return max(kept_for_backward(self.forward) - weights, 0) / 2**20
+
+
+def matmul_peak(device, dtype, quick):
+    """Multiply-adds x 2 per second of one large matrix product: what this machine reaches at best."""
+    n = 256 if quick else 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / medians({"": lambda: a @ b}, 3 if quick else 10)[""]
+
+
+def counted_flops(run):
+    """Floating-point operations of the matrix products and attention of one step, counted by torch."""
+    with FlopCounterMode(display=False) as counter:
+        run.step()
+    return counter.get_total_flops()
 
 
 def dense_loss(model, patches, x, mask):
@@ -155,8 +176,10 @@ def benchmark_models(quick, device, compiled):
              "MAE-ST": random_mask(B, maest.grid, 0.9, generator)}  # fmt: skip
     peers = transformers_models((mae, imgs, masks["MAE"]), (videomae, clips, masks["VideoMAE"]), decoders)
 
-    print(f"\n{'model, step of one batch':44s} {'seconds':>9s} {'samples/s':>10s} {'against ours':>13s} "
-          f"{'peak MB' if device == 'cuda' else 'MB kept for backward':>21s}")  # fmt: skip
+    peak = matmul_peak(device, dtype, quick)
+    print(f"\nthis machine's matrix products: {peak / 1e12:.2f} TFLOP/s in {dtype}".replace("torch.", ""))
+    print(f"{'model, step of one batch':40s} {'seconds':>9s} {'samples/s':>10s} {'against ours':>13s} "
+          f"{'of the peak':>12s} {'peak MB' if device == 'cuda' else 'MB kept for backward':>21s}")  # fmt: skip
     for name, model in (("MAE", mae), ("VideoMAE", videomae), ("MAE-ST", maest)):
         x, mask, B = (imgs if name == "MAE" else clips), masks[name], len(masks[name])
         cut = (
@@ -177,9 +200,9 @@ def benchmark_models(quick, device, compiled):
                 )
         seconds = medians({key: run.step for key, run in runs.items()}, rounds)
         for key, t in seconds.items():
-            print(
-                f"{name + ', ' + key:44s} {t:9.4f} {B / t:10.1f} {t / seconds['ours']:12.2f}x {runs[key].megabytes():21.1f}"
-            )
+            flops = counted_flops(runs[key.removesuffix(", compiled")])
+            print(f"{name + ', ' + key:40s} {t:9.4f} {B / t:10.1f} {t / seconds['ours']:12.2f}x "
+                  f"{flops / t / peak:12.0%} {runs[key].megabytes():21.1f}")  # fmt: skip
         for run in runs.values():
             run.model.cpu()
 
@@ -228,6 +251,148 @@ def benchmark_joint(quick, device):
     )
     for key, s in seconds.items():
         print(f"{key:44s} {s:9.4f} {s / next(iter(seconds.values())):17.2f}x {runs[key].megabytes():8.1f}")
+
+
+def benchmark_cost(quick, device):
+    """One step of VideoMAE against ratio, frames, size and batch; all else as in the first line."""
+    dtype, generator = torch.bfloat16 if device == "cuda" else torch.float32, torch.Generator().manual_seed(0)
+    frames, side, patch, size, decoder, B, rounds = (
+        (4, 32, 8, (32, 1, 2), (16, 1, 2), 1, 1)
+        if quick
+        else (16, 224, 16, "base", (384, 4, 6), 16, 5)
+        if device == "cuda"
+        else (16, 64, 8, "tiny", (96, 2, 2), 2, 3)
+    )
+    base = dict(ratio=0.9, frames=frames, side=side, batch=B)
+    rows = [base] + [{**base, "ratio": r} for r in (0.5, 0.75, 0.95)]
+    rows += [{**base, "frames": frames * k // 2} for k in (1, 4, 8)]
+    rows += [{**base, "side": side * k // 4} for k in (2, 6, 8)] + [{**base, "batch": B * k} for k in (2, 4)]
+    runs = {}
+    for row in rows[: 2 if quick else None]:
+        model = mae_video.VideoMAE(row["frames"], row["side"], 2, patch, size, decoder)
+        x = torch.randn(row["batch"], 3, row["frames"], row["side"], row["side"], generator=generator).to(device)
+        mask = tube_mask(row["batch"], model.grid, row["ratio"], generator)
+        loss = lambda m, x=x, mask=mask: m(x, mask)[0]
+        runs[tuple(row.items())] = Contestant(model, loss, device, dtype)
+    seconds = medians({key: run.step for key, run in runs.items()}, rounds)
+    first = seconds[tuple(base.items())]
+    print(f"\n{f'VideoMAE {size}, patch {patch}: hidden, clip, batch':44s} {'tokens':>7s} {'seconds':>9s} "
+          f"{'against the first':>18s} {'MB':>8s}")  # fmt: skip
+    for key, s in seconds.items():
+        row, model = dict(key), runs[key].model
+        text = f"{row['ratio']:.0%}, {row['frames']} x {row['side']} px, batch {row['batch']}"
+        print(f"{text:44s} {np.prod(model.grid):7d} {s:9.4f} {s / first:17.2f}x {runs[key].megabytes():8.1f}")
+
+
+def plain_attention(q, k, v):
+    """Attention as the papers' code writes it."""
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return weights @ v
+
+
+def benchmark_levers(quick, device):
+    """VideoMAE's step, and the same with one lever taken back."""
+    dtype, generator = torch.bfloat16 if device == "cuda" else torch.float32, torch.Generator().manual_seed(0)
+    frames, side, patch, size, decoder, B, rounds = (
+        (4, 32, 8, (32, 1, 2), (16, 1, 2), 2, 1)
+        if quick
+        else (16, 224, 16, "base", (384, 4, 6), 32, 10)
+        if device == "cuda"
+        else (16, 112, 8, "small", (192, 4, 3), 2, 5)
+    )
+    model = mae_video.VideoMAE(frames, side, 2, patch, size, decoder)
+    x = torch.randn(B, 3, frames, side, side, generator=generator).to(device)
+    mask = tube_mask(B, model.grid, 0.9, generator)
+
+    def embed_all(m):
+        """Every cube is embedded before the hidden ones are dropped, as in the papers' code (a convolution)."""
+        tokens = F.conv3d(x, m.patch_embed.proj.weight, m.patch_embed.proj.bias, m.patch_embed.proj.weight.shape[2:])
+        latent = visible(tokens.flatten(2).transpose(1, 2) + m.pos_embed, mask)
+        for block in m.blocks:
+            latent = block(latent)
+        return m.forward_loss(x, m.forward_decoder(m.norm(latent), mask), mask)
+
+    def predict_all(m):
+        """The decoder's last layer on every token, hidden ones picked afterwards."""
+        latent = m.forward_encoder(mae_video.patchify(x, 2, patch), mask)
+        pos, K = m.decoder_pos_embed.expand(len(x), -1, -1), latent.shape[1]
+        tokens = torch.cat([m.decoder_embed(latent) + visible(pos, mask), m.mask_token + mae_image.hidden(pos, mask)], 1)
+        for block in m.decoder_blocks:
+            tokens = block(tokens)
+        return m.forward_loss(x, m.decoder_pred(m.decoder_norm(tokens))[:, K:], mask)
+
+    def without_sdpa(m):
+        with_sdpa, F.scaled_dot_product_attention = F.scaled_dot_product_attention, plain_attention
+        loss = m(x, mask)[0]
+        F.scaled_dot_product_attention = with_sdpa
+        return loss
+
+    runs = {"as it is": Contestant(model, lambda m: m(x, mask)[0], device, dtype)}
+    for name, loss in (("every cube embedded, then dropped", embed_all), ("a prediction for every token", predict_all),
+                       ("attention written out", without_sdpa)):  # fmt: skip
+        runs[name] = Contestant(model, loss, device, dtype)
+    runs["AdamW not fused"] = Contestant(model, runs["as it is"].loss, device, dtype)
+    runs["AdamW not fused"].optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    dense = lambda m: dense_loss(m, mae_video.patchify(x, 2, patch), x, mask)
+    runs["nothing dropped"] = Contestant(model, dense, device, dtype)
+    seconds = medians({key: run.step for key, run in runs.items()}, rounds)
+    title = f"levers: VideoMAE {size}, {B} clips of {frames} x {side} px"
+    print(f"\n{title:44s} {'seconds':>9s} {'against the first':>18s} {'MB':>8s}")
+    for key, s in seconds.items():
+        print(f"{key:44s} {s:9.4f} {s / seconds['as it is']:17.2f}x {runs[key].megabytes():8.1f}")
+
+
+def benchmark_start(quick):
+    """What a user waits for before the first update, and the memory of a worker."""
+    code = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+
+    def seconds(module):
+        command = [sys.executable, "-c", code.format(module)]
+        return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+    count, rounds = (101, 1) if quick else (13_320, 5)
+    print(f"\n{'before the first update':60s} {'seconds':>9s}")
+    for module in ("torch, torchvision", "mae_video", "finetune"):
+        print(f"{'import ' + module:60s} {statistics.median(seconds(module) for _ in range(rounds)):9.2f}")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "ucfTrainTestlist").mkdir()
+        names = [f"v_Class{i % 101:03d}_g{i // 101 % 25 + 1:02d}_c{i // 2525:02d}.avi" for i in range(count)]
+        lines = {"train": [], "test": []}
+        for name in names:
+            kind = name.split("_")[1]
+            (root / "UCF-101" / kind).mkdir(parents=True, exist_ok=True)
+            (root / "UCF-101" / kind / name).touch()
+            test = name.split("_g")[1][:2] <= "07"
+            lines["test" if test else "train"].append(f"{kind}/{name}" + ("" if test else f" {int(kind[5:]) + 1}"))
+        for split, listed in lines.items():
+            (root / "ucfTrainTestlist" / f"{split}list01.txt").write_text("\n".join(listed) + "\n")
+        classes = sorted({name.split("_")[1] for name in names})
+        (root / "ucfTrainTestlist" / "classInd.txt").write_text("".join(f"{int(c[5:]) + 1} {c}\n" for c in classes))
+        index = medians({"": lambda: [data.list_videos(root, split) for split in ("train", "val")]}, rounds)[""]
+        print(f"{f'find {count} files of UCF101 and read its lists, train and test':60s} {index:9.2f}")
+        clip = str(root / "clip.avi")
+        ucf_like(clip)
+        files = data.Files(np.array([clip] * 4), np.zeros(4, int), ["a"])
+        dataset = MemoryOfWorker(data.ClipDataset(files, 16, 4, 112, 0, crop="multiscale"))
+        worker = max(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1))
+        print(f"memory of its own of a worker, 16 x 4 frames of 320 x 240: {worker:.0f} MB")
+
+
+class MemoryOfWorker:
+    """Dataset: what the process that loads an item holds alone, in MB (Linux; elsewhere 0)."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        self.dataset[0, i]
+        rollup = Path(f"/proc/{os.getpid()}/smaps_rollup")
+        own = re.findall(r"Private_\w+: +(\d+) kB", rollup.read_text()) if rollup.exists() else []
+        return sum(map(int, own)) / 1024
 
 
 def ucf_like(path, n=186):
@@ -305,13 +470,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--only", choices=("start", "loader", "models", "joint", "cost", "levers"), help="one table")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {name}")
-    benchmark_loader(args.quick)
-    benchmark_models(args.quick, device, args.compile)
-    benchmark_joint(args.quick, device)
+    tables = {
+        "start": lambda: benchmark_start(args.quick),
+        "loader": lambda: benchmark_loader(args.quick),
+        "models": lambda: benchmark_models(args.quick, device, args.compile),
+        "joint": lambda: benchmark_joint(args.quick, device),
+        "cost": lambda: benchmark_cost(args.quick, device),
+        "levers": lambda: benchmark_levers(args.quick, device),
+    }
+    for key, table in tables.items():
+        if args.only in (None, key):
+            table()
 
 
 if __name__ == "__main__":

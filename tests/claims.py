@@ -65,7 +65,11 @@ SETS = {
     "sprites5": Set("sprites5", f"{VIDEO} --frames 16 --batch 32 --epochs 80 --warmup 5",
                     "--preset laptop --epochs 20 --warmup 3 --clips 2", short=64, scratch="--lr 8e-3"),
     "weizmann4": Set("weizmann4", f"{VIDEO} --sampling dense --frames 16 --stride 2 --batch 16 --epochs 600 --warmup 30",
-                     "--preset laptop --batch 16 --epochs 60 --warmup 5 --clips 5", scratch="--lr 8e-3"),
+                     "--preset laptop --sampling dense --stride 2 --batch 16 --epochs 60 --warmup 5 --clips 5", scratch="--lr 8e-3"),
+    # the labels of every 20th image only: 2,500
+    "cifar10": Set("cifar10", "--img-size 32 --patch 4 --size 96x4x3 --decoder-width 64 --decoder-depth 1 --norm-pix --batch 128 "
+                   "--epochs 12 --warmup 1 --lr 6e-3", "--preset laptop --share 0.05 --epochs 30 --warmup 3", "mae_image.py", folds=1,
+                   scratch="--lr 8e-3"),
     "toy-joint": Set("toy", "--epochs 20", "--sampling segments --clips 1", "omni.py", folds=1, images="toy"),
     "lips20+tin20": Set("lips20", "--img-size 48 --patch 12 --size 128x4x4 --norm-pix --sampling segments --batch 32 --epochs 30 "
                         "--lr 2e-2", "--preset laptop --clips 1", "omni.py", folds=1, short=64, images="tin20"),
@@ -79,9 +83,16 @@ SCRATCH = "--mode scratch"
 
 @dataclass
 class Arm:
-    pretrain: str = ""  # flags on top of the set's
-    finetune: str = ""
-    on: str = ""  # another set's data and flags
+    """One side of a comparison: flags on top of the set's.
+
+    pretrain, finetune   flags of the two scripts; finetune None: the held-out loss of the pretraining is what counts
+    on                   another set's data and flags;   source: only its pretraining
+    """
+
+    pretrain: str = ""
+    finetune: str | None = ""
+    on: str = ""
+    source: str = ""
 
 
 @dataclass
@@ -91,36 +102,65 @@ class Claim:
     paper: str
     sets: tuple
     arms: dict
-    pairs: tuple = ()  # (better arm, worse arm), as the paper has it
+    pairs: tuple = ()  # (arm with the higher accuracy or loss, arm with the lower one), as the paper has it
 
 
 PRETRAINED, FROM_SCRATCH = Arm(), Arm("", SCRATCH)
 FEW = "--share 0.25"  # of the labelled images, 400 of the toy world: with all of them every arm is nearly always right
+PROBE = f"{FEW} --mode linear --lr 100"
+RATIOS = (0.25, 0.5, 0.75, 0.9)
 CLAIMS = {
+    "M1": Claim("MAE Fig. 5", "a very high masking ratio is best: a lot for the probe, hardly for fine-tuning",
+                "linear 54.6 -> 73.5; fine-tuning flat from 40 to 80 %", ("toy-images", "cifar10"),
+                {f"{r:.0%}, {how}": Arm(f"--mask-ratio {r}", flags) for how, flags in (("linear", PROBE), ("tuned", FEW)) for r in RATIOS},
+                (("75%, linear", "25%, linear"), ("75%, tuned", "25%, tuned"))),
+    "M5": Claim("MAE Table 1(d)", "the normalised target is the better one", "+0.5 fine-tuned, +0.4 linear", ("toy-images", "cifar10"),
+                {f"{name}, {how}": Arm(target, flags) for how, flags in (("linear", PROBE), ("tuned", FEW))
+                 for name, target in (("raw", "--no-norm-pix"), ("normalised", "--norm-pix"))},
+                (("normalised, linear", "raw, linear"), ("normalised, tuned", "raw, tuned"))),
+    "M7": Claim("MAE Sec. 4.1, Table 1(f)", "a grid is easier to fill in than a random mask, a block harder: held-out loss",
+                "order of the losses, no numbers", ("toy-images", "cifar10"),
+                {kind: Arm(f"--mask {kind}", None) for kind in ("grid", "random", "block")}, (("random", "grid"), ("block", "random"))),
     "V1": Claim("VideoMAE Table 2", "pretraining on the small set itself beats training from scratch by far",
-                "UCF101 51.4 -> 91.3, HMDB51 18.0 -> 62.6", ("toy", "lips20", "gestures10", "sprites5", "weizmann4"),
+                "UCF101 51.4 -> 91.3, HMDB51 18.0 -> 62.6", ("toy", "lips20", "gestures10", "sprites5", "weizmann4", "cifar10"),
                 {"scratch": FROM_SCRATCH, "pretrained": PRETRAINED}, (("pretrained", "scratch"),)),
-    "M8": Claim("MAE Sec. 4, MAE-ST Fig. 5", "... also when scratch gets as many steps as both stages together",
+    "M8": Claim("MAE Sec. 4, MAE-ST Fig. 5", "... also when scratch gets as many epochs as both stages together",
                 "ViT-L 84.9 against 82.5; video 84.4 against 71.4", ("lips20",),
-                {"scratch, 75 epochs": Arm("", f"{SCRATCH} --epochs 75"), "pretrained 60, 15 epochs": PRETRAINED},
-                (("pretrained 60, 15 epochs", "scratch, 75 epochs"),)),
+                {"scratch, 95 epochs": Arm("", f"{SCRATCH} --epochs 95"), "pretrained 80, 15 epochs": PRETRAINED},
+                (("pretrained 80, 15 epochs", "scratch, 95 epochs"),)),
     "V8": Claim("VideoMAE Table 3", "frozen features are weak, fine-tuning is strong", "linear 38.9, fine-tuned 69.6",
                 ("toy", "lips20", "gestures10", "sprites5"),
                 {"kNN": Arm("", "--mode knn"), "linear": Arm("", "--mode linear --lr 100"), "fine-tuned": PRETRAINED},
                 (("fine-tuned", "linear"),)),
     "V3": Claim("VideoMAE Table 1(b), MAE-ST Table 2(a)", "which mask kind gives the best features",
                 "VideoMAE: tube 69.6 > random 68.3 > frame 61.5; MAE-ST: random 84.4 > tube 83.5 > frame 79.1", ("lips20",),
-                {kind: Arm(f"--mask {kind}") for kind in ("tube", "random", "frame")}, (("tube", "random"), ("tube", "frame"))),
+                {f"{kind}, {r:.0%}": Arm(f"--mask {kind} --mask-ratio {r}") for kind in ("tube", "random", "frame") for r in (0.75, 0.9)},
+                (("tube, 90%", "random, 90%"), ("tube, 90%", "frame, 90%"), ("tube, 75%", "random, 75%"))),
     "S1": Claim("MAE-ST Fig. 6, VideoMAE Table 1(b)", "a very high masking ratio is best", "90 % > 75 % > 50 %", ("lips20",),
                 {f"{r:.0%}": Arm(f"--mask-ratio {r}") for r in (0.5, 0.75, 0.9)}, (("90%", "75%"), ("75%", "50%"))),
     "S8": Claim("MAE Table 1(d), MAE-ST Table 2(b)", "the normalised target is the better one", "+0.5, +0.6", ("lips20",),
                 {"raw": Arm("--no-norm-pix"), "normalised": PRETRAINED}, (("normalised", "raw"),)),
+    "S4": Claim("MAE-ST Table 2(d)", "several clips of every decoded video: less time at as many samples, no loss", "1.8x, 3.0x faster",
+                ("lips20",), {"1 clip": PRETRAINED, "2 clips": Arm("--repeat 2 --epochs 40 --warmup 2.5"),
+                              "4 clips": Arm("--repeat 4 --epochs 20 --warmup 1.25")}, (("4 clips", "1 clip"),)),
+    "S9": Claim("MAE-ST Table 3", "an image MAE is a worse start for videos than a video MAE, and better than none",
+                "71.4, 82.3, 84.8", ("toy",), {"scratch": FROM_SCRATCH, "image MAE": Arm("", "--model videomae", source="toy-images"),
+                                               "video MAE": PRETRAINED}, (("video MAE", "image MAE"), ("image MAE", "scratch"))),
+    "V6": Claim("VideoMAE Table 1(e)", "pretraining on the target's own domain beats pretraining on another's",
+                "42k SSv2 68.7, 240k K400 68.5", ("lips20",),
+                {"scratch": FROM_SCRATCH, "sprites5": Arm("--frames 8", source="sprites5"), "lips20": PRETRAINED},
+                (("lips20", "sprites5"), ("sprites5", "scratch"))),
+    "V7": Claim("VideoMAE Table 4", "pretraining on a larger set helps a small one", "UCF101 91.3 -> 96.1, HMDB51 62.6 -> 73.3",
+                ("weizmann4",), {"weizmann4": PRETRAINED, "sprites5": Arm(source="sprites5")}, (("sprites5", "weizmann4"),)),
     "O1": Claim("OmniMAE abstract", "one joint model is about as good as one per modality (equal steps per modality)",
                 "no numbers were read", ("toy-joint", "lips20+tin20"),
                 {"videos, video-only": Arm("--image-share 0"), "videos, joint": Arm(), "videos, image-only": Arm("--video-share 0"),
                  "images, image-only": Arm("--video-share 0", f"--images {FEW}"), "images, joint": Arm("", f"--images {FEW}"),
                  "images, video-only": Arm("--image-share 0", f"--images {FEW}")},
                 (("videos, joint", "videos, video-only"), ("images, joint", "images, image-only"))),
+    "O2": Claim("OmniMAE abstract", "90 % / 95 % hidden instead of 75 % / 90 % costs no accuracy, and time is saved", "no numbers were read",
+                ("toy-joint",), {f"{a:.0%} / {b:.0%}": Arm(f"--mask-ratio-image {a} --mask-ratio {b}") for a, b in ((0.75, 0.9), (0.9, 0.95))},
+                (("90% / 95%", "75% / 90%"),)),
     "X1": Claim("MultiMAE README table", "with RGB alone as good as MAE", "83.3 = 83.3 (ImageNet)", ("toy-maps",),
                 {"MultiMAE, RGB": Arm("", FEW), "MAE": Arm("", FEW, "toy-images")}, (("MultiMAE, RGB", "MAE"),)),
     "X2": Claim("MultiMAE README table", "a second input modality helps: segmentation, mean IoU", "NYUv2 RGB 52.0, RGB-D 56.0",
@@ -160,22 +200,29 @@ def key(text):
 
 
 def plan(claim, name, args):
-    """-> pretraining jobs, fine-tuning jobs {(arm, fold, seed): (run name, command)}."""
+    """-> pretraining jobs [(name, command)], jobs that give the scores {(arm, fold, seed): (name, command)}."""
     before, after, quick = {}, {}, QUICK if args.quick else ""
     for arm, a in claim.arms.items():
-        s = SETS[a.on or name]
-        folder, images = prepare(s.data, s.short, args), prepare(s.images, 0, args) if s.images else ""
+        first, s = SETS[a.source or a.on or name], SETS[a.on or name]
         for fold in range(1, min(s.folds, args.folds) + 1):
-            videos = s.script in ("mae_video.py", "omni.py")
-            where = f"--data {folder} {f'--fold {fold}' if videos else ''}"
-            pre = f"{a.on or name}-{fold}-pre-{key(a.pretrain)}"
-            flags = f"{where} {f'--images {images}' if images else ''} --workers 1 --pictures 1 --log-every 100"
-            before[pre] = f"{s.script} {flags} {s.pretrain} {a.pretrain} {quick} --out {pre}"
+
+            def where(of):
+                folder = prepare(of.data, of.short, args)
+                return f"--data {folder}" + f" --fold {fold}" * (of.script in ("mae_video.py", "omni.py"))
+
+            images = prepare(s.images, 0, args) if s.images else ""
+            flags = f"{where(first)} {f'--images {images}' if images else ''} --workers 1 --pictures 1 --log-every 100"
+            pre = f"{a.source or a.on or name}-{fold}-pre-{key(a.pretrain)}"
+            command = f"{first.script} {flags} {first.pretrain} {a.pretrain} {quick}"
             for seed in range(args.seeds):
-                run = f"{pre}-ft-{key(a.finetune)}-{seed}"
+                if a.finetune is None:
+                    after[arm, fold, seed] = f"{pre}-{seed}", f"{command} --seed {seed} --out {pre}-{seed}"
+                    continue
+                before[pre] = f"{command} --out {pre}"
                 on_images = f"--data {images}" if images and "--images" in a.finetune else ""
-                flags = f"{where} {on_images} --seed {seed} --workers 1 --log-every 100 --check-every 0"
+                flags = f"{where(s)} {on_images} --seed {seed} --workers 1 --log-every 100 --check-every 0"
                 own = s.scratch if SCRATCH in a.finetune else ""
+                run = f"{pre}-ft-{f'{name}-' * bool(a.source)}{key(a.finetune)}-{seed}"
                 flags = f"{flags} {s.finetune} {own} {a.finetune} {quick} --init {pre}/checkpoint.pt"
                 after[arm, fold, seed] = run, f"finetune.py {flags} --out {run}"
     return before, after
@@ -249,28 +296,38 @@ def spread(values):
     return statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
+def score(folder):
+    """What a finished run gives: accuracy or mean IoU; of a pretraining the held-out loss."""
+    if not (folder / "results.json").exists():
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return [line["val_loss"] for line in log if "val_loss" in line][-1]
+    result = json.loads((folder / "results.json").read_text())
+    return result.get("top1", result.get("mean IoU"))
+
+
 def show(name, claim, after, args):
     """Print the lines of one claim on one data set, as rows of a README table."""
-    results = {k: json.loads((args.work / run / "results.json").read_text()) for k, (run, _) in after.items()}
-    score = {k: r["top1"] if "top1" in r else r["mean IoU"] for k, r in results.items()}
+    scores = {k: score(args.work / run) for k, (run, _) in after.items()}
     minutes = {k: json.loads((args.work / run / "minutes.json").read_text()) for k, (run, _) in after.items()}
+    unit, factor = ("loss", 1) if any(a.finetune is None for a in claim.arms.values()) else ("%", 100)
     for arm in claim.arms:
-        values = [v for (a, _, _), v in score.items() if a == arm]
+        values = [factor * v for (a, _, _), v in scores.items() if a == arm]
         spent = statistics.median(m for (a, _, _), m in minutes.items() if a == arm)
-        print(
-            f"| {name} | {arm} | {statistics.mean(values):.1%} ± {spread(values):.1%} | {len(values)} x {spent:.1f} min |"
-        )
+        pre = args.work / next(run for (a, _, _), (run, _) in after.items() if a == arm).split("-ft-")[0] / "minutes.json"
+        before = f"{json.loads(pre.read_text()):.1f} min, then " * (claim.arms[arm].finetune is not None)
+        mean = f"{statistics.mean(values):.{1 if factor > 1 else 4}f} ± {spread(values):.{1 if factor > 1 else 4}f} {unit}"
+        print(f"| {name} | {arm} | {mean} | {before}{len(values)} x {spent:.1f} min |")
     if SETS[name].short and not args.quick and SETS[name].script == "mae_video.py":
         folder = args.work / prepare(SETS[name].data, SETS[name].short, args)
         rows = [trivial_baselines(folder, fold) for fold in range(1, args.folds + 1)]
         means = ", ".join(f"{b} {statistics.mean(r[b] for r in rows):.1%}" for b in rows[0])
         print(f"| {name} | without a network | {means} | |")
-    for better, worse in claim.pairs:
-        gaps = [v - score[worse, f, s] for (a, f, s), v in score.items() if a == better]
-        mean, sd = statistics.mean(gaps), spread(gaps)
+    for more, less in claim.pairs:
+        gaps = [factor * (v - scores[less, f, s]) for (a, f, s), v in scores.items() if a == more]
+        mean, sd, digits = statistics.mean(gaps), spread(gaps), 1 if factor > 1 else 4
         verdict = "holds" if mean > sd else "does not hold here" if -mean > sd else "cannot be seen at this size"
-        print(f"| {name} | {better} - {worse} | {100 * mean:+.1f} ± {100 * sd:.1f} points, {100 * min(gaps):+.1f} to "
-              f"{100 * max(gaps):+.1f} | {verdict} |", flush=True)  # fmt: skip
+        print(f"| {name} | {more} - {less} | {mean:+.{digits}f} ± {sd:.{digits}f}, {min(gaps):+.{digits}f} to "
+              f"{max(gaps):+.{digits}f} | {verdict} |", flush=True)  # fmt: skip
 
 
 def main():

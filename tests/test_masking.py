@@ -39,6 +39,13 @@ def test_a_tube_has_the_same_pattern_in_every_slot_and_rows_differ():
     assert len({tuple(m[0].tolist()) for m in mask}) == 5
 
 
+def test_a_grid_keeps_one_patch_of_every_four_and_knows_no_other_ratio():
+    mask = masking.grid_mask(2, (1, 6, 8)).reshape(2, 3, 2, 4, 2)
+    assert (mask.sum(dim=(2, 4)) == 3).all() and torch.equal(mask[0], mask[1])
+    with pytest.raises(InputError, match="use --mask-ratio 0.75"):
+        masking.grid_mask(2, (1, 6, 8), 0.5)
+
+
 def test_frame_masks_hide_whole_slots_and_causal_masks_the_last_tokens():
     mask = masking.frame_mask(4, (8, 3, 3), 0.875, seeded()).reshape(4, 8, 9)
     assert (mask.all(dim=2) | ~mask.any(dim=2)).all() and (mask.all(dim=2).sum(dim=1) == 7).all()
