@@ -3,11 +3,12 @@
 Papers  MAE 2111.06377 (App. A.1), VideoMAE 2203.12602 (App. 7), MAE-ST 2205.09113 (Sec. 4), all on arXiv
 Covers  MAE App. A.1 "End-to-end fine-tuning", Table 9    Classifier, layer_groups, mix, Augmented; --mode finetune
         MAE App. A.1 "Linear probing", Table 10           Classifier(frozen=True), LARS; --mode linear
-        MAE App. A.2, VideoMAE Table 2 "from scratch"     the same recipe without the weights; --mode scratch
+        VideoMAE Table 2 "from scratch"                   the same recipe without the weights; --mode scratch
         MAE-ST Sec. 4 "Settings", VideoMAE App. 7         ViewDataset, summarise: clips x crops views of every video
         MAE-ST App. A, last paragraph (image -> video)    inflate
+        MultiMAE, dense transfers                         DenseHead, a plain linear layer; --dense
         not in the papers                                 --mode knn: nearest neighbours of frozen features
-Not     detection and segmentation; EMA (MAE Table 11); partial fine-tuning (MAE Fig. 9).
+Not     detection; MAE's segmentation (App. A.4), recipe from scratch (App. A.2) and partial fine-tuning (Fig. 9).
 
 The four modes answer different questions. finetune: is the encoder a good place to start from? scratch: what would
 it have learnt without? linear and knn: what does the encoder know already? Masked autoencoders are strong in the
@@ -42,24 +43,9 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 from data import BrokenFile, dense_views, linspace_clip, make_crop, read_clips, read_image, seeded, segment_views
-from mae_image import (
-    DECODER,
-    ENCODERS,
-    MAE,
-    Batches,
-    Run,
-    StopOnSignal,
-    agree,
-    check_divides,
-    choose_precision,
-    encoder_size,
-    load_file,
-    lr_at,
-    read_config,
-    shuffled,
-    sincos_2d,
-    start_processes,
-)
+from mae_image import (DECODER, ENCODERS, MAE, Batches, Run, StopOnSignal, agree, check_divides, choose_precision,
+                       encoder_size, load_file, lr_at, open_loader, read_config, shuffled, sincos_2d,
+                       start_processes)  # fmt: skip
 from mae_video import MAEST, VideoMAE, resize_table
 from masking import InputError, run_script
 from multimae import MODALITIES, STRIDE, AlignedDataset, MultiMAE, list_aligned, parse_modalities
@@ -84,31 +70,31 @@ class TunedBlock(nn.Module):
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
         self.drop_path, width = drop_path, block.norm1.normalized_shape[0]
-        for name in ("gamma_1", "gamma_2") if layer_scale else ():
-            self.register_parameter(name, nn.Parameter(torch.full((width,), float(layer_scale))))
+        for name in ("gamma_1", "gamma_2"):
+            scale = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale else None
+            self.register_parameter(name, scale)
 
     def branch(self, x, gamma):
         """What a half of the block adds: scaled, and for some samples nothing; the others make up for it."""
-        if (scale := getattr(self, gamma, None)) is not None:
-            x = scale * x
+        x = x if gamma is None else gamma * x
         if self.drop_path and self.training:
             keep = 1 - self.drop_path
             x = x * torch.rand(len(x), 1, 1, device=x.device).lt(keep) / keep
         return x
 
     def forward(self, x):
-        x = x + self.branch(self.attn(self.norm1(x)), "gamma_1")
-        return x + self.branch(self.mlp(self.norm2(x)), "gamma_2")
+        x = x + self.branch(self.attn(self.norm1(x)), self.gamma_1)
+        return x + self.branch(self.mlp(self.norm2(x)), self.gamma_2)
 
 
 class Classifier(nn.Module):
     """Pretrained encoder -> pooled token -> LayerNorm -> linear layer.   logits = model(x)
 
     x       what the encoder's `encode` takes, e.g. clips (B, 3, T, H, W), normalised;   logits (B, classes)
-    pool    "mean" over the tokens without the class token, or "first": the class token (VideoMAE, which has none,
-            then takes its first cube, as its public code does with --use_cls)
-    fresh_norm  the norm before the head is new. MAE and VideoMAE throw the pretrained final norm away and call the
-            new one fc_norm; MAE-ST, and MAE with its class token, go on with the pretrained one
+    pool    "mean" over the tokens without the class token (MultiMAE's global token does count), or "first": the class
+            token. Models without one take their first cube or patch, as VideoMAE's public code does with --use_cls
+    fresh_norm  the norm before the head is new. MAE, VideoMAE and OmniMAE throw the pretrained final norm away,
+            MultiMAE has none; MAE-ST, and MAE with its class token, go on with the pretrained one
     frozen  linear probing: BatchNorm without affine before the linear layer, and nothing else learns or moves
 
     The norm comes after the pooling everywhere. For "first" that is no difference: LayerNorm looks at one token.
@@ -122,7 +108,7 @@ class Classifier(nn.Module):
         self.pool, self.frozen = pool, frozen
         # important: MAE-ST leaves token 0 out even when it has no class token, and so loses a cube (public code)
         self.skip = 1 if isinstance(encoder, (MAE, MAEST)) else 0
-        self.norm = nn.LayerNorm(D, eps=1e-6) if fresh_norm or isinstance(encoder, MultiMAE) else encoder.norm
+        self.norm = nn.LayerNorm(D, eps=1e-6) if fresh_norm else encoder.norm
         encoder.norm = nn.Identity()
         rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are skipped more often
         encoder.blocks = nn.ModuleList([TunedBlock(b, r, layer_scale) for b, r in zip(encoder.blocks, rates)])
@@ -156,12 +142,16 @@ class Classifier(nn.Module):
     def loss(self, logits, x, labels, smoothing):
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
+    def answers(self, x):
+        """-> (B, classes): probabilities."""
+        return self(x).softmax(dim=-1)
+
 
 class DenseHead(nn.Module):
     """A class map or depth map from a MultiMAE encoder: one linear layer on every patch.   pred = model(x) (B, N, P)
 
-    The papers put ConvNeXt blocks or a DPT head here. This one is ours, and as plain as can be, so that what it
-    finds was in the tokens. Of several modalities the tokens at one place are averaged.
+    MultiMAE's public code puts ConvNeXt blocks or a DPT head here. This one is ours, and as plain as can be, so that
+    what it finds was in the tokens. Of several modalities the tokens at one place are averaged.
 
     classifier  the Classifier whose encoder is used;   inputs: modalities it sees;   task: "semseg" or "depth"
     """
@@ -232,7 +222,8 @@ def layer_groups(model, weight_decay, layer_decay):
     """AdamW's groups: layer-wise decay of the learning rate, MAE App. A.1 (from BEiT, arXiv 2106.08254).
 
     Layer 0 is the embedding with tokens and positions, block i is layer i + 1, norm and head are the last; a layer
-    learns `layer_decay` times as fast as the one above it. Vectors, tokens and positions have no weight decay.
+    learns `layer_decay` times as fast as the one above it (ViT-B at 0.75: the embedding at 0.75^13 = 2.4 % of the
+    head's rate). Vectors, tokens and positions have no weight decay.
 
     OmniMAE's public code counts one step more (its head learns layer_decay times as fast, and so on down): the
     same as ours at layer_decay times the learning rate.
@@ -324,7 +315,8 @@ class Augmented(Dataset):
 def spatial_views(pixels, size, crops):
     """Short side to `size`, then `crops` squares at even distances along the long side; one: the middle.
 
-    uint8 (T, H, W, 3) -> (crops, T, size, size, 3)"""
+    uint8 (T, H, W, 3) -> (crops, T, size, size, 3).   DIFFERS from MAE's public code, which resizes images to 256 and
+    crops 224: here one crop is the whole centre square."""
     if crops == 1:
         return make_crop(pixels, size, "center", 1, False, None)[None]
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (T, 3, H, W)
@@ -378,8 +370,17 @@ class ViewDataset(Dataset):
             return torch.zeros(*frames, size, size, planes, dtype=torch.uint8), i, [(str(path), str(error))]
 
 
+@contextlib.contextmanager
+def one_line():
+    """An InputError of a worker of the loader brings its whole traceback along: only its last line is for people."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).strip().splitlines()[-1].removeprefix("masking.InputError: ")) from None
+
+
 def run_views(model, files, cfg, clips, crops, device, output):
-    """output(model, x) of every view of every file -> (files, views, width), and the paths of broken files.
+    """output(x), a method of the model, of every view of every file -> (files, views, width), broken files.
 
     Each process takes every world-th file, so each is done exactly once, whatever the number of files."""
     distributed = torch.distributed.is_initialized()
@@ -388,37 +389,26 @@ def run_views(model, files, cfg, clips, crops, device, output):
     at_once = max(cfg.batch // views, 1)  # files, so that a forward pass is about as large as in training
     batches = [own[i : i + at_once] for i in range(0, len(own), at_once)]
     loader = data.make_loader(ViewDataset(files, cfg, clips, crops), batches, cfg.workers, device)
-    dtype, results, broken = choose_precision(cfg, device), None, []
-    shown, start = time.perf_counter(), time.perf_counter()
+    dtype, outputs, broken = choose_precision(cfg, device), [], []
+    shown = start = time.perf_counter()
     model.eval()
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for done, (pixels, numbers, errors) in enumerate(loader, 1):
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32), one_line():
+        for done, (pixels, _, errors) in enumerate(loader, 1):
             broken += errors
-            pieces = [output(model, model.encoder.normalize(p.to(device))).float() for p in pixels.split(cfg.batch)]
-            x = torch.cat(pieces).reshape(len(numbers), views, -1)
-            if results is None:
-                results = torch.zeros(len(files.paths), views, x.shape[2], device=device)
-            results[numbers] = x
+            outputs += [output(model.encoder.normalize(p.to(device))).float() for p in pixels.split(cfg.batch)]
             now = time.perf_counter()
             if rank == 0 and now - shown > 20:
                 left, shown = (now - start) / done * (len(loader) - done), now
                 print(f"testing: {done} of {len(loader)} batches, {left:.0f} s left", flush=True)
-    if distributed:
-        width = torch.tensor([0 if results is None else results.shape[-1]], device=device)
-        torch.distributed.all_reduce(width, torch.distributed.ReduceOp.MAX)
-        if results is None:  # fewer files than processes
-            results = torch.zeros(len(files.paths), views, int(width), device=device)
-        torch.distributed.all_reduce(results)
-        gathered = [None] * world
-        torch.distributed.all_gather_object(gathered, broken)
-        broken = sum(gathered, [])
-    results = results.cpu().clone()  # out of inference mode
-    results[[path in dict(broken) for path in map(str, files.paths)]] = float("nan")
+    parts = [(list(own), [x.cpu() for x in outputs], broken)]
+    if distributed:  # one such triple of each process
+        mine, parts = parts[0], [None] * world
+        torch.distributed.all_gather_object(parts, mine)
+    numbers, outputs, broken = (sum(lists, []) for lists in zip(*parts))
+    results = torch.cat(outputs).reshape(len(numbers), views, -1)[torch.tensor(numbers).argsort()]  # in file order
+    lost = dict(broken)
+    results[[path in lost for path in map(str, files.paths)]] = float("nan")
     return results, broken
-
-
-def class_probabilities(model, x):
-    return model(x).softmax(dim=-1)
 
 
 def summarise(probabilities, labels):
@@ -468,7 +458,7 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
 class Config:
     # what to do
     mode: typing.Literal["finetune", "linear", "scratch", "knn", "features"] = "finetune"  # features: one vector a file
-    init: str = "auto"  # pretrained file, ours or a public one; auto: the run in runs/mae_video if there is one
+    init: str = "auto"  # pretrained file, ours or a public one; auto: the default run of --model's script, if there
     eval_only: bool = False  # no training: test the classifier in --init
     predict: str = ""  # no training: what the classifier in --init says about this one file
     # data
@@ -482,12 +472,12 @@ class Config:
     sampling: typing.Literal["auto", "dense", "linspace", "segments"] = "auto"  # auto: as in pretraining
     workers: int = 2  # processes that load data
     # augmentation
-    min_crop: float = 0.8  # smallest share of the frame that a random crop takes; the papers' 0.08 is for large sets
+    min_crop: float = 0.8  # smallest share of the frame that a random crop takes; the public codes have 0.08
     flip: bool = True  # mirror half of the samples; off where left and right are classes
     repeat: int = 1  # clips of every decoded video: repeated augmentation
-    rand_augment: int = 0  # magnitude 0 to 10 of RandAugment, 0: off; the papers' is 7 to 9
+    rand_augment: int = 0  # magnitude 0 to 10 of RandAugment, 0: off; the papers' is 9, public codes 7
     rand_ops: int = 2  # operations of RandAugment; VideoMAE's code has 4
-    erase: float = 0.0  # chance that a box is filled with noise; the papers' is 0.25
+    erase: float = 0.0  # chance that a box is filled with noise; the public codes have 0.25
     mixup: float = 0.0  # alpha of Mixup; the papers' is 0.8
     cutmix: float = 0.0  # alpha of CutMix; the papers' is 1.0
     smoothing: float = 0.0  # label smoothing; the papers' is 0.1
@@ -503,7 +493,7 @@ class Config:
     patch: int = 0  # side of a patch or cube in pixels
     tubelet: int = 0  # frames in a cube
     pool: typing.Literal["auto", "mean", "first"] = "auto"  # auto: mean; for MAE's linear probe the class token
-    drop_path: float = 0.0  # chance that a sample skips a half of the last block, less in those below; the papers: 0.1
+    drop_path: float = 0.0  # chance that a sample skips a half of the last block, less in those below (papers: 0.1-0.2)
     dropout: float = 0.0  # before the head
     # optimiser
     epochs: int = 40  # passes over the training files; each gives --repeat samples
@@ -512,7 +502,7 @@ class Config:
     lr: float = 0.0  # base rate, for a batch of 256; 0: 5e-2 for a small encoder, 100 (LARS) for --mode linear
     min_lr: float = 0.0  # base rate at the end of the cosine
     warmup: float = 3  # epochs of linear warm-up
-    weight_decay: float = 0.05  # of matrices
+    weight_decay: float = 0.05  # of matrices; --mode linear has none (MAE Table 10)
     layer_decay: float = 0.9  # how much slower each layer learns than the one above (papers: 0.65-0.75); scratch: 1
     clip: float = 0.0  # largest norm of the gradient, 0: no clipping
     # test
@@ -536,12 +526,11 @@ LIMITS += [("crops", 1, 100), ("layer_decay", 0.01, 1), ("check_every", 0, 10**9
 LIMITS += [(name, 0, 10**9) for name in ("frames", "stride", "img_size", "patch", "tubelet")]  # 0: as in pretraining
 TEST_FLAGS = ("clips", "crops", "check_every")  # may change when a run goes on
 
-_recipe = dict(
-    smoothing=0.1, erase=0.25, rand_augment=7, rand_ops=4, mixup=0.8, cutmix=1.0, repeat=2, crops=3, flip=True
-)
+_recipe = dict(smoothing=0.1, erase=0.25, rand_augment=7, rand_ops=4, mixup=0.8, cutmix=1.0, repeat=2, crops=3)
 _one_gpu = dict(_recipe, min_crop=0.3, batch=128, lr=1e-3, layer_decay=0.7, drop_path=0.1, epochs=100, warmup=5,
                 workers=8)  # fmt: skip
-# VideoMAE App. 7 "UCF101", "HMDB51"; RandAugment, dropout and the end of the cosine as in its public script
+# VideoMAE App. 7 "UCF101", "HMDB51": batch 128, base rates 5e-4 and 1e-3. Our --batch counts both clips of a video,
+# so it is twice that and the base rate half. RandAugment, dropout and the end of the cosine: public UCF101 script
 _paper = dict(_recipe, min_crop=0.08, batch=256, layer_decay=0.7, drop_path=0.2, dropout=0.5, warmup=5, min_lr=5e-6,
               workers=16)  # fmt: skip
 PRESETS = {
@@ -567,6 +556,9 @@ LAPTOP = {"model": "videomae", "size": "nano", "patch": 8, "tubelet": 2, "frames
           "sampling": "dense"}  # fmt: skip
 
 
+PROBES = ("linear", "knn", "features")  # modes in which the encoder is frozen
+
+
 def is_video(cfg):
     return cfg.model in ("videomae", "mae_st") or (cfg.model == "omni" and not cfg.images)
 
@@ -583,8 +575,8 @@ class Found:
     model: str
     settings: dict
     state: dict
-    public: bool
-    classes: list  # names of the classes of a fine-tuned file of ours
+    public: bool = True
+    classes: list = ()  # names of the classes of a fine-tuned file of ours
 
 
 def read_init(path):
@@ -602,7 +594,8 @@ def read_init(path):
     if script == "multimae":
         settings.update(maps=config["classes"], class_width=config["class_width"])
     if script == "finetune":
-        settings.update({k: config[k] for k in ("mode", "pool", "images", "inputs", "maps", "class_width")})
+        kept = ("mode", "pool", "images", "inputs", "dense", "maps", "class_width")
+        settings.update({k: config[k] for k in kept if k in config})
         # names as if it were a public file: fc_norm is the norm before the head
         rename = lambda k: k.removeprefix("encoder.") if k.startswith("encoder.") else k.replace("norm.", "fc_norm.", 1)
         state = {rename(k): v for k, v in state.items()}
@@ -632,35 +625,35 @@ def recognise(state, path):
     block = re.compile(r"(?:(?:encoder\.|trunk\.)?blocks|encoder)\.(\d+)\.")
     numbers = [int(m[1]) for m in map(block.match, state) if m]
     if kernel is None or not numbers:
-        raise InputError(
-            f"{path} has no layout that is known here: MAE, MAE-ST, VideoMAE, OmniMAE, MultiMAE, HuggingFace"
-        )
+        raise InputError(f"{path} has no layout that is known here: MAE, MAE-ST, VideoMAE, OmniMAE, MultiMAE, "
+                         "HuggingFace")  # fmt: skip
     D, _, *sides = kernel.shape
-    depth = max(numbers) + 1
+    depth, patch = max(numbers) + 1, sides[-1]
     heads = {(d, n): h for d, n, h in ENCODERS.values()}.get((D, depth), max(D // 64, 1))
-    settings = {"size": f"{D}x{depth}x{heads}", "patch": sides[-1]}
+    settings = {"size": f"{D}x{depth}x{heads}", "patch": patch}
     tables = {k: v.shape[1] for k, v in state.items() if re.fullmatch(r"pos_embed(_spatial|_temporal)?", k)}
     if "input_adapters.rgb.proj.weight" in state:
-        table = state.get("input_adapters.rgb.pos_emb")
-        settings["img_size"] = (table.shape[-1] if table is not None else 14) * sides[-1]
+        table = state.get("input_adapters.rgb.pos_emb")  # (1, D, h, w)
+        settings["img_size"] = patch * (14 if table is None else table.shape[-1])
         if (embedding := state.get("input_adapters.semseg.class_emb.weight")) is not None:
             settings.update(maps=embedding.shape[0], class_width=embedding.shape[1])
-        named = lambda k: k.replace("output_adapters.cls.norm.", "fc_norm.").replace(
-            "output_adapters.cls.head.", "head."
-        )
-        return Found("multimae", settings, {named(k): v for k, v in state.items()}, True, [])
+        named = {"output_adapters.cls.norm.": "fc_norm.", "output_adapters.cls.head.": "head."}  # if it is fine-tuned
+        rename = lambda k: next((k.replace(a, b) for a, b in named.items() if k.startswith(a)), k)
+        return Found("multimae", settings, {rename(k): v for k, v in state.items()})
     if len(sides) == 2:
         side = math.isqrt(tables["pos_embed"] - 1) if "pos_embed" in tables else 14
-        return Found("mae", {**settings, "img_size": side * sides[-1]}, state, True, [])
-    settings.update(tubelet=sides[0], frames=16, stride=4, img_size=14 * sides[-1], sampling="dense")
+        return Found("mae", {**settings, "img_size": side * patch}, state)
+    settings.update(tubelet=sides[0], frames=16, stride=4, img_size=14 * patch, sampling="dense")
     if "trunk.patch_embed.proj.1.weight" in state:
-        return Found("omni", settings, state, True, [])
+        N = state["trunk.pos_embed"].shape[1] if "trunk.pos_embed" in state else 8 * 14 * 14
+        side = math.isqrt(N // (settings["frames"] // sides[0]))  # huge: patches of 14 pixels, 16 x 16 of them
+        return Found("omni", {**settings, "img_size": side * patch}, state)
     if not tables:
-        return Found("videomae", settings, state, True, [])
+        return Found("videomae", settings, state)
     if "pos_embed_spatial" in tables:
-        settings.update(img_size=math.isqrt(tables["pos_embed_spatial"]) * sides[-1],
-                        frames=tables["pos_embed_temporal"] * sides[0])  # fmt: skip
-    return Found("mae_st", {**settings, "sampling": "linspace"}, state, True, [])
+        side, slots = math.isqrt(tables["pos_embed_spatial"]), tables["pos_embed_temporal"]
+        settings.update(img_size=side * patch, frames=slots * sides[0])
+    return Found("mae_st", {**settings, "sampling": "linspace"}, state)
 
 
 HUGGINGFACE = [  # both the names on the hub and those of transformers 5 -> public names of MAE and VideoMAE
@@ -678,12 +671,12 @@ def from_huggingface(state):
     """HuggingFace's ViTMAE and VideoMAE, old and new names -> the papers' public names; q, k and v become one."""
     renamed = {}
     for key, value in state.items():
-        for pattern, name in HUGGINGFACE if not key.startswith(("decoder", "encoder_to", "mask_token")) else ():
-            key = re.sub(pattern, name, key)
+        if not key.startswith(("decoder", "encoder_to", "mask_token")):
+            for pattern, name in HUGGINGFACE:
+                key = re.sub(pattern, name, key)
         renamed[key] = value
     for key in [k for k in renamed if ".attn.q." in k]:
-        part = lambda letter: renamed.pop(key.replace(".q.", f".{letter}."), None)
-        q, k, v = part("q"), part("k"), part("v")
+        q, k, v = (renamed.pop(key.replace(".q.", f".{part}."), None) for part in "qkv")
         renamed[key.replace(".q.", ".qkv.")] = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
     return renamed
 
@@ -694,39 +687,37 @@ def settle(cfg, found):
     inflated = found is not None and found.model == "mae" and cfg.model in ("videomae", "mae_st")
     if found and cfg.model not in ("auto", found.model) and not inflated:
         raise InputError(f"--model {cfg.model}: {cfg.init} holds a {found.model}; only an image MAE can become another")
-    if inflated:
-        settings["model"] = cfg.model
     for name in ("size", "patch", "tubelet") if found else ():
         given, there = getattr(cfg, name), settings[name]
         if given in (0, "auto") or (name == "tubelet" and inflated):
             continue
         if (encoder_size(given) != encoder_size(there)) if name == "size" else given != there:
             raise InputError(f"--{name} {given}: the model in {cfg.init} has {there}; leave the flag out")
-    asked = {k: v for k, v in settings.items() if k in LAPTOP and getattr(cfg, k) in (0, "auto")}
-    asked.update({k: v for k, v in settings.items() if k in ("maps", "class_width")})
-    if cfg.dense and (
-        settings["model"] != "multimae" and cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch")
-    ):
+    left_open = lambda k: k in ("maps", "class_width") or (k in LAPTOP and getattr(cfg, k) in (0, "auto"))
+    cfg = replace(cfg, **{k: v for k, v in settings.items() if left_open(k)})
+    if cfg.dense and (cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch")):
         raise InputError("--dense is for --model multimae, and for --mode finetune or scratch")
+    if only_tests(cfg) and (dense := settings.get("dense")):
+        raise InputError(f"{cfg.init} paints {dense} maps and is no classifier: --eval-only and --predict need one")
     if only_tests(cfg):  # a classifier is tested as it was built
-        mean = "fc_norm.weight" in found.state or settings["model"] in ("mae_st", "omni")
-        asked.update(images=settings.get("images", cfg.images), inputs=settings.get("inputs", cfg.inputs))
-        asked.update(mode=settings.get("mode", "finetune"))
-        asked.update(pool=settings.get("pool", "mean" if mean else "first"))
-    cfg = replace(cfg, **asked)
+        mean = "fc_norm.weight" in found.state or cfg.model in ("mae_st", "omni")
+        built = {"mode": "finetune", "pool": "mean" if mean else "first", **settings}
+        cfg = replace(cfg, **{k: built[k] for k in ("mode", "pool", "images", "inputs") if k in built})
     if cfg.pool == "auto":
-        cfg = replace(cfg, pool="first" if cfg.model == "mae" and cfg.mode in ("linear", "knn", "features") else "mean")
+        cfg = replace(cfg, pool="first" if cfg.model == "mae" and cfg.mode in PROBES else "mean")
     if not cfg.lr:
         cfg = replace(cfg, lr=100.0 if cfg.mode == "linear" else 5e-2)
     return replace(cfg, layer_decay=1.0) if cfg.mode == "scratch" else cfg
 
 
 def grid_of(cfg):
+    """-> token grid (t, h, w).   Raises InputError if a side cannot be cut evenly."""
     check_divides(cfg.img_size, cfg.patch, "frame side", "patch", "--img-size")
+    side = cfg.img_size // cfg.patch
     if cfg.model in ("mae", "multimae"):
-        return 1, cfg.img_size // cfg.patch, cfg.img_size // cfg.patch
+        return 1, side, side
     check_divides(cfg.frames, cfg.tubelet, "clip length", "tubelet", "--frames")
-    return (cfg.frames // cfg.tubelet, cfg.img_size // cfg.patch, cfg.img_size // cfg.patch)
+    return cfg.frames // cfg.tubelet, side, side
 
 
 def build(cfg, classes, found=None):
@@ -745,18 +736,18 @@ def build(cfg, classes, found=None):
         encoder = MODELS[cfg.model](start.frames, start.img_size, start.tubelet, start.patch, *shape, **options)
     if found and found.public:
         table = state.get("pos_embed") if found.model == "mae" else None
-        state = encoder.from_public(state) if found.model != "mae" else MAE.from_public(state)
+        state = (MAE if grown else encoder).from_public(state)
         if table is not None and not grown:  # MAE's table has a row for the class token, and may have been trained
             state.update(pos_embed=table[:, 1:], cls_token=state["cls_token"] + table[:, :1])
     if grown:
         state = inflate(state, encoder, found.settings["img_size"] // cfg.patch)
-    probing = cfg.mode in ("linear", "knn", "features")
-    fresh_norm = not (probing or cfg.model == "mae_st" or cfg.pool == "first")
-    model = Classifier(encoder, classes, cfg.pool, fresh_norm, cfg.drop_path, cfg.dropout,
-                       float("blocks.0.gamma_1" in state), frozen=probing)  # fmt: skip
-    report = load(model, state, cfg, fresh_norm) if found else "no weights: the network starts from scratch"
+    frozen = cfg.mode in PROBES
+    fresh_norm = cfg.model == "multimae" or not (frozen or cfg.model == "mae_st" or cfg.pool == "first")
+    layer_scale = float("blocks.0.gamma_1" in state)  # its values are in the file
+    model = Classifier(encoder, classes, cfg.pool, fresh_norm, cfg.drop_path, cfg.dropout, layer_scale, frozen)
+    said = load(model, state, cfg, fresh_norm) if found else "no weights: the network starts from scratch"
     change_grid(model.encoder, grid_of(cfg))
-    return DenseHead(model, parse_modalities(cfg.inputs), cfg.dense) if cfg.dense else model, report
+    return DenseHead(model, parse_modalities(cfg.inputs), cfg.dense) if cfg.dense else model, said
 
 
 def planes_of(cfg):
@@ -771,7 +762,7 @@ def inflate(state, encoder, side):
     """Image MAE -> video encoder: MAE-ST App. A, last paragraph.
 
     The kernel is repeated over the frames of a cube and divided by their number, so that a still clip gives what
-    the image gives. Where positions are learned, space takes MAE's fixed table and time starts at zero.
+    the image gives. Where positions are learned, space takes MAE's fixed table, and time and class token start at zero.
     """
     u = encoder.tubelet
     state = {k: v for k, v in state.items() if k not in ("cls_token", "pos_embed")}
@@ -779,10 +770,8 @@ def inflate(state, encoder, side):
     if isinstance(encoder, MAEST):
         D, (t, h, w) = encoder.cls_token.shape[2], encoder.grid
         space = resize_table(sincos_2d(D, side, side)[None], (1, side, side), (1, h, w))
-        zeros = torch.zeros(1, 1, D)
-        state.update(
-            pos_embed_spatial=space, pos_embed_temporal=torch.zeros(1, t, D), pos_embed_class=zeros, cls_token=zeros
-        )
+        state.update(pos_embed_spatial=space, pos_embed_temporal=torch.zeros(1, t, D),
+                     pos_embed_class=torch.zeros(1, 1, D), cls_token=torch.zeros(1, 1, D))  # fmt: skip
     return state
 
 
@@ -794,16 +783,13 @@ def load(model, state, cfg, fresh_norm):
     own, tested = model.state_dict(), only_tests(cfg)
     norms = ("fc_norm.", "norm.") if tested else () if fresh_norm else ("norm.", "fc_norm.")
     norm = next((n for n in norms if n + "weight" in state), "-")  # which one becomes the norm before our head
+    unneeded = (*DECODER, "norm.", "fc_norm.") + (() if tested else ("head.",))
+    unneeded += tuple(f"input_adapters.{m}." for m in MODALITIES if m not in planes_of(cfg))
     used, left, wrong = {}, [], []
-    unseen = tuple(f"input_adapters.{m}." for m in MODALITIES if m not in planes_of(cfg))
     for key, value in state.items():
-        if key.startswith(norm):
-            ours = key.removeprefix("fc_")
-        else:
-            ours = key if key.startswith("head.") else f"encoder.{key}"
-        if key.startswith((*DECODER, *unseen, "norm.", "fc_norm.")) and not key.startswith(norm):
-            left.append(key)
-        elif key.startswith("head.") and not tested:
+        last = key.startswith(norm)
+        ours = key.removeprefix("fc_") if last else key if key.startswith("head.") else f"encoder.{key}"
+        if key.startswith(unneeded) and not last:
             left.append(key)
         elif ours not in own:
             wrong.append(f"unknown {key}")
@@ -814,6 +800,7 @@ def load(model, state, cfg, fresh_norm):
     # positions are fixed, and not in every file, where they are not learned
     fresh = () if tested else ("norm.", "head.") if fresh_norm else ("head.",)
     fresh += () if isinstance(model.encoder, MAEST) else ("encoder.pos_embed",)
+    fresh += (f"encoder.input_adapters.{cfg.dense}.",) if cfg.dense else ()  # DenseHead throws it away
     missing = [k for k in own if k not in used]
     wrong += [f"no {k}" for k in missing if not k.startswith(fresh)]
     if wrong:
@@ -834,7 +821,7 @@ def train_classifier(model, train, look, cfg, extra):
 
     look   model -> text: a look at the test set, for the log only. What is reported is the last epoch's model.
     extra  what else goes into the checkpoint
-    returns  run (mae_image.Run), whether all updates were done (else Ctrl-C was pressed), their number
+    returns  run (mae_image.Run), whether all updates were done (else Ctrl-C was pressed)
     """
     rank, world, device = start_processes(cfg)
     pieces = world * cfg.accum
@@ -851,7 +838,7 @@ def train_classifier(model, train, look, cfg, extra):
     dtype = choose_precision(cfg, device)
     groups = layer_groups(model, cfg.weight_decay, cfg.layer_decay)
     if cfg.mode == "linear":
-        optimizer = LARS([{"params": [p for p in g["params"]], "lr_scale": 1.0} for g in groups], peak)
+        optimizer = LARS([{"params": g["params"], "lr_scale": 1.0} for g in groups], peak)
     else:
         optimizer = torch.optim.AdamW(groups, peak, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -866,8 +853,9 @@ def train_classifier(model, train, look, cfg, extra):
     if cfg.compile:
         model.compile()
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    loader = iter(data.make_loader(train, Batches(plan, start, total, rank, world, cfg.accum), cfg.workers, device))
+    loader = open_loader(train, Batches(plan, start, total, rank, world, cfg.accum), cfg.workers, device)
     run.begin(start, total, per_epoch, world, device)
+    done = start
     with StopOnSignal() as stop:
         for step in range(start, total):
             model.train()
@@ -905,8 +893,8 @@ def train_classifier(model, train, look, cfg, extra):
                 run.say(look(model))
                 run.clock, run.mark = time.perf_counter(), done  # the look is not training time
             if ending:
-                return run, done == total, total
-    return run, True, total
+                break
+    return run, done == total
 
 
 # ============================================================================================================
@@ -937,12 +925,13 @@ def take_share(files, share, seed):
     if share == 1:
         return files
     keep = []
-    for label in range(len(files.classes)):
-        own = np.flatnonzero(files.labels == label)
+    for label in range(max(len(files.classes), 1)):  # --dense may have no classes: all labels are -1
+        own = np.flatnonzero(np.maximum(files.labels, 0) == label)
         order = torch.randperm(len(own), generator=seeded(seed, 7, label)).numpy()
-        keep += own[order[: max(1, round(share * len(own)))]].tolist() if len(own) else []
-    pixels = files.pixels[sorted(keep)] if files.pixels is not None else None
-    return replace(files, paths=files.paths[sorted(keep)], labels=files.labels[sorted(keep)], pixels=pixels)
+        keep += own[order[: max(1, round(share * len(own)))]].tolist()
+    keep = sorted(keep)
+    pixels = None if files.pixels is None else files.pixels[keep]
+    return replace(files, paths=files.paths[keep], labels=files.labels[keep], pixels=pixels)
 
 
 def top5(probabilities, classes):
@@ -951,68 +940,62 @@ def top5(probabilities, classes):
     return [(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]
 
 
+@contextlib.contextmanager
+def writing_to(out, what):
+    """The folder --out, made if it is not there.   Raises InputError where something cannot be written."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        yield Path(out)
+    except OSError as error:
+        raise InputError(f"cannot write {what}to {out}: {error}") from None
+
+
 def report(probabilities, files, classes, cfg, broken):
     """Print accuracies, write predictions.csv and results.json into --out. -> the line for the log."""
     scores = summarise(probabilities, torch.from_numpy(files.labels))
-    print(f"test: {scores['files']} files x {scores['views']} views", end="")
-    print(f", {len(broken)} files unreadable and left out: {', '.join(p for p, _ in broken[:5])}" if broken else "")
-    print(f"  file level  top-1 {scores['top1']:.1%}  top-5 {scores['top5']:.1%}  mean over classes "
-          f"{scores['class_mean']:.1%}")  # fmt: skip
-    print(f"  view level  top-1 {scores['clip_top1']:.1%}  top-5 {scores['clip_top5']:.1%}")
-    print(f"  chance      top-1 {scores['chance']:.1%}  (always the most frequent class)")
-    named = sorted((a, classes[i]) for i, a in enumerate(scores["per_class"]) if math.isfinite(a))
-    print("  worst classes: " + ", ".join(f"{c} {a:.0%}" for a, c in named[:5]))
-    if scores["confused"]:
-        print(
-            "  most confused: "
-            + ", ".join(f"{classes[a]} taken for {classes[b]} {n}x" for a, b, n in scores["confused"])
-        )
     scores["per_class"] = {classes[i]: a for i, a in enumerate(scores["per_class"]) if math.isfinite(a)}
     scores["confused"] = [[classes[a], classes[b], n] for a, b, n in scores["confused"]]
-    try:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        (Path(cfg.out) / "results.json").write_text(
-            json.dumps({**scores, "mode": cfg.mode, "init": cfg.init}, indent=1)
-        )
-        with open(Path(cfg.out) / "predictions.csv", "w", newline="") as file:
+    lost = f", {len(broken)} files unreadable and left out: {', '.join(p for p, _ in broken[:5])}" if broken else ""
+    print(f"test: {scores['files']} files x {scores['views']} views{lost}")
+    print("  file level  top-1 {top1:.1%}  top-5 {top5:.1%}  mean over classes {class_mean:.1%}\n"
+          "  view level  top-1 {clip_top1:.1%}  top-5 {clip_top5:.1%}\n"
+          "  chance      top-1 {chance:.1%}  (always the most frequent class)".format(**scores))  # fmt: skip
+    worst = sorted((a, name) for name, a in scores["per_class"].items())[:5]
+    print("  worst classes: " + ", ".join(f"{name} {a:.0%}" for a, name in worst))
+    if scores["confused"]:
+        print("  most confused: " + ", ".join(f"{a} taken for {b} {n}x" for a, b, n in scores["confused"]))
+    with writing_to(cfg.out, "the results ") as out:
+        (out / "results.json").write_text(json.dumps({**scores, "mode": cfg.mode, "init": cfg.init}, indent=1))
+        with open(out / "predictions.csv", "w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["path", "label"] + [f"{what}{k}" for k in range(1, 6) for what in ("class", "score")])
             for path, label, p in zip(files.paths, files.labels, probabilities.mean(dim=1)):
-                best = top5(p, classes) if p.isfinite().all() else [("unreadable", "")]
-                table.writerow([path, classes[label], *(v for c, s in best for v in (c, f"{s:.4f}" if s != "" else s))])
-    except OSError as error:
-        raise InputError(f"cannot write the results to {cfg.out}: {error}") from None
+                best = [(c, f"{s:.4f}") for c, s in top5(p, classes)] if p.isfinite().all() else [("unreadable", "")]
+                table.writerow([path, classes[label], *sum(best, ())])
     return f"top-1 {scores['top1']:.1%} (chance {scores['chance']:.1%})"
 
 
-def report_dense(answers, cfg, classes):
+def report_dense(answers, cfg, classes, write=True):
     """Print and write mean IoU or absolute depth error, beside a map that is the same for every picture.
 
     answers (files, 1, 2 * values), see DenseHead.answers.   -> the line for the log"""
     guess, truth = answers[answers[:, 0, 0].isfinite(), 0].chunk(2, dim=1)  # each (files, values)
+
+    def mean_iou(x):
+        counted = truth != cfg.ignore
+        pairs = torch.bincount((truth * classes + x)[counted].long(), minlength=classes**2)
+        pairs = pairs.reshape(classes, classes).double()  # [right class, painted class]
+        union = pairs.sum(0) + pairs.sum(1) - pairs.diag()
+        return (pairs.diag() / union)[union > 0].mean().item()
+
     if cfg.dense == "depth":
-        error = lambda x: (x - truth).abs().mean().item()
-        name, ours, constant = "depth error", error(guess), error(truth.median(dim=0).values)
+        name, score, map_of_all = "depth error", lambda x: (x - truth).abs().mean().item(), truth.median(dim=0).values
     else:
-
-        def mean_iou(x):
-            counted = truth != cfg.ignore
-            pairs = (
-                torch.bincount((truth * classes + x)[counted].long(), minlength=classes**2)
-                .reshape(classes, classes)
-                .double()
-            )
-            union = pairs.sum(0) + pairs.sum(1) - pairs.diag()
-            return (pairs.diag() / union)[union > 0].mean().item()
-
-        name, ours, constant = "mean IoU", mean_iou(guess), mean_iou(truth.mode(dim=0).values.expand_as(truth))
-    try:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        (Path(cfg.out) / "results.json").write_text(
-            json.dumps({"task": cfg.dense, name: ours, "constant map": constant})
-        )
-    except OSError as error:
-        raise InputError(f"cannot write the results to {cfg.out}: {error}") from None
+        name, score, map_of_all = "mean IoU", mean_iou, truth.mode(dim=0).values
+    ours, constant = score(guess), score(map_of_all.expand_as(truth))
+    if write:
+        with writing_to(cfg.out, "the results ") as out:
+            (out / "results.json").write_text(json.dumps({"task": cfg.dense, name: ours, "constant map": constant}))
     return f"{cfg.dense} {name} {ours:.3f} (the same map for all: {constant:.3f})"
 
 
@@ -1020,17 +1003,16 @@ def find_init(cfg):
     """--init auto: the default run of mae_video.py (with --model mae: mae_image.py), or nothing, and how to get it."""
     if cfg.init != "auto":
         return cfg.init
-    script = "mae_image" if cfg.model == "mae" else "mae_video"
+    script = {"mae": "mae_image", "omni": "omni", "multimae": "multimae"}.get(cfg.model, "mae_video")
     path = Path("runs") / script / "checkpoint.pt"
     if path.exists():
         return str(path)
     if cfg.mode != "scratch":
         print(f"{path} is not there: run python {script}.py first (4 minutes), or name a file with --init")
     if only_tests(cfg):
-        raise InputError(
-            "--eval-only and --predict need --init FILE: a checkpoint of this script, or a public classifier"
-        )
-    if cfg.mode in ("linear", "knn", "features"):
+        raise InputError("--eval-only and --predict need --init FILE: a checkpoint of this script, or a public "
+                         "classifier")  # fmt: skip
+    if cfg.mode in PROBES:
         raise InputError(f"--mode {cfg.mode} needs --init FILE: a network without pretraining knows nothing")
     return ""
 
@@ -1072,10 +1054,11 @@ def open_data(cfg):
 def main():
     cfg = read_config(Config, PRESETS, __doc__, "finetune", limits=LIMITS, may_change=TEST_FLAGS)
     rank, world, device = start_processes(cfg)
-    found = None
-    if not cfg.resume:
-        if init := find_init(cfg):
-            found = read_init(init)
+    if cfg.resume:  # the weights come later, with the optimiser; how MAE-ST was built is seen in the file alone
+        found = read_init(Path(cfg.out) / "checkpoint.pt")
+    else:
+        init = find_init(cfg)
+        found = read_init(init) if init else None
         cfg = settle(replace(cfg, init=init), found)
     torch.manual_seed(cfg.seed)
     if cfg.predict:
@@ -1085,46 +1068,38 @@ def main():
     classes = train.classes
     if cfg.eval_only and len(classes) != (known := classes_of(found, cfg.init)):
         raise InputError(f"{cfg.data} has {len(classes)} classes, the classifier in {cfg.init} was trained for {known}")
-    model, said = build(cfg, len(classes), found if cfg.mode != "scratch" else None)
+    model, said = build(cfg, len(classes), None if cfg.mode == "scratch" and not cfg.eval_only else found)
     if rank == 0:
-        print(
-            f"{len(train)} files to train, {len(test_files.paths)} to test, {len(classes)} classes; {said}", flush=True
-        )
+        counts = f"{len(train)} files to train, {len(test_files.paths)} to test, {len(classes)} classes"
+        print(f"{counts}; {said}" if not cfg.resume else counts, flush=True)
     model.to(device)
+    test = lambda clips, crops: run_views(model, test_files, cfg, clips, crops, device, model.answers)
 
-    run, total, finished = None, 0, True
+    def look(model):
+        results, _ = test(1, 1)
+        if cfg.dense:
+            return report_dense(results, cfg, cfg.maps, write=False)
+        return f"test, one view: top-1 {summarise(results, torch.from_numpy(test_files.labels))['top1']:.1%}"
+
+    run, finished, result = None, True, ""
     if cfg.mode in ("knn", "features"):
-        vectors = [
-            run_views(model, files, cfg, 1, 1, device, lambda m, x: m.features(x))
-            for files in (train_files, test_files)
-        ]
-        (a, broken_a), (b, broken) = vectors
+        (a, _), (b, broken) = (run_views(model, files, cfg, 1, 1, device, model.features)
+                               for files in (train_files, test_files))  # fmt: skip
         if cfg.mode == "features":
             return save_features(cfg, rank, {"train": (a[:, 0], train_files), "test": (b[:, 0], test_files)})
         known = a[:, 0, 0].isfinite()
-        votes = nearest_neighbours(a[known, 0], torch.from_numpy(train_files.labels)[known], b[:, 0], len(classes))
-        probabilities = votes[:, None]
+        results = nearest_neighbours(a[known, 0], torch.from_numpy(train_files.labels)[known], b[:, 0],
+                                     len(classes))[:, None]  # fmt: skip
     else:
         if not cfg.eval_only:
-
-            def look(model):
-                if cfg.dense:
-                    return report_dense(
-                        run_views(model, test_files, cfg, 1, 1, device, DenseHead.answers)[0], cfg, cfg.maps
-                    )
-                p, _ = run_views(model, test_files, cfg, 1, 1, device, class_probabilities)
-                return f"test, one view: top-1 {summarise(p, torch.from_numpy(test_files.labels))['top1']:.1%}"
-
-            run, finished, total = train_classifier(model, train, look, cfg, {"classes": list(classes)})
+            run, finished = train_classifier(model, train, look, cfg, {"classes": list(classes)})
         if finished:
-            output = DenseHead.answers if cfg.dense else class_probabilities
-            probabilities, broken = run_views(model, test_files, cfg, cfg.clips, cfg.crops, device, output)
-    result = ""
+            results, broken = test(cfg.clips, cfg.crops)
     if finished and rank == 0:
-        result = (report_dense(probabilities, cfg, cfg.maps) if cfg.dense else
-                  report(probabilities, test_files, classes, cfg, broken))  # fmt: skip
+        result = (report_dense(results, cfg, cfg.maps) if cfg.dense else
+                  report(results, test_files, classes, cfg, broken))  # fmt: skip
     if run:
-        run.finish(total, result)
+        run.finish(run.total, result)
     elif rank == 0:
         print(f"done: {result}, see {cfg.out}")
 
@@ -1135,22 +1110,20 @@ def save_features(cfg, rank, splits):
         return
     arrays = {f"{name}_{what}": value for name, (x, files) in splits.items() for what, value in
               (("features", x.numpy()), ("labels", files.labels), ("paths", files.paths))}  # fmt: skip
-    try:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        np.savez(Path(cfg.out) / "features.npz", **arrays)
-    except OSError as error:
-        raise InputError(f"cannot write to {cfg.out}: {error}") from None
+    with writing_to(cfg.out, "") as out:
+        np.savez(out / "features.npz", **arrays)
     print(f"done: {', '.join(f'{k} {v.shape}' for k, v in arrays.items())} in {cfg.out}/features.npz")
 
 
 def predict(cfg, found, device):
     """Class names with probabilities for one file, the mean over its views."""
+    if cfg.model == "multimae" and planes_of(cfg) != ["rgb"]:
+        raise InputError(f"--predict reads one file, but the classifier in {cfg.init} sees {cfg.inputs}")
     rows = classes_of(found, cfg.init)
     classes = found.classes if len(found.classes) == rows else [f"class {i}" for i in range(rows)]
-    model, _ = build(cfg, rows, found)
-    files = data.Files(np.array([cfg.predict]), np.array([-1]), classes)
-    probabilities, broken = run_views(model.to(device), files, replace(cfg, workers=0), cfg.clips, cfg.crops, device,
-                                      class_probabilities)  # fmt: skip
+    model = build(cfg, rows, found)[0].to(device)
+    files, here = data.Files(np.array([cfg.predict]), np.array([-1]), classes), replace(cfg, workers=0)
+    probabilities, broken = run_views(model, files, here, cfg.clips, cfg.crops, device, model.answers)
     if broken:
         raise InputError(f"cannot read {cfg.predict}: {broken[0][1]}")
     for name, p in top5(probabilities[0].mean(dim=0), classes):

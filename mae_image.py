@@ -643,9 +643,7 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
         model.compile()
     if world > 1:
         parallel = nn.parallel.DistributedDataParallel(model)  # no device_ids: masks stay on the CPU
-    loader = iter(data.make_loader(train, Batches(plan, start, total, rank, world, cfg.accum), cfg.workers, device))
-    if hasattr(signal, "SIGCHLD"):  # torch would raise wherever the main process is; the loader notices in next()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    loader = open_loader(train, Batches(plan, start, total, rank, world, cfg.accum), cfg.workers, device)
     if rank == 0 and start == 0:
         run.score(validate(model, run.picture(0)), 0)
     picture_after = {math.ceil(total * k / max(cfg.pictures, 1)) for k in range(1, cfg.pictures + 1)}
@@ -685,6 +683,14 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
             if ending:
                 break
     run.finish(total)
+
+
+def open_loader(train, batches, workers, device):
+    """The loader, begun. A killed worker is noticed in next(), where the state can be saved, not wherever we are."""
+    loader = iter(data.make_loader(train, batches, workers, device))
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return loader
 
 
 def agree(flag, world, device):

@@ -4,7 +4,7 @@ Paper   MultiMAE: Multi-modal Multi-task Masked Autoencoders. Bachmann, Mizrahi,
         2204.01678. Of the paper itself only abstract, introduction and Fig. 1 were read: what goes beyond them
         follows the public code, and is named so.
 Covers  Fig. 1, "1/6 of the patches visible over all modalities"    masking.dirichlet_mask
-        public code, input adapters                                 PatchEmbed, ClassEmbed, MultiMAE.embed
+        public code, input adapters                                 PatchEmbed, ClassEmbed, MultiMAE.forward_encoder
         public code, one encoder and one global token               MultiMAE.forward_encoder
         public code, a cross-attention decoder for each task        Decoder
         public code, masked losses per sample                       MultiMAE.task_losses, masked_mean
@@ -16,7 +16,7 @@ What changes against mae_image.py:
                      MAE                         MultiMAE
     input            RGB                         any of RGB, depth (1 channel), classes (numbers, a quarter the size)
     told apart by    -                           their own patch projection only; task embeddings in decoders alone
-    visible          a quarter of each image     as many tokens over all modalities; each one's share is random
+    visible          a quarter of each image     a sixth of all tokens; each modality's share is random
     positions        columns, then rows          rows, then columns
     extra token      class token, in front       global token, at the end, without position
     encoder's norm   at the end                  none
@@ -47,29 +47,9 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 from data import BrokenFile, read_image
-from mae_image import (
-    ENCODERS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    MLP,
-    Attention,
-    Block,
-    PatchEmbed,
-    check_divides,
-    encoder_size,
-    held_out,
-    init_weights,
-    load_weights,
-    normalize,
-    patchify,
-    picture_table,
-    pretrain,
-    read_config,
-    save_picture,
-    sincos_1d,
-    start_processes,
-    unpatchify,
-)
+from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, MLP, Attention, Block, PatchEmbed, check_divides,
+                       encoder_size, held_out, init_weights, load_weights, normalize, patchify, picture_table, pretrain,
+                       read_config, save_picture, sincos_1d, start_processes, unpatchify)  # fmt: skip
 from mae_video import resize_table
 from masking import InputError, dirichlet_mask, restore, run_script, visible
 
@@ -156,9 +136,8 @@ class Decoder(nn.Module):
     def __init__(self, task, modalities, width, depth, heads, D, values):
         super().__init__()
         if width % heads:
-            raise InputError(
-                f"decoder width {width} is not a multiple of {heads} heads: each head needs an equal slice"
-            )
+            raise InputError(f"decoder width {width} is not a multiple of {heads} heads: each head needs an equal "
+                             "slice")  # fmt: skip
         self.task = task  # the modality whose grid is painted
         self.proj_context = nn.Linear(D, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -225,12 +204,8 @@ class MultiMAE(nn.Module):
             check_divides(patch, STRIDE, "patch", "the stride of class maps", "--patch")
         D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
         E = decoder[0]
-        self.grid, self.patch, self.classes, self.ignore = (
-            (1, img_size // patch, img_size // patch),
-            patch,
-            classes,
-            ignore,
-        )
+        self.grid = (1, img_size // patch, img_size // patch)
+        self.patch, self.classes, self.ignore = patch, classes, ignore
         self.modalities = [m for m in MODALITIES if m in modalities]
         self.tasks = self.modalities + ["norm_rgb"] * ("rgb" in modalities)
 
@@ -241,10 +216,8 @@ class MultiMAE(nn.Module):
         self.blocks = nn.ModuleList([Block(D, heads) for _ in range(depth)])
 
         values = lambda m: classes * (patch // STRIDE) ** 2 if m == "semseg" else CHANNELS[m] * patch**2
-        of = {t: t.removeprefix("norm_") for t in self.tasks}
-        self.output_adapters = nn.ModuleDict(
-            {t: Decoder(m, self.modalities, *decoder, D, values(m)) for t, m in of.items()}
-        )
+        decode = lambda m: Decoder(m, self.modalities, *decoder, D, values(m))
+        self.output_adapters = nn.ModuleDict({t: decode(t.removeprefix("norm_")) for t in self.tasks})
         # Fixed tables, resized where the input has another size.   (1, N, D), (1, N, E)
         self.register_buffer("pos_embed", sincos_rows_first(D, *self.grid[1:]), persistent=False)
         self.register_buffer("decoder_pos_embed", sincos_rows_first(E, *self.grid[1:]), persistent=False)
@@ -280,7 +253,7 @@ class MultiMAE(nn.Module):
         """One modality -> its patches (B, N, P), values (row, col, channel); of classes numbers (B, N, p*p)."""
         return patchify(x[:, None], self.patch // STRIDE) if m == "semseg" else patchify(x, self.patch)
 
-    def table(self, table, inputs, mode):
+    def resize(self, table, inputs, mode):
         """Positions for the size of these inputs: bicubic for RGB and depth, else bilinear (public code)."""
         m, x = next(iter(inputs.items()))
         scale = self.patch // STRIDE if m == "semseg" else self.patch
@@ -308,11 +281,10 @@ class MultiMAE(nn.Module):
         tokens = []
         for m in self.given(inputs):
             patches = self.patches(m, inputs[m])  # (B, N, P)
-            table = self.table(self.pos_embed, inputs, "bilinear" if m == "semseg" else "bicubic")
+            table = self.resize(self.pos_embed, inputs, "bilinear" if m == "semseg" else "bicubic")
             if table.shape[1] != patches.shape[1]:
-                raise InputError(
-                    f"{m} has {patches.shape[1]} patches, another modality {table.shape[1]}: sizes must agree"
-                )
+                raise InputError(f"{m} has {patches.shape[1]} patches, another modality {table.shape[1]}: sizes must "
+                                 "agree")  # fmt: skip
             tokens.append(self.input_adapters[m](patches) + table)  # (B, N, D)
         x = torch.cat(tokens, dim=1)  # (B, sum of N, D)
         if mask.shape[1] != x.shape[1]:
@@ -325,7 +297,7 @@ class MultiMAE(nn.Module):
 
     def forward_decoder(self, latent, inputs, mask):
         """Every task from the same latent.   -> {task: (B, N, P)}"""
-        table = self.table(self.decoder_pos_embed, inputs, "bilinear")
+        table = self.resize(self.decoder_pos_embed, inputs, "bilinear")
         return {t: d(latent, mask, self.given(inputs), table) for t, d in self.output_adapters.items()}
 
     def target(self, task, x):
@@ -370,18 +342,12 @@ class MultiMAE(nn.Module):
         """Names of EPFL-VILAB/MultiMAE -> ours: the MultiViT layout, or timm's (RGB only, token and table in front)."""
         renamed = {}
         for key, value in state.items():
-            key = (
-                re_encoder(key)
-                .replace("patch_embed.proj", "input_adapters.rgb.proj")
-                .replace("cls_token", "global_tokens")
-            )
+            if key.startswith("encoder."):
+                key = "blocks." + key.removeprefix("encoder.")
+            key = key.replace("patch_embed.proj", "input_adapters.rgb.proj").replace("cls_token", "global_tokens")
             if not key.endswith(("pos_emb", "pos_embed")):  # fixed tables are computed here
                 renamed[key] = value
         return renamed
-
-
-def re_encoder(key):
-    return "blocks." + key.removeprefix("encoder.") if key.startswith("encoder.") else key
 
 
 def masked_mean(error, count):
@@ -441,9 +407,8 @@ class AlignedDataset(torch.utils.data.Dataset):
         if not path.is_file():
             path = next((p for s in data.IMAGE if (p := path.with_suffix(s)).is_file()), None)
         if path is None:
-            raise InputError(
-                f"{self.paths[i]} has no counterpart in {self.root / m}: every modality needs the same names"
-            )
+            raise InputError(f"{self.paths[i]} has no counterpart in {self.root / m}: every modality needs the same "
+                             "names")  # fmt: skip
         return path
 
     def read(self, i, generator):
@@ -463,9 +428,8 @@ class AlignedDataset(torch.utils.data.Dataset):
         flip = self.train and self.flip and torch.rand(1, generator=generator) < 0.5
         planes = []
         for m, x in maps.items():
-            how = {"rgb": InterpolationMode.BICUBIC, "depth": InterpolationMode.BILINEAR}.get(
-                m, InterpolationMode.NEAREST
-            )
+            how = {"rgb": InterpolationMode.BICUBIC, "depth": InterpolationMode.BILINEAR,
+                   "semseg": InterpolationMode.NEAREST}[m]  # fmt: skip
             x = TF.resized_crop(x, *box, [self.size, self.size], interpolation=how, antialias=m != "semseg")
             x = TF.horizontal_flip(x) if flip else x
             if m == "depth":
@@ -504,24 +468,24 @@ class Config:
     classes: int = 6  # number of semantic classes; the toy world has 6
     ignore: int = -1  # class that has no part in the loss (void), -1: none
     img_size: int = 64  # side of the square that the model sees, in pixels
-    min_crop: float = 0.2  # smallest share of the image area that a random crop takes (1 - this: no crop)
+    min_crop: float = 0.2  # smallest share of the image area that a random crop takes; 1: nearly all of it
     flip: bool = True  # mirror half of the images
     allow_missing: bool = False  # a list may name files that are not there: use the others
     workers: int = 2  # processes that load data
     # model
     size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
     patch: int = 8  # side of a patch in pixels
-    class_width: int = 16  # width of a class's learned vector; the paper's code has 64
-    decoder_width: int = 64  # of each decoder; the paper's code has 256
-    decoder_depth: int = 1  # blocks after the cross-attention; the paper's code has 2
-    decoder_heads: int = 4  # the paper's code has 8
+    class_width: int = 16  # width of a class's learned vector; the public code has 64
+    decoder_width: int = 64  # of each decoder; the public code has 256
+    decoder_depth: int = 1  # blocks after the cross-attention; the public code has 2
+    decoder_heads: int = 4  # the public code has 8
     visible: float = 1 / 6  # share of all tokens, over all modalities, that stays visible
     alpha: float = 1.0  # of the Dirichlet shares: 1 every split equally likely, small: one modality takes all
     # optimiser
     epochs: int = 30  # passes over the data
     batch: int = 32  # images per update, over all processes and accumulation steps
     accum: int = 1  # forward-backward passes per update: raise it when memory runs out
-    lr: float = 1.6e-2  # base rate, for a batch of 256; the paper's is 1e-4, for much longer runs
+    lr: float = 1.6e-2  # base rate, for a batch of 256; the public code's is 1e-4, for much longer runs
     min_lr: float = 0.0  # base rate at the end of the cosine
     warmup: float = 2  # epochs of linear warm-up
     weight_decay: float = 0.05  # of all tensors
@@ -539,13 +503,8 @@ class Config:
     smoke: bool = False  # three updates only, to see that everything runs
 
 
-LIMITS = [
-    ("classes", 2, 256),
-    ("ignore", -1, 255),
-    ("class_width", 1, 10**6),
-    ("visible", 1e-6, 0.999),
-    ("alpha", 1e-3, 1e6),
-]
+LIMITS = [("classes", 2, 256), ("ignore", -1, 255), ("class_width", 1, 10**6), ("visible", 1e-6, 0.999)]
+LIMITS += [("alpha", 1e-3, 1e6)]
 PRESETS = {
     # The public recipe: ViT-B on ImageNet with pseudo-labels, 8 GPUs
     "paper": dict(classes=133, img_size=224, patch=16, size="base", class_width=64, decoder_width=256, decoder_depth=2,
@@ -642,9 +601,8 @@ def draw(model, inputs, mask, preds, constant, path, count=4):
     for source, goals in (("rgb", ("depth", "semseg")), ("depth", ("rgb",)), ("semseg", ("rgb",))):
         for goal in goals if source in inputs else ():
             if goal in inputs and len(titles) < 3 * len(model.modalities) + 3:
-                columns.append(
-                    to_pictures(model, goal, values(goal, cross_modal(model, inputs, source, constant)[0][goal]))
-                )
+                alone, _ = cross_modal(model, inputs, source, constant)
+                columns.append(to_pictures(model, goal, values(goal, alone[goal])))
                 titles.append(f"{source}>{goal}")
     some = torch.linspace(0, len(mask) - 1, min(count, len(mask))).long()  # over all classes
     cells = torch.stack([c[some] for c in columns], dim=1)  # (count, columns, 3, H, W)

@@ -4,7 +4,7 @@ Paper   OmniMAE: Single Model Masked Pretraining on Images and Videos. Girdhar, 
         Misra, 2022, arXiv 2206.08356. Of the paper itself only abstract, introduction and Fig. 1 were read: what
         goes beyond them follows the public code, and is named so.
 Covers  abstract, "90 % of image and 95 % of video patches"     random_mask on both, --mask-ratio-image, --mask-ratio
-        public code, images as clips of one cube                OmniMAE.patches, positions
+        public code, images as clips of one cube                OmniMAE.as_clip, positions
         public code, the decoder                                OmniMAE.forward_decoder
         public code, the target                                 OmniMAE.target_patches, standardise
         public code, joint training in pure batches             JointDataset, joint_plan
@@ -41,27 +41,9 @@ from torch.utils.data import Dataset
 
 import data
 from data import seeded
-from mae_image import (
-    ENCODERS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    LEAK_NOTE,
-    Block,
-    PatchEmbed,
-    check_mask,
-    encoder_size,
-    held_out,
-    init_weights,
-    load_weights,
-    normalize,
-    picture_table,
-    pretrain,
-    read_config,
-    reconstruct,
-    save_picture,
-    shuffled,
-    start_processes,
-)
+from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LEAK_NOTE, Block, PatchEmbed, check_mask, encoder_size,
+                       held_out, init_weights, load_weights, normalize, picture_table, pretrain, read_config,
+                       reconstruct, save_picture, shuffled, start_processes)  # fmt: skip
 from mae_video import check_clip, patchify, sinusoid, unpatchify
 from masking import MASKS, InputError, hidden, restore, run_script, visible
 
@@ -114,8 +96,8 @@ class OmniMAE(nn.Module):
 
     size      name in ENCODERS, or (width, blocks, heads)
     decoder   (width, blocks, heads); published: base (384, 4, 16), large (512, 4, 16), huge (512, 8, 16)
-    decoder_bias  q, k and v of the decoder have a bias. The training recipe says so; the code that reads the
-              released files has none, by an oversight, and so has False: a bias that stays zero
+    decoder_bias  True: q, k and v of the decoder have a bias, as in the training recipe. False: a zero bias that
+              does not learn, as in the code that reads the released files (its flag does not reach the layer)
     raises    InputError if frames or sides cannot be cut evenly, or a width by its heads
     """
 
@@ -296,10 +278,9 @@ class JointDataset(Dataset):
             pixels, number, broken = self.videos[epoch, i - len(self.images)]
             return pixels, number + len(self.images), broken
         pixels, number, broken = self.videos[epoch, i]
-        chosen = torch.randint(
-            len(self.images), (self.repeat * self.per_clip,), generator=seeded(self.seed, 8, epoch, i)
-        )
-        found = [self.images[epoch, int(n)] for n in chosen]
+        g = seeded(self.seed, 8, epoch, i)
+        chosen = torch.randint(len(self.images), (self.repeat * self.per_clip,), generator=g).tolist()
+        found = [self.images[epoch, n] for n in chosen]
         imgs = torch.cat([x for x, _, _ in found]).reshape(self.repeat, -1)
         return torch.cat([pixels.flatten(1), imgs], dim=1), number, sum((b for _, _, b in found), broken)
 
@@ -309,15 +290,13 @@ def joint_plan(epoch, images, videos, batch, repeat, shares, seed):
 
     images, videos  how many there are; videos are numbered behind the images
     shares          which share of the image and of the video updates an epoch has; the public recipe's are 1 and
-                    1/4, because each decoded video is replicated 4 times. "Steps per epoch" are what is mixed, not
-                    samples: there, one step in eight is of videos
+                    1/4, because each decoded video is replicated 4 times. What an epoch mixes is updates, not
+                    samples: with the public recipe one update in eight is of videos
     """
     of_images = shuffled(seed, epoch, images, batch)
     of_videos = [[images + i for i in update] for update in shuffled(seed + 1, epoch, videos, batch // repeat)]
-    parts = [
-        part[: max(round(share * len(part)), 1 if share else 0)] for part, share in zip((of_images, of_videos), shares)
-    ]
-    updates = parts[0] + parts[1]
+    first = lambda part, share: part[: max(round(share * len(part)), 1 if share else 0)]
+    updates = first(of_images, shares[0]) + first(of_videos, shares[1])
     return [updates[i] for i in torch.randperm(len(updates), generator=seeded(seed, 9, epoch)).tolist()]
 
 
@@ -333,7 +312,7 @@ class Config:
     images: str = "toy"  # images: folder, list file, cifar10 or stl10
     fold: int = 1  # of the official lists: 1, 2 or 3
     allow_missing: bool = False  # a list may name files that are not there: use the others
-    frames: int = 8  # frames per clip; the paper has 16
+    frames: int = 8  # frames per clip; the public code has 16
     stride: int = 2  # frames from one to the next
     sampling: typing.Literal["dense", "linspace", "segments"] = "dense"  # segments: the whole video
     img_size: int = 64  # side of images and frames that the model sees, in pixels
@@ -347,23 +326,23 @@ class Config:
     joint: typing.Literal["interleaved", "mixed"] = "interleaved"  # a step is pure, as published; or has both, packed
     image_share: float = 1.0  # interleaved: share of the image updates that an epoch has, 0: none
     video_share: float = 1.0  # interleaved: share of the video updates; the public recipe with --repeat 4: 0.25
-    per_clip: int = 1  # mixed: images for every clip of a step
+    per_clip: int = 1  # mixed: images beside every clip of a step
     # model
     size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
     patch: int = 8  # side of a cube in pixels
     tubelet: int = 2  # frames in a cube
-    decoder_width: int = 64  # the paper's base has 384
-    decoder_depth: int = 1  # blocks; the paper's base has 4
-    decoder_heads: int = 2  # the paper's base has 16
+    decoder_width: int = 64  # the public code's base has 384
+    decoder_depth: int = 1  # blocks; the public code's base has 4
+    decoder_heads: int = 2  # the public code's base has 16
     mask: typing.Literal["random", "tube", "frame", "causal"] = "random"  # of videos; images are always random
     mask_ratio: float = 0.75  # share of a clip's cubes that are hidden; the paper 0.95, the released recipe 0.9
     mask_ratio_image: float = 0.75  # share of an image's patches; the paper 0.9, the released recipe 0.75
-    norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as the paper does
+    norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as the public code does
     # optimiser
     epochs: int = 30  # passes over images and videos, by their shares
     batch: int = 16  # images or clips per update, over all processes, accumulation steps and repeats
     accum: int = 1  # forward-backward passes per update: raise it when memory runs out
-    lr: float = 5e-2  # base rate, for a batch of 256; the paper's is 2e-4, for much longer runs
+    lr: float = 5e-2  # base rate, for a batch of 256; the public code's is 2e-4, for much longer runs
     min_lr: float = 0.0  # base rate at the end of the cosine
     warmup: float = 2  # epochs of linear warm-up
     weight_decay: float = 0.05  # of matrices
@@ -383,7 +362,8 @@ class Config:
 
 LIMITS = [("image_share", 0, 1), ("video_share", 0, 1), ("per_clip", 1, 1000), ("min_crop_image", 0.01, 1)]
 PRESETS = {
-    # The public recipe for ViT-B (64 GPUs); ratios of the abstract, where the recipe has 0.75 and 0.9
+    # The public recipe for ViT-B (64 GPUs); ratios of the abstract, where the recipe has 0.75 and 0.9. Its clips are
+    # 2.7 s long, whatever the frame rate; stride 4 is 2.1 s at 30 frames a second
     "paper": dict(frames=16, img_size=224, patch=16, size="base", decoder_width=384, decoder_depth=4, decoder_heads=16,
                   mask_ratio=0.95, mask_ratio_image=0.9, norm_pix=True, min_crop=0.08, repeat=4, video_share=0.25,
                   batch=2048, lr=2e-4, epochs=800, warmup=40, workers=16, stride=4, out="runs/omni_paper"),

@@ -73,7 +73,7 @@ def test_encode_in_eval_mode_is_deterministic_and_drop_path_is_for_training_only
 
 def test_drop_path_skips_whole_samples_and_keeps_the_mean():
     block, x = tiny(drop_path=0.4).encoder.blocks[-1].train(), torch.ones(20000, 1, 4)
-    y = block.branch(x, "gamma_1")
+    y = block.branch(x, None)
     assert set(y.flatten().tolist()) == {0.0, float(torch.tensor(1.0) / 0.6)}
     assert (y == y[:, :, :1]).all() and abs(y.mean().item() - 1) < 0.03  # 4 standard errors
 
@@ -197,7 +197,7 @@ def test_the_mean_over_views_is_that_of_views_done_one_by_one(toy):
     cfg = Config(model="videomae", frames=8, stride=1, sampling="dense", img_size=32, batch=5, workers=0, device="cpu")
     model = tiny().eval()
     torch.nn.init.normal_(model.head.weight)
-    together, broken = finetune.run_views(model, files, cfg, 3, 2, torch.device("cpu"), finetune.class_probabilities)
+    together, broken = finetune.run_views(model, files, cfg, 3, 2, torch.device("cpu"), model.answers)
     assert together.shape == (len(files.paths), 6, 5) and not broken
     views = finetune.ViewDataset(files, cfg, 3, 2)
     for i in (0, 5, len(files.paths) - 1):
@@ -470,19 +470,8 @@ def test_the_four_modes_run_and_what_is_reported_is_the_last_epochs_model(pretra
     )
     assert len(rows) == results["files"] == 12 and {"path", "label", "class1", "score5"} <= set(rows[0])
     assert np.isclose(np.mean([r["class1"] == r["label"] for r in rows]), results["top1"])
-    again = run(
-        "finetune.py",
-        "--eval-only",
-        "--init",
-        "runs/finetune/checkpoint.pt",
-        "--clips",
-        1,
-        "--workers",
-        0,
-        "--out",
-        "e",
-        cwd=pretrained,
-    )
+    test_again = ["finetune.py", "--eval-only", "--clips", 1, "--workers", 0, "--out", "e", "--init"]
+    again = run(*test_again, "runs/finetune/checkpoint.pt", cwd=pretrained)
     assert "left over, as expected: nothing" in again
     assert json.loads((pretrained / "e/results.json").read_text())["top1"] == results["top1"]
     clip = next((pretrained / "toy/videos").rglob("*.mp4"))
@@ -490,6 +479,8 @@ def test_the_four_modes_run_and_what_is_reported_is_the_last_epochs_model(pretra
     assert len(re.findall(r"^ *[\d.]+%  \w+$", said, re.M)) == 5
     for mode in ("scratch", "linear", "knn"):
         assert "done: top-1" in run("finetune.py", *TINY, "--mode", mode, "--out", mode, cwd=pretrained)
+    run(*test_again, "scratch/checkpoint.pt", cwd=pretrained)  # not the random network it began with
+    assert (pretrained / "e/predictions.csv").read_text() == (pretrained / "scratch/predictions.csv").read_text()
     run("finetune.py", "--mode", "features", "--workers", 0, "--out", "f", cwd=pretrained)
     with np.load(pretrained / "f/features.npz") as f:
         assert f["test_features"].shape == (12, 96) and len(f["train_labels"]) == len(f["train_paths"]) == 36
@@ -512,6 +503,15 @@ def test_the_whole_recipe_runs_and_goes_on_after_a_kill_bit_by_bit(pretrained, r
     assert "resumed" in run("finetune.py", "--resume", "--out", out, cwd=pretrained)
     assert same_state(out, pretrained / "whole") and losses(out) == losses(pretrained / "whole")
     assert (out / "predictions.csv").read_text() == (pretrained / "whole/predictions.csv").read_text()
+
+
+def test_a_run_that_began_from_a_joint_table_of_mae_st_goes_on(pretrained, run, toy, tmp_path):
+    model = MAEST(16, 112, 2, 8, (32, 1, 2), (16, 1, 2), separable=False, cls=False)
+    torch.save({"model": model.state_dict()}, tmp_path / "joint.pt")
+    flags = ["--data", toy, "--frames", 4, "--stride", 2, "--img-size", 16, "--init", tmp_path / "joint.pt"]
+    run("finetune.py", *TINY, *flags, "--out", tmp_path / "j")
+    text = run("finetune.py", "--resume", "--out", tmp_path / "j")
+    assert "from scratch" not in text and "done: top-1" in text
 
 
 def test_two_processes_test_every_video_once(pretrained, run, toy):

@@ -343,3 +343,14 @@ def test_a_linear_layer_paints_a_map_from_the_encoder(toy, run, tmp_path, task, 
     scores = json.loads((tmp_path / "runs/finetune/results.json").read_text())
     assert 0 <= scores["mean IoU" if task == "semseg" else "depth error"] and 0 < scores["constant map"] < 1
     assert "nothing would be left to do" in run("finetune.py", *flags, "--inputs", task, code=2)
+    again = ["finetune.py", "--data", toy, "--eval-only", "--init", "runs/finetune/checkpoint.pt"]
+    assert f"paints {task} maps and is no classifier" in run(*again, code=2)
+
+
+def test_a_probe_and_a_head_for_a_map_that_pretraining_did_not_have(toy, run):
+    run("multimae.py", *TINY, "--data", toy, "--modalities", "rgb,semseg", "--smoke", "--out", "pre")
+    flags = ["--data", toy, "--init", "pre/checkpoint.pt", "--batch", 16, "--epochs", 1, "--warmup", 0, "--workers", 0,
+             "--check-every", 0]  # fmt: skip
+    for mode in ("linear", "knn"):
+        assert "done: top-1" in run("finetune.py", *flags, "--mode", mode, "--out", mode)
+    assert "done: depth" in run("finetune.py", *flags, "--dense", "depth", "--share", 0.5, "--out", "depth")
