@@ -1,7 +1,7 @@
 """benchmark.py - what masking saves, what each lever gives, how we compare with others: side by side in one run.
 
     python tests/benchmark.py                 (CPU: about 10 minutes; GPU: published sizes, about 3 minutes)
-    python tests/benchmark.py --only cost     (one of: start, loader, models, joint, cost, levers)
+    python tests/benchmark.py --only cost     (one of: start, loader, models, counts, joint, cost, levers)
     python tests/benchmark.py --quick         (tiny sizes, to see that it runs)
 
 Prints medians over interleaved rounds: A, B, A, B, ... so that a busy machine slows all alike. A step is forward,
@@ -253,6 +253,37 @@ def benchmark_joint(quick, device):
         print(f"{key:44s} {s:9.4f} {s / next(iter(seconds.values())):17.2f}x {runs[key].megabytes():8.1f}")
 
 
+def multiply_adds(model, patches, x, mask):
+    """Of one forward pass, in units of 1e9: with hidden patches dropped, and with nothing dropped."""
+    counts = []
+    for loss in (lambda: model(x, mask), lambda: dense_loss(model, patches, x, mask)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            loss()
+        counts.append(counter.get_total_flops() / 2e9)  # torch counts a multiply-add as two
+    return counts
+
+
+def published_sizes():
+    """(name, model, patches, input, mask) of the papers' ablations, without memory behind them."""
+    g = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        mae = mae_image.MAE(224, 16, "large", (512, 8, 16))
+        maest = mae_video.MAEST(16, 224, 2, 16, "large", (512, 4, 16))
+        videomae = mae_video.VideoMAE(16, 224, 2, 16, "base", (384, 4, 6))
+        imgs, clips = torch.empty(1, 3, 224, 224), torch.empty(1, 3, 16, 224, 224)
+    cubes = mae_video.patchify(clips, 2, 16)
+    return [("MAE ViT-L, 75 %", mae, mae_image.patchify(imgs, 16), imgs, random_mask(1, mae.grid, 0.75, g)),
+            ("MAE-ST ViT-L, 90 %", maest, cubes, clips, random_mask(1, maest.grid, 0.9, g)),
+            ("VideoMAE ViT-B, 90 %", videomae, cubes, clips, tube_mask(1, videomae.grid, 0.9, g))]  # fmt: skip
+
+
+def benchmark_counts():
+    print(f"\n{'multiply-adds of a forward pass, 1e9':44s} {'dropped':>9s} {'nothing dropped':>16s} {'ratio':>7s}")
+    for name, *run in published_sizes():
+        few, all_of_them = multiply_adds(*run)
+        print(f"{name:44s} {few:9.1f} {all_of_them:16.1f} {all_of_them / few:6.1f}x")
+
+
 def benchmark_cost(quick, device):
     """One step of VideoMAE against ratio, frames, size and batch; all else as in the first line."""
     dtype, generator = torch.bfloat16 if device == "cuda" else torch.float32, torch.Generator().manual_seed(0)
@@ -470,7 +501,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
-    parser.add_argument("--only", choices=("start", "loader", "models", "joint", "cost", "levers"), help="one table")
+    parser.add_argument("--only", choices=("start", "loader", "models", "counts", "joint", "cost", "levers"), help="one table")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -479,6 +510,7 @@ def main():
         "start": lambda: benchmark_start(args.quick),
         "loader": lambda: benchmark_loader(args.quick),
         "models": lambda: benchmark_models(args.quick, device, args.compile),
+        "counts": benchmark_counts,
         "joint": lambda: benchmark_joint(args.quick, device),
         "cost": lambda: benchmark_cost(args.quick, device),
         "levers": lambda: benchmark_levers(args.quick, device),
