@@ -181,8 +181,10 @@ def resolve(wanted, classes, folder, source, kinds, allow_missing):
         found.append((file, label))
     missing = [path for (path, _), (file, _) in zip(wanted, found) if file is None]
     if len(missing) == len(wanted) or (missing and not allow_missing):
+        hint = ("--allow-missing goes on with those that are there" if len(missing) < len(wanted) else
+                'a line is "path label", the label a whole number, the path absolute or from that folder')  # fmt: skip
         raise InputError(f"{len(missing)} of {len(wanted)} files listed in {source} are not in {folder}, e.g. "
-                         f"{', '.join(missing[:3])}; --allow-missing goes on with those that are there")  # fmt: skip
+                         f"{', '.join(missing[:3])}; {hint}")  # fmt: skip
     return make_files([(f, label) for f, label in found if f is not None], classes)
 
 
@@ -233,7 +235,9 @@ def list_folder(folder, kinds, classes=None):
     if not classes:
         pairs, classes = [(p, -1) for p in walk(folder, kinds)], []
     if not pairs:
-        raise InputError(f"{folder} holds no files that end in {', '.join(kinds[:4])} ...: is it the right folder?")
+        other = next(walk(folder, VIDEO + IMAGE), None)
+        hint = f"but others, e.g. {other.name}" if other else "is it the right folder?"
+        raise InputError(f"{folder} holds no files that end in {', '.join(kinds[:4])} ...: {hint}")
     return make_files(pairs, classes)
 
 
@@ -430,6 +434,7 @@ def read_clips(path, choose):
 def read_image(path):
     """-> uint8 (H, W, 3), whatever the file holds: grey, palette, RGBA, CMYK, 16 bits; turned as EXIF says."""
     try:
+        path = str(path)  # numpy's strings show their type in error messages
         if not os.path.isfile(path):
             raise BrokenFile("no such file")
         with warnings.catch_warnings():

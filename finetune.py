@@ -462,13 +462,13 @@ class Config:
     eval_only: bool = False  # no training: test the classifier in --init
     predict: str = ""  # no training: what the classifier in --init says about this one file
     # data
-    data: str = "toy"  # as in mae_video.py and mae_image.py
+    data: str = "toy"  # UCF101, HMDB51, a folder, a list file, cifar10 or stl10
     fold: int = 1  # of the official lists: 1, 2 or 3
     allow_missing: bool = False  # a list may name files that are not there: use the others
     share: float = 1.0  # share of the training files of each class that is used, always the same ones
-    frames: int = 0  # frames per clip; 0: as in pretraining, also for the next two
-    stride: int = 0  # frames from one to the next
-    img_size: int = 0  # side of the square that the model sees, in pixels; positions are interpolated
+    frames: int = 0  # frames per clip; 0: as in pretraining
+    stride: int = 0  # frames from one to the next; 0: as in pretraining
+    img_size: int = 0  # side of the square that the model sees; 0: as in pretraining; else positions are resized
     sampling: typing.Literal["auto", "dense", "linspace", "segments"] = "auto"  # auto: as in pretraining
     workers: int = 2  # processes that load data
     # augmentation
@@ -487,11 +487,11 @@ class Config:
     inputs: str = "rgb"  # --model multimae: what the classifier sees, any of rgb,depth,semseg
     dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: paint this map, a linear layer on each patch
     ignore: int = -1  # --dense semseg: class that does not count (void), -1: none
-    maps: int = 6  # --model multimae: classes of the semantic maps; with --init the file says it, as the next one
-    class_width: int = 16  # --model multimae: width of a class's learned vector
-    size: str = "auto"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS; auto: that of --init, also for the next two
-    patch: int = 0  # side of a patch or cube in pixels
-    tubelet: int = 0  # frames in a cube
+    maps: int = 6  # --model multimae: classes of the semantic maps; those of --init, if given
+    class_width: int = 16  # --model multimae: width of a class's learned vector; that of --init, if given
+    size: str = "auto"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS; auto: that of --init
+    patch: int = 0  # side of a patch or cube in pixels; 0: that of --init
+    tubelet: int = 0  # frames in a cube; 0: that of --init
     pool: typing.Literal["auto", "mean", "first"] = "auto"  # auto: mean; for MAE's linear probe the class token
     drop_path: float = 0.0  # chance that a sample skips a half of the last block, less in those below (papers: 0.1-0.2)
     dropout: float = 0.0  # before the head
@@ -514,10 +514,10 @@ class Config:
     resume: bool = False  # go on with the run in --out
     seed: int = 0  # of head, order, crops, drop path
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    smoke: bool = False  # three updates only, to see that everything runs
+    smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
 LIMITS = [("share", 0.001, 1), ("rand_augment", 0, 10), ("rand_ops", 1, 10), ("erase", 0, 1), ("smoothing", 0, 0.99)]
@@ -747,12 +747,12 @@ def build(cfg, classes, found=None):
     model = Classifier(encoder, classes, cfg.pool, fresh_norm, cfg.drop_path, cfg.dropout, layer_scale, frozen)
     said = load(model, state, cfg, fresh_norm) if found else "no weights: the network starts from scratch"
     change_grid(model.encoder, grid_of(cfg))
-    return DenseHead(model, parse_modalities(cfg.inputs), cfg.dense) if cfg.dense else model, said
+    return DenseHead(model, parse_modalities(cfg.inputs, "--inputs"), cfg.dense) if cfg.dense else model, said
 
 
 def planes_of(cfg):
     """The modalities that are read from files: the inputs and, with --dense, the map that is to be painted."""
-    inputs = parse_modalities(cfg.inputs)
+    inputs = parse_modalities(cfg.inputs, "--inputs")
     if cfg.dense in inputs:
         raise InputError(f"--dense {cfg.dense} is also among --inputs {cfg.inputs}: nothing would be left to do")
     return [m for m in MODALITIES if m in inputs or m == cfg.dense]
@@ -1068,10 +1068,17 @@ def main():
     classes = train.classes
     if cfg.eval_only and len(classes) != (known := classes_of(found, cfg.init)):
         raise InputError(f"{cfg.data} has {len(classes)} classes, the classifier in {cfg.init} was trained for {known}")
+    if cfg.eval_only and len(found.classes) and list(found.classes) != list(classes):
+        raise InputError(f"the classes of {cfg.data} ({', '.join(classes[:3])} ...) are not those of {cfg.init} "
+                         f"({', '.join(found.classes[:3])} ...)")  # fmt: skip
+    if (cfg.eval_only or cfg.mode == "knn") and (Path(cfg.out) / "checkpoint.pt").exists():
+        raise InputError(f"{cfg.out} holds a trained run, whose results would be lost: name another --out")
     model, said = build(cfg, len(classes), None if cfg.mode == "scratch" and not cfg.eval_only else found)
     if rank == 0:
         counts = f"{len(train)} files to train, {len(test_files.paths)} to test, {len(classes)} classes"
         print(f"{counts}; {said}" if not cfg.resume else counts, flush=True)
+        if empty := len(classes) - len(set(test_files.labels.tolist())):
+            print(f"warning: {empty} of {len(classes)} classes have no test file: make folders train/ and val/")
     model.to(device)
     test = lambda clips, crops: run_views(model, test_files, cfg, clips, crops, device, model.answers)
 
@@ -1119,6 +1126,8 @@ def predict(cfg, found, device):
     """Class names with probabilities for one file, the mean over its views."""
     if cfg.model == "multimae" and planes_of(cfg) != ["rgb"]:
         raise InputError(f"--predict reads one file, but the classifier in {cfg.init} sees {cfg.inputs}")
+    if Path(cfg.predict).suffix.lower() not in (kinds := data.VIDEO if is_video(cfg) else data.IMAGE):
+        raise InputError(f"--predict {cfg.predict}: the classifier in {cfg.init} reads one file, {', '.join(kinds)}")
     rows = classes_of(found, cfg.init)
     classes = found.classes if len(found.classes) == rows else [f"class {i}" for i in range(rows)]
     model = build(cfg, rows, found)[0].to(device)

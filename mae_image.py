@@ -1,13 +1,13 @@
 """mae_image.py - hide three quarters of an image, see a quarter, paint the rest.
 
 Paper   Masked Autoencoders Are Scalable Vision Learners. He, Chen, Xie, Li, Dollar, Girshick, 2021, arXiv 2111.06377
-Covers  Sec. 3 "Masking"                 masking.random_mask
+Covers  Sec. 3 "Masking", Fig. 6         masking.random_mask, block_mask, grid_mask
         Sec. 3 "MAE encoder"             MAE.forward_encoder: the hidden patches are not masked out but absent
         Sec. 3 "MAE decoder"             MAE.forward_decoder
         Sec. 3 "Reconstruction target"   MAE.standardise, MAE.forward_loss
         App. A.1 "ViT architecture"      sincos_2d, Block, ENCODERS
         App. A.1 "Pre-training"          init_weights, lr_at, param_groups, pretrain (Table 8)
-Not     fine-tuning and probing (finetune.py); PCA and dVAE targets of Table 1(d); grid masks of Table 1(f).
+Not     fine-tuning and probing (finetune.py); PCA and dVAE targets of Table 1(d).
 
 Run     python mae_image.py                                 (4 min on 2 CPU cores: writes a toy world, pretrains)
         python mae_image.py --data cifar10 --preset cifar10
@@ -385,7 +385,7 @@ class Config:
     lr: float = 8e-3  # base rate, for a batch of 256; the paper's is 1.5e-4, for 500,000 updates instead of 1,500
     min_lr: float = 0.0  # base rate at the end of the cosine
     warmup: float = 4  # epochs of linear warm-up
-    weight_decay: float = 0.05  # of matrices
+    weight_decay: float = 0.05  # of matrices; vectors have none
     clip: float = 0.0  # largest norm of the gradient, 0: no clipping, as in the paper
     # run
     out: str = "runs/mae_image"  # folder for checkpoint, log and pictures
@@ -393,11 +393,11 @@ class Config:
     init: str = ""  # start from the weights in this file: ours, or a public MAE checkpoint
     seed: int = 0  # of weights, masks, order, crops
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
     pictures: int = 5  # how many times pictures are drawn, at even distances, the last at the end
-    smoke: bool = False  # three updates only, to see that everything runs
+    smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
 PRESETS = {
@@ -405,9 +405,10 @@ PRESETS = {
                     decoder_heads=3, norm_pix=True, epochs=400, batch=512, lr=1.5e-4, warmup=40, flip=True,
                     out="runs/mae_cifar10"),
     "gpu": dict(img_size=128, patch=16, size="small", decoder_width=256, decoder_depth=4, decoder_heads=8,
-                norm_pix=True, epochs=200, batch=256, lr=1.5e-4, warmup=20, workers=8),
+                norm_pix=True, epochs=200, batch=256, lr=1.5e-4, warmup=20, workers=8, out="runs/mae_gpu"),
     "paper": dict(img_size=224, patch=16, size="base", decoder_width=512, decoder_depth=8, decoder_heads=16,
-                  norm_pix=True, epochs=1600, batch=4096, lr=1.5e-4, warmup=40, workers=16),
+                  norm_pix=True, epochs=1600, batch=4096, lr=1.5e-4, warmup=40, workers=16,
+                  out="runs/mae_paper"),
 }  # fmt: skip
 
 
@@ -416,11 +417,15 @@ def parse_config(Config, presets, doc, argv=None):
 
     Returns {field: value} of what the user gave. Precedence: default < preset < flag.
     """
-    parser = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(presets), help="settings for a purpose; other flags overrule it")
+    as_flag = lambda k, v: f"--{'no-' * (v is False)}{k.replace('_', '-')}" + ("" if isinstance(v, bool) else f" {v}")
+    epilog = "presets:\n" + "\n".join(f"  {name}: {' '.join(as_flag(k, v) for k, v in preset.items())}"
+                                      for name, preset in presets.items())  # fmt: skip
+    parser = OneLineParser(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(presets), help="many settings at once, see below; flags overrule")
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        options = {"default": argparse.SUPPRESS, "help": f"{helps[field.name]} (default: {field.default})"}
+        default = f"{field.default:.4g}" if field.type is float else field.default if field.default != "" else "none"
+        options = {"default": argparse.SUPPRESS, "help": f"{helps[field.name]} (default: {default})"}
         flag = "--" + field.name.replace("_", "-")
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
@@ -429,6 +434,7 @@ def parse_config(Config, presets, doc, argv=None):
         else:
             parser.add_argument(flag, type=field.type, metavar=field.type.__name__.upper(), **options)
     given = vars(parser.parse_args(argv))
+    given = {k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in given.items()}  # --out=~/runs
     name = given.pop("preset")
     return {**(presets[name] if name else {}), **given}
 
@@ -451,9 +457,12 @@ def read_config(Config, presets, doc, script, argv=None, limits=(), may_change=(
     cfg = Config(**given)
     for name, (low, high) in {name: bounds for name, *bounds in [*LIMITS, *limits]}.items():
         if not low <= getattr(cfg, name, low) <= high:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {low:g} to {high:g}")
+            bounds = f"at least {low:g}" if high == BIG else f"{low:g} to {high:g}"
+            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {bounds}")
     if not cfg.resume:
         return cfg
+    if not (Path(cfg.out) / "checkpoint.pt").exists():
+        raise InputError(f"{cfg.out} holds no run to go on with: leave --resume out, or name the run with --out")
     content = load_file(Path(cfg.out) / "checkpoint.pt")
     if content.get("script") != script:
         raise InputError(f"{cfg.out} holds a run of {content.get('script')}.py, not of {script}.py")
@@ -461,7 +470,8 @@ def read_config(Config, presets, doc, script, argv=None, limits=(), may_change=(
     for name, value in given.items():
         if name not in may_change and value != saved[name]:
             flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {value}: the run in {cfg.out} has {saved[name]}, and a resumed run must keep it")
+            raise InputError(f"{flag} {value}: the run in {cfg.out} has {saved[name]}, and a resumed run must keep it; "
+                             f"a new one may start with --init {cfg.out}/checkpoint.pt")  # fmt: skip
     return Config(**{**saved, **{k: v for k, v in given.items() if k in may_change}})
 
 
@@ -493,7 +503,8 @@ def load_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"cannot read checkpoint {path}: {error.strerror}") from None
+        inside = f"; did you mean {path}/checkpoint.pt?" if os.path.isdir(path) else ""
+        raise InputError(f"cannot read checkpoint {path}: {error.strerror}{inside}") from None
     except Exception as error:  # torch raises many kinds on a damaged file
         code = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
         why = "it holds Python code besides numbers, which could do anything" if code else "it is damaged or cut off"
@@ -753,7 +764,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.losses, self.scores = state["step"], state["losses"], state["scores"]
-        elif self.writes and checkpoint.exists():
+        elif self.writes and checkpoint.exists() and not load_file(checkpoint).get("config", {}).get("smoke"):
             raise InputError(f"{self.out} already holds a run: --resume to go on with it, or another --out")
         if self.writes:
             try:
@@ -835,9 +846,9 @@ class Run:
         if not self.writes:
             return
         eta, chance = (self.total - done) * self.cfg.batch / speed, self.scores["chance"]
-        self.say(f"epoch {done / self.per_epoch:6.1f}  update {done:6d}/{self.total}  loss {loss:.4f} (chance "
-                 f"{chance:.3f})  lr {lr:.1e}  {speed:7.1f} samples/s  waiting for data {waiting:4.0%}  ETA "
-                 f"{clock_text(eta)}")  # fmt: skip
+        beside = f" (chance {chance:.3f})" if math.isfinite(chance) else ""
+        self.say(f"epoch {done / self.per_epoch:6.1f}  update {done:6d}/{self.total}  loss {loss:.4f}{beside}  "
+                 f"lr {lr:.1e}  {speed:7.1f} samples/s  waiting for data {waiting:4.0%}  ETA {clock_text(eta)}")
         self.log({"step": done, "epoch": done / self.per_epoch, "loss": loss, "chance": chance, "lr": lr,
                   "samples_per_second": speed, "data_wait": waiting})  # fmt: skip
 
@@ -1034,9 +1045,12 @@ def encoder_size(size):
 
 
 def check_mask(draw_mask):
-    """Complain now about a ratio that hides nothing or everything, not after the data is read."""
-    if not draw_mask(None, 1, torch.Generator()).any():
+    """Complain now about a ratio that hides nothing or everything, not after the data is read; say what it hides."""
+    mask = draw_mask(None, 1, torch.Generator())
+    if not mask.any():
         raise InputError("this mask hides nothing, so there is nothing to learn: raise --mask-ratio")
+    if int(os.environ.get("RANK", 0)) == 0:  # whole slots, or odd sides: not always the share that was asked for
+        print(f"{int(mask.sum())} of {mask.shape[1]} tokens hidden")
 
 
 if __name__ == "__main__":

@@ -477,7 +477,7 @@ class Config:
     lr: float = 8e-2  # base rate, for a batch of 256; the papers' are 1.5e-4 to 1.6e-3, for much longer runs
     min_lr: float = 0.0  # base rate at the end of the cosine; VideoMAE: 1e-5
     warmup: float = 5  # epochs of linear warm-up
-    weight_decay: float = 0.05  # of matrices
+    weight_decay: float = 0.05  # of matrices; vectors have none
     clip: float = 0.0  # largest norm of the gradient, 0: no clipping (MAE-ST: 0.02)
     # run
     out: str = "runs/mae_video"  # folder for checkpoint, log and pictures
@@ -485,11 +485,11 @@ class Config:
     init: str = ""  # start from the weights in this file: ours, or a public one of the same paper
     seed: int = 0  # of weights, masks, order, crops
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
     pictures: int = 5  # how many times pictures are drawn, at even distances, the last at the end
-    smoke: bool = False  # three updates only, to see that everything runs
+    smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
 _one_gpu = dict(frames=16, img_size=112, patch=8, size="small", decoder_width=192, decoder_depth=4, decoder_heads=3,

@@ -9,8 +9,7 @@ autoencoder hides most of them and asks a network to paint them back. The five p
     MAE-ST    Feichtenhofer et al. 2022, 2205.09113    random in space-time 90 %      random_mask
     OmniMAE   Girdhar et al. 2022, arXiv 2206.08356    images 90 %, videos 95 %       random_mask, causal_mask
     MultiMAE  Bachmann et al. 2022, arXiv 2204.01678   1/6 visible over modalities    dirichlet_mask
-    ablations MAE Fig. 6, MAE-ST Fig. 4, VideoMAE Table 1(b)                          block_mask, frame_mask
-    not here  MAE's "grid" sampling (every 2 x 2 cell keeps one patch)
+    ablations MAE Fig. 6, MAE-ST Fig. 4, VideoMAE Table 1(b)                          block_mask, grid_mask, frame_mask
 
 A mask is a bool tensor (B, N) with N = t*h*w, True = hidden. Tokens are time-major: the token in time slot s,
 row r, column c has the number (s*h + r)*w + c ("raster order"). Every row of a batch hides the same number of
@@ -283,10 +282,10 @@ def draw(masks, grid, path, cell=8):
 
 def main():
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=int, nargs=3, default=[4, 8, 8], metavar=("T", "H", "W"), help="tokens")
-    parser.add_argument("--ratio", type=float, default=0.75, help="share of tokens that are hidden, in [0, 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the generator that draws the masks")
-    parser.add_argument("--out", default="masks.png", help="file for the picture")
+    parser.add_argument("--grid", type=int, nargs=3, default=[4, 8, 8], metavar=("T", "H", "W"), help="tokens; 4 8 8")
+    parser.add_argument("--ratio", type=float, default=0.75, help="share of tokens that are hidden, in [0, 1); 0.75")
+    parser.add_argument("--seed", type=int, default=0, help="of the generator that draws the masks; 0")
+    parser.add_argument("--out", default="masks.png", help="file for the picture; masks.png")
     args = parser.parse_args()
     grid, n = tuple(args.grid), int(np.prod(args.grid))
     if min(grid) < 1:

@@ -496,11 +496,11 @@ class Config:
     init: str = ""  # start from the weights in this file: ours, or a public MultiMAE one
     seed: int = 0  # of weights, masks, order, crops
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
     pictures: int = 3  # how many times pictures are drawn, at even distances, the last at the end
-    smoke: bool = False  # three updates only, to see that everything runs
+    smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
 LIMITS = [("classes", 2, 256), ("ignore", -1, 255), ("class_width", 1, 10**6), ("visible", 1e-6, 0.999)]
@@ -514,13 +514,13 @@ PRESETS = {
 }  # fmt: skip
 
 
-def parse_modalities(text):
+def parse_modalities(text, flag="--modalities"):
     names = [m.strip() for m in text.split(",") if m.strip()]
     for m in names:
         if m not in MODALITIES:
-            raise InputError(f"--modalities {text}: unknown modality {m}, use any of {','.join(MODALITIES)}")
+            raise InputError(f"{flag} {text}: unknown modality {m}, use any of {','.join(MODALITIES)}")
     if not names:
-        raise InputError(f"--modalities is empty: use any of {','.join(MODALITIES)}")
+        raise InputError(f"{flag} is empty: use any of {','.join(MODALITIES)}")
     return [m for m in MODALITIES if m in names]
 
 

@@ -317,13 +317,13 @@ class Config:
     sampling: typing.Literal["dense", "linspace", "segments"] = "dense"  # segments: the whole video
     img_size: int = 64  # side of images and frames that the model sees, in pixels
     min_crop: float = 0.5  # smallest share of a frame that a random crop takes; the public code: 0.08
-    min_crop_image: float = 0.2  # the same of an image
+    min_crop_image: float = 0.2  # smallest share of an image that a random crop takes
     flip: bool = False  # mirror half of the clips; the public code does not
     flip_image: bool = True  # mirror half of the images
     repeat: int = 1  # clips of every decoded video: sample replication; the public code has 4
     workers: int = 2  # processes that load data
     # how images and videos are joined
-    joint: typing.Literal["interleaved", "mixed"] = "interleaved"  # a step is pure, as published; or has both, packed
+    joint: typing.Literal["interleaved", "mixed"] = "interleaved"  # a step has images or clips, as published; or both
     image_share: float = 1.0  # interleaved: share of the image updates that an epoch has, 0: none
     video_share: float = 1.0  # interleaved: share of the video updates; the public recipe with --repeat 4: 0.25
     per_clip: int = 1  # mixed: images beside every clip of a step
@@ -345,7 +345,7 @@ class Config:
     lr: float = 5e-2  # base rate, for a batch of 256; the public code's is 2e-4, for much longer runs
     min_lr: float = 0.0  # base rate at the end of the cosine
     warmup: float = 2  # epochs of linear warm-up
-    weight_decay: float = 0.05  # of matrices
+    weight_decay: float = 0.05  # of matrices; vectors have none
     clip: float = 0.0  # largest norm of the gradient, 0: no clipping
     # run
     out: str = "runs/omni"  # folder for checkpoint, log and pictures
@@ -353,11 +353,11 @@ class Config:
     init: str = ""  # start from the weights in this file: ours, or a public OmniMAE one
     seed: int = 0  # of weights, masks, order, crops
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
     pictures: int = 5  # how many times pictures are drawn, at even distances, the last at the end
-    smoke: bool = False  # three updates only, to see that everything runs
+    smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
 LIMITS = [("image_share", 0, 1), ("video_share", 0, 1), ("per_clip", 1, 1000), ("min_crop_image", 0.01, 1)]

@@ -32,7 +32,7 @@ import data  # noqa: E402
 import mae_image  # noqa: E402
 import mae_video  # noqa: E402
 import omni  # noqa: E402
-from masking import random_mask, tube_mask, visible  # noqa: E402
+from masking import OneLineParser, random_mask, run_script, tube_mask, visible  # noqa: E402
 
 
 def medians(contestants, rounds):
@@ -498,7 +498,7 @@ def benchmark_loader(quick):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--only", choices=("start", "loader", "models", "counts", "joint", "cost", "levers"), help="one table")
@@ -521,4 +521,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

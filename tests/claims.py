@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+from masking import OneLineParser, run_script  # noqa: E402
 
 VIDEO = ("--sampling segments --img-size 48 --size 96x4x3 --decoder-width 64 --decoder-depth 1 --norm-pix --mask-ratio 0.85 "
          "--lr 2e-2")  # fmt: skip
@@ -73,7 +74,7 @@ SETS = {
                    scratch="--lr 4e-3"),
     "toy-joint": Set("toy", "--epochs 20", "--sampling segments --clips 1", "omni.py", folds=1, images="toy"),
     # a fifth of the image updates: as many images as clips
-    "lips20+tin20": Set("lips20", "--img-size 48 --patch 12 --size 96x4x3 --norm-pix --sampling segments --batch 32 --epochs 60 "
+    "lips20+tin20": Set("lips20", "--img-size 48 --patch 12 --size 96x4x3 --norm-pix --sampling segments --batch 32 --epochs 40 "
                         "--lr 2e-2 --image-share 0.2", "--preset laptop --clips 1", "omni.py", folds=1, short=64, images="tin20"),
     "toy-maps": Set("toy", "--epochs 20", "--preset laptop --epochs 30 --batch 16 --warmup 3", "multimae.py", folds=1,
                     scratch="--lr 4e-3"),
@@ -333,9 +334,9 @@ def show(name, claim, after, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help=f"claims, separated by commas: {','.join(CLAIMS)}")
-    parser.add_argument("--sets", default="", help=f"data sets, separated by commas: {','.join(SETS)}")
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help=f"claims, separated by commas: {', '.join(CLAIMS)}")
+    parser.add_argument("--sets", default="", help=f"data sets, separated by commas: {', '.join(SETS)}")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the fine-tuning per split")
     parser.add_argument("--folds", type=int, default=3, help="splits of the data, 1 to 3")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one core each by default")
@@ -369,4 +370,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -626,9 +626,12 @@ def replay(path):
 
 def main(paths):
     if not paths or paths[0].startswith("-"):
-        raise SystemExit(__doc__)
+        print(__doc__)
+        sys.exit(0 if paths else 2)
     worst = 0.0
     for path in paths:
+        if not Path(path).is_file():
+            raise SystemExit(f"replay_golden.py: error: {path} does not exist")
         try:
             r = replay(path)
         except NotImplementedError as error:

@@ -477,6 +477,9 @@ def test_the_four_modes_run_and_what_is_reported_is_the_last_epochs_model(pretra
     clip = next((pretrained / "toy/videos").rglob("*.mp4"))
     said = run("finetune.py", "--predict", clip, "--init", "runs/finetune/checkpoint.pt", cwd=pretrained)
     assert len(re.findall(r"^ *[\d.]+%  \w+$", said, re.M)) == 5
+    for wrong, message in ((["--predict", "toy"], "reads one file, .avi"), (["--mode", "knn"], "name another --out")):
+        asked = ["finetune.py", *wrong, "--init", "runs/finetune/checkpoint.pt"]
+        assert message in run(*asked, cwd=pretrained, code=2)
     for mode in ("scratch", "linear", "knn"):
         assert "done: top-1" in run("finetune.py", *TINY, "--mode", mode, "--out", mode, cwd=pretrained)
     run(*test_again, "scratch/checkpoint.pt", cwd=pretrained)  # not the random network it began with
@@ -512,6 +515,15 @@ def test_a_run_that_began_from_a_joint_table_of_mae_st_goes_on(pretrained, run, 
     run("finetune.py", *TINY, *flags, "--out", tmp_path / "j")
     text = run("finetune.py", "--resume", "--out", tmp_path / "j")
     assert "from scratch" not in text and "done: top-1" in text
+
+
+def test_a_classifier_is_not_tested_on_classes_of_other_names(pretrained, toy, run, tmp_path):
+    run("finetune.py", *TINY, "--smoke", "--out", tmp_path / "six", cwd=pretrained)
+    for i, folder in enumerate(sorted((toy / "videos").glob("[A-Z]*"))):
+        (tmp_path / "other" / f"class{i}").parent.mkdir(exist_ok=True)
+        (tmp_path / "other" / f"class{i}").symlink_to(folder)
+    command = ["finetune.py", "--eval-only", "--init", "six/checkpoint.pt", "--data", "other", "--out", "e"]
+    assert "the classes of other (class0, class1, class2 ...) are not those of six/checkpoint.pt" in run(*command, code=2)
 
 
 def test_two_processes_test_every_video_once(pretrained, run, toy):

@@ -420,6 +420,16 @@ def test_a_run_is_not_overwritten_and_a_finished_one_says_so(straight, refused, 
     assert "not of mae_video.py" in refused(mae_video, "--resume", "--out", reference)
 
 
+def test_a_smoke_test_does_not_stand_in_the_way_of_the_run(toy, run, refused):
+    flags = [*TINY_IMAGE, "--data", toy, "--out", "x"]
+    run("mae_image.py", *flags, "--smoke")
+    run("mae_image.py", *flags, "--epochs", 1)
+    assert "already holds a run" in refused(mae_image, *flags)
+    assert "x/checkpoint.pt?" in refused(mae_image, *flags, "--out", "y", "--init", "x")
+    assert "--init x/checkpoint.pt" in refused(mae_image, "--resume", "--out", "x", "--epochs", 9)
+    assert "holds no run to go on with" in refused(mae_image, "--resume", "--out", "y")
+
+
 def test_a_run_writes_checkpoint_log_and_pictures(straight):
     folder, _ = straight
     assert {"checkpoint.pt", "log.jsonl", "pictures"} <= set(os.listdir(folder))
@@ -457,7 +467,7 @@ def test_starting_from_a_public_file_without_training_draws_its_picture(toy, run
     (["--mask-ratio", 1], "outside [0, 1)"), (["--mask-ratio", 0.999], "hides all"), (["--mask-ratio", 0], "hides nothing"),
     (["--mask-ration", 0.5], "did you mean --mask-ratio"), (["--size", "giant"], "use one of nano"), (["--mask", "tube"], "invalid choice"),
     (["--batch", 10, "--accum", 3], "use a multiple of 3"), (["--batch", 1000], "do not fill one update"),
-    (["--init", "no.pth"], "cannot read checkpoint no.pth"), (["--resume"], "cannot read checkpoint"), (["--device", "cuda:9"], "cannot be used"),
+    (["--init", "no.pth"], "cannot read checkpoint no.pth"), (["--resume"], "holds no run to go on with"), (["--device", "cuda:9"], "cannot be used"),
     (["--out", "/proc/x"], "cannot write the run folder"), (["--preset", "x"], "invalid choice"), (["--lr"], "expected one argument"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
