@@ -89,11 +89,8 @@ def our_name(r, name):
         name = name.removeprefix("trunk.").replace("proj.1.", "proj.").replace("decoder.decoder_", "decoder_")
         name = name.replace("decoder.norm", "decoder_norm").replace("heads.0.projector.", "head.")
     if r.meta["method"] == "MultiMAE":
-        name = (
-            multimae.re_encoder(name)
-            .replace("output_adapters.cls.norm", "norm")
-            .replace("output_adapters.cls.head", "head")
-        )
+        name = re.sub(r"^encoder\.", "blocks.", name)
+        name = name.replace("output_adapters.cls.norm", "norm").replace("output_adapters.cls.head", "head")
     return name
 
 
