@@ -754,13 +754,10 @@ class Run:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.step, self.losses, self.scores = 0, [], {"chance": float("nan"), "val_loss": float("nan")}
         self.broken, self.began, self.save_seconds, self.saved_at, self.board = {}, time.perf_counter(), 0.0, 0.0, None
-        self.locked = None
 
     def open(self):
         """-> the first update to do. Makes the folder or reads it."""
         checkpoint, log = self.out / "checkpoint.pt", self.out / "log.jsonl"
-        if self.writes and checkpoint.exists():
-            self.lock()
         if self.cfg.resume:
             state = load_file(checkpoint)
             self.model.load_state_dict(state["model"])
@@ -772,8 +769,7 @@ class Run:
         if self.writes:
             try:
                 (self.out / "pictures").mkdir(parents=True, exist_ok=True)
-                if not self.locked:
-                    self.lock()
+                self.lock()
                 lines = log.read_text().splitlines() if log.exists() and self.cfg.resume else []
                 (self.out / "log.tmp").write_text("".join(x + "\n" for x in lines if self.belongs(x)))
                 os.replace(self.out / "log.tmp", log)
