@@ -790,7 +790,7 @@ def write_toy_image(folder, split, i, size):
 
 
 def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400)):
-    """Write the toy world; nothing happens if it is there already.
+    """Write the toy world; nothing happens if it is there already.   -> whether it was written
 
     folder/videos/<Motion>/v_<Motion>_gXX_cYY.mp4, classInd.txt, trainlist01.txt ...   UCF101's format:
         no group is in both lists of a fold
@@ -798,7 +798,7 @@ def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400))
     """
     folder = Path(folder)
     if (folder / "videos").is_dir() and (folder / "rgb").is_dir():
-        return
+        return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is no toy world: name an empty folder")
     partial = folder.with_name(folder.name + ".part")  # renamed when complete
@@ -826,6 +826,7 @@ def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400))
         partial.rename(folder)
     except OSError as error:
         raise InputError(f"cannot write the toy world to {folder}: {error}") from None
+    return True
 
 
 def make_toy_if_asked(name, rank=0, world=1):
@@ -1038,9 +1039,8 @@ def main():
     else:
         if args.size < 16 or args.size % 2 or args.groups < 4 or args.images < 4:
             raise InputError("the toy world needs an even --size of 16 or more, 4 --groups and 4 --images")
-        there = Path(args.folder, "videos").is_dir() and Path(args.folder, "rgb").is_dir()
-        make_toy(args.folder, args.size, groups=args.groups, images=(args.images, args.images // 4))
-        print(f"the toy world is in {args.folder}" + ", as it was: it is not written twice" * there)
+        written = make_toy(args.folder, args.size, groups=args.groups, images=(args.images, args.images // 4))
+        print(f"the toy world is in {args.folder}" + ("" if written else ", as it was: it is not written twice"))
 
 
 if __name__ == "__main__":

@@ -370,15 +370,6 @@ class ViewDataset(Dataset):
             return torch.zeros(*frames, size, size, planes, dtype=torch.uint8), i, [(str(path), str(error))]
 
 
-@contextlib.contextmanager
-def one_line():
-    """An InputError of a worker of the loader brings its whole traceback along: only its last line is for people."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(str(error).strip().splitlines()[-1].removeprefix("masking.InputError: ")) from None
-
-
 def run_views(model, files, cfg, clips, crops, device, output):
     """output(x), a method of the model, of every view of every file -> (files, views, width), broken files.
 
@@ -392,7 +383,7 @@ def run_views(model, files, cfg, clips, crops, device, output):
     dtype, outputs, broken = choose_precision(cfg, device), [], []
     shown = start = time.perf_counter()
     model.eval()
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32), one_line():
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for done, (pixels, _, errors) in enumerate(loader, 1):
             broken += errors
             outputs += [output(model.encoder.normalize(p.to(device))).float() for p in pixels.split(cfg.batch)]

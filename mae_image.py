@@ -42,7 +42,7 @@ from torch import nn
 
 import data
 from data import seeded
-from masking import MASKS, InputError, OneLineParser, grid_mask, hidden, restore, run_script, visible
+from masking import MASKS, InputError, OneLineParser, grid_mask, hidden, last_line, restore, run_script, visible
 
 # Published encoders: width D, blocks, heads. tiny is DeiT's (arXiv 2012.12877), small that of VideoMAE's code, the
 # others MAE's; huge comes with 14 x 14 patches in MAE, 16 x 16 in VideoMAE. nano is ours, for a laptop.
@@ -870,9 +870,8 @@ class Run:
             if step > self.step:
                 self.losses = [float(x) for x in self.losses]
                 self.save(step, must=True)
-            reason = str(error).strip().splitlines()[-1].removeprefix("masking.InputError: ")
             hint = f"; go on with --resume --out {self.out}" if self.step else ""
-            sys.exit(f"{self.script}.py: the loader failed: {reason}{hint}")
+            sys.exit(f"{self.script}.py: the loader failed: {last_line(error)}{hint}")
         self.wait += time.perf_counter() - tick
         self.report_broken(broken)
         return batch, index
@@ -1044,13 +1043,13 @@ def encoder_size(size):
     return tuple(int(n) for n in size.split("x"))
 
 
-def check_mask(draw_mask):
+def check_mask(draw_mask, what=""):
     """Complain now about a ratio that hides nothing or everything, not after the data is read; say what it hides."""
     mask = draw_mask(None, 1, torch.Generator())
     if not mask.any():
         raise InputError("this mask hides nothing, so there is nothing to learn: raise --mask-ratio")
     if int(os.environ.get("RANK", 0)) == 0:  # whole slots, or odd sides: not always the share that was asked for
-        print(f"{int(mask.sum())} of {mask.shape[1]} tokens hidden")
+        print(f"{what}{int(mask.sum())} of {mask.shape[1]} tokens hidden")
 
 
 if __name__ == "__main__":

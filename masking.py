@@ -237,11 +237,16 @@ def run_script(main):
     try:
         main()
     except InputError as error:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {error}", file=sys.stderr)
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {last_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def last_line(error):
+    """What an error says to people. From a worker of a loader it brings a whole traceback along, and ends with that."""
+    return str(error).strip().splitlines()[-1].removeprefix("masking.InputError: ")
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -399,8 +399,8 @@ def main():
     decoder = (cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
     model = OmniMAE(cfg.frames, cfg.img_size, cfg.tubelet, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)
     draw_mask = draw_masks(model, cfg)
-    for batch in (torch.empty(0, 0, 0, 0), torch.empty(0, 0, 0, 0, 0)):
-        check_mask(lambda _, rows, generator: draw_mask(batch, rows, generator))
+    for what, batch in (("images: ", torch.empty(0, 0, 0, 0)), ("clips: ", torch.empty(0, 0, 0, 0, 0))):
+        check_mask(lambda _, rows, generator: draw_mask(batch, rows, generator), what)
     if max(cfg.image_share, cfg.video_share) == 0:
         raise InputError("--image-share 0 and --video-share 0 leave nothing to train on")
     if cfg.init and not cfg.resume:

@@ -62,6 +62,21 @@ def kept_for_backward(function):
     return sum(seen.values())
 
 
+def setting(quick, device, tiny, cpu, gpu):
+    """-> dtype, generator, and what to measure here: tiny if --quick, else by machine."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return dtype, torch.Generator().manual_seed(0), tiny if quick else gpu if device == "cuda" else cpu
+
+
+def table(title, runs, rounds):
+    """Measure {name: Contestant} and print a line of each beside the first."""
+    seconds = medians({key: run.step for key, run in runs.items()}, rounds)
+    first = next(iter(seconds.values()))
+    print(f"\n{title:52s} {'seconds':>9s} {'against the first':>18s} {'MB':>8s}")
+    for key, s in seconds.items():
+        print(f"{key:52s} {s:9.4f} {s / first:17.2f}x {runs[key].megabytes():8.1f}")
+
+
 class Contestant:
     """A model, its optimiser and one fixed batch."""
 
@@ -143,34 +158,16 @@ def transformers_models(image, video, decoders):
 
 
 def benchmark_models(quick, device, compiled):
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    if quick:
-        size, rounds, B = (32, 1, 2), 1, 2
-        image, video, decoders = (
-            dict(img_size=32, patch=8),
-            dict(frames=4, img_size=32, patch=8),
-            ((16, 1, 2), (16, 1, 2)),
-        )
-    elif device == "cuda":
-        size, rounds, B = "base", 10, 32
-        image, video, decoders = (
-            dict(img_size=224, patch=16),
-            dict(frames=16, img_size=224, patch=16),
-            ((512, 8, 16), (384, 4, 6)),
-        )
-    else:
-        size, rounds, B = "small", 5, 2
-        image, video, decoders = (
-            dict(img_size=224, patch=16),
-            dict(frames=16, img_size=112, patch=8),
-            ((512, 8, 16), (192, 4, 3)),
-        )
-    generator = torch.Generator().manual_seed(0)
-    mae = mae_image.MAE(**image, size=size, decoder=decoders[0])
-    videomae = mae_video.VideoMAE(**video, size=size, decoder=decoders[1])
-    maest = mae_video.MAEST(**video, size=size, decoder=decoders[0][:1] + (4, 16) if not quick else decoders[0])
-    T, H = video["frames"], video["img_size"]
-    imgs = torch.randn(B * 4, 3, image["img_size"], image["img_size"], generator=generator).to(device)
+    dtype, generator, (image, video, decoders, size, B, rounds) = setting(
+        quick, device,
+        tiny=((32, 8), (4, 32, 8), ((16, 1, 2), (16, 1, 2), (16, 1, 2)), (32, 1, 2), 2, 1),
+        cpu=((224, 16), (16, 112, 8), ((512, 8, 16), (192, 4, 3), (512, 4, 16)), "small", 2, 5),
+        gpu=((224, 16), (16, 224, 16), ((512, 8, 16), (384, 4, 6), (512, 4, 16)), "base", 32, 10))  # fmt: skip
+    (side, p), (T, H, patch) = image, video
+    mae = mae_image.MAE(side, p, size, decoders[0])
+    videomae = mae_video.VideoMAE(T, H, 2, patch, size, decoders[1])
+    maest = mae_video.MAEST(T, H, 2, patch, size, decoders[2])
+    imgs = torch.randn(B * 4, 3, side, side, generator=generator).to(device)
     clips = torch.randn(B, 3, T, H, H, generator=generator).to(device)
     masks = {"MAE": random_mask(B * 4, mae.grid, 0.75, generator), "VideoMAE": tube_mask(B, videomae.grid, 0.9, generator),
              "MAE-ST": random_mask(B, maest.grid, 0.9, generator)}  # fmt: skip
@@ -209,13 +206,8 @@ def benchmark_models(quick, device, compiled):
 
 def benchmark_joint(quick, device):
     """OmniMAE: what extreme ratios save on an image step and a clip step, and what packing both into one step does."""
-    dtype, generator = torch.bfloat16 if device == "cuda" else torch.float32, torch.Generator().manual_seed(0)
-    frames, side, patch, size, decoder, B, rounds = (
-        (4, 32, 8, (32, 1, 2), (16, 1, 2), 2, 1)
-        if quick
-        else (16, 224, 16, "base", (384, 4, 16), 32, 10)
-        if device == "cuda"
-        else (16, 112, 8, "small", (192, 4, 16), 2, 5)
+    dtype, generator, (frames, side, patch, size, decoder, B, rounds) = setting(
+        quick, device, tiny=(4, 32, 8, (32, 1, 2), (16, 1, 2), 2, 1), cpu=(16, 112, 8, "small", (192, 4, 16), 2, 5), gpu=(16, 224, 16, "base", (384, 4, 16), 32, 10)
     )
     model = omni.OmniMAE(frames, side, 2, patch, size, decoder)
     t, h, w = model.grid
@@ -245,12 +237,7 @@ def benchmark_joint(quick, device):
         apart = lambda m, mask=masks[-1]: (m(imgs, mask[0])[0] + m(clips, mask[1])[0]) / 2
         runs[f"{a:.0%} / {b:.0%}, one after the other"] = Contestant(model, apart, device, dtype)
     runs["nothing dropped"] = Contestant(model, dense, device, dtype)
-    seconds = medians({key: run.step for key, run in runs.items()}, rounds)
-    print(
-        f"\n{f'OmniMAE, {4 * B} images and {B} clips, hidden':44s} {'seconds':>9s} {'against the first':>18s} {'MB':>8s}"
-    )
-    for key, s in seconds.items():
-        print(f"{key:44s} {s:9.4f} {s / next(iter(seconds.values())):17.2f}x {runs[key].megabytes():8.1f}")
+    table(f"OmniMAE {size}, {4 * B} images and {B} clips, hidden", runs, rounds)
 
 
 def multiply_adds(model, patches, x, mask):
@@ -286,13 +273,8 @@ def benchmark_counts():
 
 def benchmark_cost(quick, device):
     """One step of VideoMAE against ratio, frames, size and batch; all else as in the first line."""
-    dtype, generator = torch.bfloat16 if device == "cuda" else torch.float32, torch.Generator().manual_seed(0)
-    frames, side, patch, size, decoder, B, rounds = (
-        (4, 32, 8, (32, 1, 2), (16, 1, 2), 1, 1)
-        if quick
-        else (16, 224, 16, "base", (384, 4, 6), 16, 5)
-        if device == "cuda"
-        else (16, 64, 8, "tiny", (96, 2, 2), 2, 3)
+    dtype, generator, (frames, side, patch, size, decoder, B, rounds) = setting(
+        quick, device, tiny=(4, 32, 8, (32, 1, 2), (16, 1, 2), 1, 1), cpu=(16, 64, 8, "tiny", (96, 2, 2), 2, 3), gpu=(16, 224, 16, "base", (384, 4, 6), 16, 5)
     )
     base = dict(ratio=0.9, frames=frames, side=side, batch=B)
     rows = [base] + [{**base, "ratio": r} for r in (0.5, 0.75, 0.95)]
@@ -304,15 +286,9 @@ def benchmark_cost(quick, device):
         x = torch.randn(row["batch"], 3, row["frames"], row["side"], row["side"], generator=generator).to(device)
         mask = tube_mask(row["batch"], model.grid, row["ratio"], generator)
         loss = lambda m, x=x, mask=mask: m(x, mask)[0]
-        runs[tuple(row.items())] = Contestant(model, loss, device, dtype)
-    seconds = medians({key: run.step for key, run in runs.items()}, rounds)
-    first = seconds[tuple(base.items())]
-    print(f"\n{f'VideoMAE {size}, patch {patch}: hidden, clip, batch':44s} {'tokens':>7s} {'seconds':>9s} "
-          f"{'against the first':>18s} {'MB':>8s}")  # fmt: skip
-    for key, s in seconds.items():
-        row, model = dict(key), runs[key].model
-        text = f"{row['ratio']:.0%}, {row['frames']} x {row['side']} px, batch {row['batch']}"
-        print(f"{text:44s} {np.prod(model.grid):7d} {s:9.4f} {s / first:17.2f}x {runs[key].megabytes():8.1f}")
+        name = f"{row['ratio']:.0%}, {row['frames']} x {row['side']} px, batch {row['batch']}: {np.prod(model.grid)} tokens"
+        runs[name] = Contestant(model, loss, device, dtype)
+    table(f"VideoMAE {size}, patch {patch}: hidden, clip", runs, rounds)
 
 
 def plain_attention(q, k, v):
@@ -323,13 +299,8 @@ def plain_attention(q, k, v):
 
 def benchmark_levers(quick, device):
     """VideoMAE's step, and the same with one lever taken back."""
-    dtype, generator = torch.bfloat16 if device == "cuda" else torch.float32, torch.Generator().manual_seed(0)
-    frames, side, patch, size, decoder, B, rounds = (
-        (4, 32, 8, (32, 1, 2), (16, 1, 2), 2, 1)
-        if quick
-        else (16, 224, 16, "base", (384, 4, 6), 32, 10)
-        if device == "cuda"
-        else (16, 112, 8, "small", (192, 4, 3), 2, 5)
+    dtype, generator, (frames, side, patch, size, decoder, B, rounds) = setting(
+        quick, device, tiny=(4, 32, 8, (32, 1, 2), (16, 1, 2), 2, 1), cpu=(16, 112, 8, "small", (192, 4, 3), 2, 5), gpu=(16, 224, 16, "base", (384, 4, 6), 32, 10)
     )
     model = mae_video.VideoMAE(frames, side, 2, patch, size, decoder)
     x = torch.randn(B, 3, frames, side, side, generator=generator).to(device)
@@ -366,11 +337,7 @@ def benchmark_levers(quick, device):
     runs["AdamW not fused"].optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     dense = lambda m: dense_loss(m, mae_video.patchify(x, 2, patch), x, mask)
     runs["nothing dropped"] = Contestant(model, dense, device, dtype)
-    seconds = medians({key: run.step for key, run in runs.items()}, rounds)
-    title = f"levers: VideoMAE {size}, {B} clips of {frames} x {side} px"
-    print(f"\n{title:44s} {'seconds':>9s} {'against the first':>18s} {'MB':>8s}")
-    for key, s in seconds.items():
-        print(f"{key:44s} {s:9.4f} {s / seconds['as it is']:17.2f}x {runs[key].megabytes():8.1f}")
+    table(f"levers: VideoMAE {size}, {B} clips of {frames} x {side} px", runs, rounds)
 
 
 def benchmark_start(quick):
