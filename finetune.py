@@ -449,7 +449,7 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
 class Config:
     # what to do
     mode: typing.Literal["finetune", "linear", "scratch", "knn", "features"] = "finetune"  # features: one vector a file
-    init: str = "auto"  # pretrained file, ours or a public one; auto: the default run of --model's script, if there
+    init: str = "auto"  # pretrained file, ours or a public one; auto: the run of --model's script, to test: of this one
     eval_only: bool = False  # no training: test the classifier in --init
     predict: str = ""  # no training: what the classifier in --init says about this one file
     # data
@@ -991,10 +991,12 @@ def report_dense(answers, cfg, classes, write=True):
 
 
 def find_init(cfg):
-    """--init auto: the default run of mae_video.py (with --model mae: mae_image.py), or nothing, and how to get it."""
+    """--init auto: the default run of this script for a test alone, else of mae_video.py (with --model mae: of
+    mae_image.py and so on); or nothing, and how to get it."""
     if cfg.init != "auto":
         return cfg.init
     script = {"mae": "mae_image", "omni": "omni", "multimae": "multimae"}.get(cfg.model, "mae_video")
+    script = "finetune" if only_tests(cfg) else script
     path = Path("runs") / script / "checkpoint.pt"
     if path.exists():
         return str(path)

@@ -515,6 +515,7 @@ def load_file(path):
 
 
 DECODER = ("decoder", "mask_token", "output_adapters")  # how the names of its parts begin, in all models
+SHAPES = ("model", "size", "patch", "tubelet", "frames", "img_size", "decoder_width", "decoder_depth")  # settings
 
 
 def load_weights(model, path, script):
@@ -540,7 +541,9 @@ def load_weights(model, path, script):
     wrong = [f"no {k}" for k in missing if k not in fresh] + [f"unknown {k}" for k in left] + shape
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise InputError(f"checkpoint {path} does not fit this model: {wrong[0]}{more}; same --size and --patch?")
+        made = content.get("config", {})
+        flags = " ".join(f"--{k.replace('_', '-')} {made[k]}" for k in SHAPES if k in made) or "its --size and --patch"
+        raise InputError(f"checkpoint {path} does not fit this model: {wrong[0]}{more}; it needs {flags}")
     model.load_state_dict(state, strict=False)
     return f"{path}: {len(state)} tensors used" + (f", {len(fresh)} of the decoder start fresh" if fresh else "")
 

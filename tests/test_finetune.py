@@ -476,6 +476,7 @@ def test_the_four_modes_run_and_what_is_reported_is_the_last_epochs_model(pretra
     assert json.loads((pretrained / "e/results.json").read_text())["top1"] == results["top1"]
     clip = next((pretrained / "toy/videos").rglob("*.mp4"))
     said = run("finetune.py", "--predict", clip, "--init", "runs/finetune/checkpoint.pt", cwd=pretrained)
+    assert said == run("finetune.py", "--predict", clip, cwd=pretrained), "the default run is where --predict looks"
     assert len(re.findall(r"^ *[\d.]+%  \w+$", said, re.M)) == 5
     for wrong, message in ((["--predict", "toy"], "reads one file, .avi"), (["--mode", "knn"], "name another --out")):
         asked = ["finetune.py", *wrong, "--init", "runs/finetune/checkpoint.pt"]
