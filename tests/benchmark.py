@@ -139,16 +139,16 @@ def transformers_models(image, video, decoders):
     def config(model, kind, decoder, **more):
         block = model.blocks[0]
         return kind(hidden_size=block.norm1.normalized_shape[0], num_hidden_layers=len(model.blocks),
-                    num_attention_heads=block.attn.heads, intermediate_size=block.mlp.fc1.out_features, image_size=model.grid[1] * model.patch,
-                    patch_size=model.patch, decoder_hidden_size=decoder[0], decoder_num_hidden_layers=decoder[1],
-                    decoder_num_attention_heads=decoder[2], decoder_intermediate_size=4 * decoder[0], norm_pix_loss=True,
-                    layer_norm_eps=1e-6, attn_implementation="sdpa", **more)  # fmt: skip
+                    num_attention_heads=block.attn.heads, intermediate_size=block.mlp.fc1.out_features,
+                    image_size=model.grid[1] * model.patch, patch_size=model.patch, decoder_hidden_size=decoder[0],
+                    decoder_num_hidden_layers=decoder[1], decoder_num_attention_heads=decoder[2],
+                    decoder_intermediate_size=4 * decoder[0], norm_pix_loss=True, layer_norm_eps=1e-6,
+                    attn_implementation="sdpa", **more)  # fmt: skip
 
     (mae, imgs, image_mask), (videomae, clips, video_mask) = image, video
     hf_image = ViTMAEForPreTraining(config(mae, ViTMAEConfig, decoders[0], mask_ratio=0.75))
-    hf_video = VideoMAEForPreTraining(
-        config(videomae, VideoMAEConfig, decoders[1], num_frames=clips.shape[2], use_mean_pooling=False)
-    )
+    hf_video = VideoMAEForPreTraining(config(videomae, VideoMAEConfig, decoders[1], num_frames=clips.shape[2],
+                                             use_mean_pooling=False))  # fmt: skip
     noise, mask = image_mask.float().to(imgs.device), video_mask.to(clips.device)  # sorting 0 and 1 hides the ones
     frames = clips.transpose(1, 2).contiguous()
     return {
@@ -179,22 +179,18 @@ def benchmark_models(quick, device, compiled):
           f"{'of the peak':>12s} {'peak MB' if device == 'cuda' else 'MB kept for backward':>21s}")  # fmt: skip
     for name, model in (("MAE", mae), ("VideoMAE", videomae), ("MAE-ST", maest)):
         x, mask, B = (imgs if name == "MAE" else clips), masks[name], len(masks[name])
-        cut = (
-            (lambda x: mae_image.patchify(x, mae.patch))
-            if name == "MAE"
-            else (lambda x: mae_video.patchify(x, 2, videomae.patch))
-        )
+        cut = mae_image.patchify if name == "MAE" else mae_video.patchify
+        sizes = (mae.patch,) if name == "MAE" else (2, videomae.patch)
         runs = {"ours": Contestant(model, lambda m: m(x, mask)[0], device, dtype)}
-        runs["ours, nothing dropped"] = Contestant(model, lambda m: dense_loss(m, cut(x), x, mask), device, dtype)
+        runs["ours, nothing dropped"] = Contestant(model, lambda m: dense_loss(m, cut(x, *sizes), x, mask), device, dtype)
         if name in peers:
             runs["transformers"] = Contestant(*peers[name], device, dtype)
         if compiled:
             for key in [k for k in ("ours", "transformers") if k in runs]:
                 loss = runs[key].loss
                 twin = torch.compile(runs[key].model)
-                runs[f"{key}, compiled"] = Contestant(
-                    runs[key].model, lambda m, twin=twin, loss=loss: loss(twin), device, dtype
-                )
+                step = lambda m, twin=twin, loss=loss: loss(twin)
+                runs[f"{key}, compiled"] = Contestant(runs[key].model, step, device, dtype)
         seconds = medians({key: run.step for key, run in runs.items()}, rounds)
         for key, t in seconds.items():
             flops = counted_flops(runs[key.removesuffix(", compiled")])
@@ -207,8 +203,10 @@ def benchmark_models(quick, device, compiled):
 def benchmark_joint(quick, device):
     """OmniMAE: what extreme ratios save on an image step and a clip step, and what packing both into one step does."""
     dtype, generator, (frames, side, patch, size, decoder, B, rounds) = setting(
-        quick, device, tiny=(4, 32, 8, (32, 1, 2), (16, 1, 2), 2, 1), cpu=(16, 112, 8, "small", (192, 4, 16), 2, 5), gpu=(16, 224, 16, "base", (384, 4, 16), 32, 10)
-    )
+        quick, device,
+        tiny=(4, 32, 8, (32, 1, 2), (16, 1, 2), 2, 1),
+        cpu=(16, 112, 8, "small", (192, 4, 16), 2, 5),
+        gpu=(16, 224, 16, "base", (384, 4, 16), 32, 10))  # fmt: skip
     model = omni.OmniMAE(frames, side, 2, patch, size, decoder)
     t, h, w = model.grid
     imgs = torch.randn(4 * B, 3, side, side, generator=generator).to(device)
@@ -230,9 +228,8 @@ def benchmark_joint(quick, device):
 
     runs, masks = {}, []
     for a, b in ((0.9, 0.95), (0.75, 0.9)):
-        masks.append(
-            (random_mask(4 * B, (1, h, w), a, generator, "hide"), random_mask(B, model.grid, b, generator, "hide"))
-        )
+        masks.append((random_mask(4 * B, (1, h, w), a, generator, "hide"),
+                      random_mask(B, model.grid, b, generator, "hide")))  # fmt: skip
         runs[f"{a:.0%} / {b:.0%}, packed"] = step(*masks[-1])
         apart = lambda m, mask=masks[-1]: (m(imgs, mask[0])[0] + m(clips, mask[1])[0]) / 2
         runs[f"{a:.0%} / {b:.0%}, one after the other"] = Contestant(model, apart, device, dtype)
@@ -274,8 +271,10 @@ def benchmark_counts():
 def benchmark_cost(quick, device):
     """One step of VideoMAE against ratio, frames, size and batch; all else as in the first line."""
     dtype, generator, (frames, side, patch, size, decoder, B, rounds) = setting(
-        quick, device, tiny=(4, 32, 8, (32, 1, 2), (16, 1, 2), 1, 1), cpu=(16, 64, 8, "tiny", (96, 2, 2), 2, 3), gpu=(16, 224, 16, "base", (384, 4, 6), 16, 5)
-    )
+        quick, device,
+        tiny=(4, 32, 8, (32, 1, 2), (16, 1, 2), 1, 1),
+        cpu=(16, 64, 8, "tiny", (96, 2, 2), 2, 3),
+        gpu=(16, 224, 16, "base", (384, 4, 6), 16, 5))  # fmt: skip
     base = dict(ratio=0.9, frames=frames, side=side, batch=B)
     rows = [base] + [{**base, "ratio": r} for r in (0.5, 0.75, 0.95)]
     rows += [{**base, "frames": frames * k // 2} for k in (1, 4, 8)]
@@ -300,8 +299,10 @@ def plain_attention(q, k, v):
 def benchmark_levers(quick, device):
     """VideoMAE's step, and the same with one lever taken back."""
     dtype, generator, (frames, side, patch, size, decoder, B, rounds) = setting(
-        quick, device, tiny=(4, 32, 8, (32, 1, 2), (16, 1, 2), 2, 1), cpu=(16, 112, 8, "small", (192, 4, 3), 2, 5), gpu=(16, 224, 16, "base", (384, 4, 6), 32, 10)
-    )
+        quick, device,
+        tiny=(4, 32, 8, (32, 1, 2), (16, 1, 2), 2, 1),
+        cpu=(16, 112, 8, "small", (192, 4, 3), 2, 5),
+        gpu=(16, 224, 16, "base", (384, 4, 6), 32, 10))  # fmt: skip
     model = mae_video.VideoMAE(frames, side, 2, patch, size, decoder)
     x = torch.randn(B, 3, frames, side, side, generator=generator).to(device)
     mask = tube_mask(B, model.grid, 0.9, generator)
@@ -445,21 +446,17 @@ def benchmark_loader(quick):
 
             def with_decord():
                 for e, start in enumerate(starts):
-                    frames = (
-                        decord.VideoReader(path, num_threads=1)
-                        .get_batch(list(range(start, start + T * stride, stride)))
-                        .asnumpy()
-                    )
-                    data.make_crop(frames, size, "multiscale", 1, True, data.seeded(e))
+                    wanted = list(range(start, start + T * stride, stride))
+                    frames = decord.VideoReader(path, num_threads=1).get_batch(wanted)
+                    data.make_crop(frames.asnumpy(), size, "multiscale", 1, True, data.seeded(e))
 
             contestants["decord, our crop"] = with_decord
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in a worker
         seconds = medians(contestants, 1 if quick else 7)
         torch.set_num_threads(threads)
-    print(
-        f"\n{'loader, one worker, 16 x 4 frames of 320 x 240':48s} {'clips/s':>9s} {'time against decoding alone':>29s}"
-    )
+    title = "loader, one worker, 16 x 4 frames of 320 x 240"
+    print(f"\n{title:48s} {'clips/s':>9s} {'time against decoding alone':>29s}")
     for name, t in seconds.items():
         print(f"{name:48s} {count / t:9.1f} {t / seconds['PyAV, decoding alone']:28.2f}x")
 
