@@ -20,6 +20,7 @@ Next  mae_image.py: the first model, and the training loop.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import math
 import os
@@ -52,8 +53,8 @@ def seeded(*numbers):
     """A generator that is a function of whole numbers: what ran before has no part in it.
 
     The number after the seed names the use: 0 items, 1 masks, 2 held-out masks, 3 what replaces a broken file, and so
-    on; the order of an epoch has (seed, epoch) alone. important: numpy drops trailing zeros, so (s, 1) and (s, 1, 0)
-    are one stream. Whoever copies this should begin with a use of 1 or more and put it last.
+    on; the order of an epoch has (seed, epoch) alone. important: numpy fills up to four numbers with zeros, so (s, 1)
+    and (s, 1, 0) are one stream. Whoever copies this should begin with a use of 1 or more and put it last.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
@@ -93,8 +94,8 @@ def list_videos(root, split="train", fold=1, allow_missing=False):
 
 
 def list_images(root, split="train", allow_missing=False):
-    """The images of one split of a folder or list file (as in list_videos), or of "cifar10" or "stl10"."""
-    if str(root).lower() in ("cifar10", "stl10"):
+    """The images of one split of a folder or list file, as in list_videos; "cifar10", "stl10": by torchvision."""
+    if str(root).lower() in ("cifar10", "stl10") and not Path(root).exists():
         return load_torchvision(str(root).lower(), split)
     return list_plain(find_root(root, "rgb"), split, IMAGE, allow_missing)
 
@@ -347,7 +348,8 @@ class BrokenFile(Exception):
 
 
 def one_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    """What went wrong, with the kind of error unless the message is our own."""
+    return (str(error) if isinstance(error, BrokenFile) else f"{type(error).__name__}: {error}").splitlines()[0]
 
 
 def open_video(path):
@@ -425,8 +427,6 @@ def read_clips(path, choose):
             found, _ = grab(path, np.unique(clips))
         frames = np.stack([found[f] for f in clips.flat])  # one copy: a stack of stacks costs as much as the crop
         return frames.reshape(*clips.shape, *frames.shape[1:])
-    except BrokenFile:
-        raise
     except Exception as error:  # decoders raise many kinds on a damaged file
         raise BrokenFile(one_line(error)) from None
 
@@ -444,8 +444,6 @@ def read_image(path):
                 if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip all above 255 to white
                     image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
                 return np.array(image.convert("RGB"))
-    except BrokenFile:
-        raise
     except Exception as error:
         raise BrokenFile(one_line(error)) from None
 
@@ -491,11 +489,18 @@ def make_crop(pixels, size, kind, min_crop, flip, generator, bicubic=False):
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def random_box(x, scale, generator):
-    """RandomResizedCrop's box from an explicit generator; torchvision draws from the global one."""
+@contextlib.contextmanager
+def torchvision_draws_from(generator):
+    """torchvision draws from the global generator: lend it a seed of ours, and give it back as it was."""
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed: it reaches for the GPUs too, and would take as long as the resize of a small clip
         torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        yield
+
+
+def random_box(x, scale, generator):
+    """RandomResizedCrop's box from an explicit generator."""
+    with torchvision_draws_from(generator):
         box = v2.RandomResizedCrop(1, scale=scale).make_params([x])
     return box["top"], box["left"], box["height"], box["width"]
 
@@ -903,8 +908,6 @@ def check_file(path):
         # B-frames at either end may be lost, so one or two frames less than promised is common and harmless
         reason = f"the header says {promised} frames, {n} can be decoded" if n < 0.9 * promised - 2 else ""
         return reason, thumbnail(found[max(found)])
-    except BrokenFile as error:
-        return str(error), None
     except Exception as error:
         return one_line(error), None
 

@@ -93,8 +93,8 @@ class Classifier(nn.Module):
     x       what the encoder's `encode` takes, e.g. clips (B, 3, T, H, W), normalised;   logits (B, classes)
     pool    "mean" over the tokens without the class token (MultiMAE's global token does count), or "first": the class
             token. Models without one take their first cube or patch, as VideoMAE's public code does with --use_cls
-    fresh_norm  the norm before the head is new. MAE, VideoMAE and OmniMAE throw the pretrained final norm away,
-            MultiMAE has none; MAE-ST, and MAE with its class token, go on with the pretrained one
+    fresh_norm  the norm before the head is new. Fine-tuned, MAE, VideoMAE and OmniMAE throw the pretrained final norm
+            away, MultiMAE has none; MAE-ST, every probe, and who pools "first" go on with the pretrained one
     frozen  linear probing: BatchNorm without affine before the linear layer, and nothing else learns or moves
 
     The norm comes after the pooling everywhere. For "first" that is no difference: LayerNorm looks at one token.
@@ -300,9 +300,7 @@ class Augmented(Dataset):
     def __getitem__(self, key):
         pixels, number, broken = self.dataset[key]
         if self.augment:
-            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-                seed = torch.randint(2**62, (1,), generator=seeded(self.dataset.seed, 5, *key))
-                torch.default_generator.manual_seed(int(seed))
+            with data.torchvision_draws_from(seeded(self.dataset.seed, 5, *key)):
                 pixels = torch.stack([self.augment(x.movedim(-1, -3)).movedim(-3, -1) for x in pixels])
         return pixels, number, broken
 
@@ -315,8 +313,7 @@ class Augmented(Dataset):
 def spatial_views(pixels, size, crops):
     """Short side to `size`, then `crops` squares at even distances along the long side; one: the middle.
 
-    uint8 (T, H, W, 3) -> (crops, T, size, size, 3).   DIFFERS from MAE's public code, which resizes images to 256 and
-    crops 224: here one crop is the whole centre square."""
+    uint8 (T, H, W, 3) -> (crops, T, size, size, 3)"""
     if crops == 1:
         return make_crop(pixels, size, "center", 1, False, None)[None]
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (T, 3, H, W)
@@ -331,8 +328,9 @@ def spatial_views(pixels, size, crops):
 class ViewDataset(Dataset):
     """dataset[i] -> uint8 (clips * crops, T, H, W, 3), i, [(path, reason) if broken]: all views, no randomness.
 
-    Images have one view, their centre. A broken file gives zeros and is named: it is never replaced by another
-    one, as in training, or its label would be counted twice.
+    Images have one view, the whole centre square (DIFFERS from MAE's public code: resized to 256, cropped to 224). A
+    broken file gives zeros and is named: it is never replaced by another one, as in training, or its label would be
+    counted twice.
     """
 
     def __init__(self, files, cfg, clips, crops):
@@ -374,10 +372,10 @@ def run_views(model, files, cfg, clips, crops, device, output):
     """output(x), a method of the model, of every view of every file -> (files, views, width), broken files.
 
     Each process takes every world-th file, so each is done exactly once, whatever the number of files."""
-    distributed = torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    rank, world, _ = start_processes(cfg)
     own, views = range(rank, len(files.paths), world), clips * crops if is_video(cfg) else 1
-    at_once = max(cfg.batch // views, 1)  # files, so that a forward pass is about as large as in training
+    size = max(cfg.batch // (world * cfg.accum), 1)  # of a forward pass, as in training
+    at_once = max(size // views, 1)  # files
     batches = [own[i : i + at_once] for i in range(0, len(own), at_once)]
     loader = data.make_loader(ViewDataset(files, cfg, clips, crops), batches, cfg.workers, device)
     dtype, outputs, broken = choose_precision(cfg, device), [], []
@@ -386,19 +384,22 @@ def run_views(model, files, cfg, clips, crops, device, output):
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for done, (pixels, _, errors) in enumerate(loader, 1):
             broken += errors
-            outputs += [output(model.encoder.normalize(p.to(device))).float() for p in pixels.split(cfg.batch)]
+            outputs += [output(model.encoder.normalize(p.to(device))).float() for p in pixels.split(size)]
             now = time.perf_counter()
             if rank == 0 and now - shown > 20:
                 left, shown = (now - start) / done * (len(loader) - done), now
                 print(f"testing: {done} of {len(loader)} batches, {left:.0f} s left", flush=True)
     parts = [(list(own), [x.cpu() for x in outputs], broken)]
-    if distributed:  # one such triple of each process
+    if world > 1:  # one such triple of each process
         mine, parts = parts[0], [None] * world
         torch.distributed.all_gather_object(parts, mine)
     numbers, outputs, broken = (sum(lists, []) for lists in zip(*parts))
     results = torch.cat(outputs).reshape(len(numbers), views, -1)[torch.tensor(numbers).argsort()]  # in file order
-    lost = dict(broken)
-    results[[path in lost for path in map(str, files.paths)]] = float("nan")
+    named = dict(broken)
+    lost = torch.tensor([path in named for path in map(str, files.paths)])
+    if not results[~lost].isfinite().all():
+        raise InputError("the network's answers are not finite: try --precision float32")
+    results[lost] = float("nan")
     return results, broken
 
 
@@ -466,7 +467,7 @@ class Config:
     min_crop: float = 0.8  # smallest share of the frame that a random crop takes; the public codes have 0.08
     flip: bool = True  # mirror half of the samples; off where left and right are classes
     repeat: int = 1  # clips of every decoded video: repeated augmentation
-    rand_augment: int = 0  # magnitude 0 to 10 of RandAugment, 0: off; the papers' is 9, public codes 7
+    rand_augment: int = 0  # magnitude 0 to 10 of RandAugment, 0: off; the papers' is 9, video codes' 7
     rand_ops: int = 2  # operations of RandAugment; VideoMAE's code has 4
     erase: float = 0.0  # chance that a box is filled with noise; the public codes have 0.25
     mixup: float = 0.0  # alpha of Mixup; the papers' is 0.8
@@ -483,14 +484,14 @@ class Config:
     size: str = "auto"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS; auto: that of --init
     patch: int = 0  # side of a patch or cube in pixels; 0: that of --init
     tubelet: int = 0  # frames in a cube; 0: that of --init
-    pool: typing.Literal["auto", "mean", "first"] = "auto"  # auto: mean; for MAE's linear probe the class token
+    pool: typing.Literal["auto", "mean", "first"] = "auto"  # auto: mean; of a frozen MAE the class token
     drop_path: float = 0.0  # chance that a sample skips a half of the last block, less in those below (papers: 0.1-0.2)
     dropout: float = 0.0  # before the head
     # optimiser
     epochs: int = 40  # passes over the training files; each gives --repeat samples
     batch: int = 16  # samples per update, over all processes, accumulation steps and repeats
     accum: int = 1  # forward-backward passes per update: raise it when memory runs out
-    lr: float = 0.0  # base rate, for a batch of 256; 0: 5e-2 for a small encoder, 100 (LARS) for --mode linear
+    lr: float = 0.0  # base rate, for a batch of 256; 0: 5e-2, made for nano (ViT-B: 1e-3); --mode linear 100 (LARS)
     min_lr: float = 0.0  # base rate at the end of the cosine
     warmup: float = 3  # epochs of linear warm-up
     weight_decay: float = 0.05  # of matrices; --mode linear has none (MAE Table 10)
@@ -686,8 +687,8 @@ def settle(cfg, found):
             raise InputError(f"--{name} {given}: the model in {cfg.init} has {there}; leave the flag out")
     left_open = lambda k: k in ("maps", "class_width") or (k in LAPTOP and getattr(cfg, k) in (0, "auto"))
     cfg = replace(cfg, **{k: v for k, v in settings.items() if left_open(k)})
-    if cfg.dense and (cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch")):
-        raise InputError("--dense is for --model multimae, and for --mode finetune or scratch")
+    if cfg.dense and (cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch") or only_tests(cfg)):
+        raise InputError("--dense is for --model multimae and --mode finetune or scratch, and has no --eval-only")
     if only_tests(cfg) and (dense := settings.get("dense")):
         raise InputError(f"{cfg.init} paints {dense} maps and is no classifier: --eval-only and --predict need one")
     if only_tests(cfg):  # a classifier is tested as it was built
@@ -698,7 +699,7 @@ def settle(cfg, found):
         cfg = replace(cfg, pool="first" if cfg.model == "mae" and cfg.mode in PROBES else "mean")
     if not cfg.lr:
         cfg = replace(cfg, lr=100.0 if cfg.mode == "linear" else 5e-2)
-    return replace(cfg, layer_decay=1.0) if cfg.mode == "scratch" else cfg
+    return cfg
 
 
 def grid_of(cfg):
@@ -827,7 +828,7 @@ def train_classifier(model, train, look, cfg, extra):
     peak, classes = cfg.lr * cfg.batch / 256, len(train.classes)
 
     dtype = choose_precision(cfg, device)
-    groups = layer_groups(model, cfg.weight_decay, cfg.layer_decay)
+    groups = layer_groups(model, cfg.weight_decay, 1.0 if cfg.mode == "scratch" else cfg.layer_decay)
     if cfg.mode == "linear":
         optimizer = LARS([{"params": g["params"], "lr_scale": 1.0} for g in groups], peak)
     else:
@@ -972,17 +973,20 @@ def report_dense(answers, cfg, classes, write=True):
     answers (files, 1, 2 * values), see DenseHead.answers.   -> the line for the log"""
     guess, truth = answers[answers[:, 0, 0].isfinite(), 0].chunk(2, dim=1)  # each (files, values)
 
+    counted = truth != cfg.ignore
+
     def mean_iou(x):
-        counted = truth != cfg.ignore
         pairs = torch.bincount((truth * classes + x)[counted].long(), minlength=classes**2)
         pairs = pairs.reshape(classes, classes).double()  # [right class, painted class]
         union = pairs.sum(0) + pairs.sum(1) - pairs.diag()
-        return (pairs.diag() / union)[union > 0].mean().item()
+        valid = (union > 0) & (torch.arange(classes) != cfg.ignore)  # void may be painted, and does not count
+        return (pairs.diag() / union)[valid].mean().item()
 
     if cfg.dense == "depth":
         name, score, map_of_all = "depth error", lambda x: (x - truth).abs().mean().item(), truth.median(dim=0).values
     else:
-        name, score, map_of_all = "mean IoU", mean_iou, truth.mode(dim=0).values
+        most = torch.stack([((truth == c) & counted).sum(dim=0) for c in range(classes)]).argmax(dim=0)
+        name, score, map_of_all = "mean IoU", mean_iou, most.to(truth)
     ours, constant = score(guess), score(map_of_all.expand_as(truth))
     if write:
         with writing_to(cfg.out, "the results ") as out:
@@ -1031,7 +1035,11 @@ def open_data(cfg):
     listed = [list_aligned(cfg.data, split, planes_of(cfg), cfg.allow_missing) if cfg.model == "multimae" else
               data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing) if is_video(cfg)
               else data.list_images(cfg.data, split, cfg.allow_missing) for split in ("train", "val")]  # fmt: skip
-    if not cfg.dense:
+    if listed[0].pixels is not None:  # STL-10: images without a label are for pretraining
+        known = listed[0].labels >= 0
+        listed[0] = replace(listed[0], paths=listed[0].paths[known], labels=listed[0].labels[known],
+                            pixels=listed[0].pixels[known])  # fmt: skip
+    if not (cfg.dense or cfg.mode == "features"):
         check_labels(*listed, cfg)
     train, test = take_share(listed[0], cfg.share, cfg.seed), listed[1]
     if cfg.model == "multimae":
@@ -1070,7 +1078,7 @@ def main():
     if rank == 0:
         counts = f"{len(train)} files to train, {len(test_files.paths)} to test, {len(classes)} classes"
         print(f"{counts}; {said}" if not cfg.resume else counts, flush=True)
-        if empty := len(classes) - len(set(test_files.labels.tolist())):
+        if (empty := len(classes) - len(set(test_files.labels.tolist()))) > 0:
             print(f"warning: {empty} of {len(classes)} classes have no test file: make folders train/ and val/")
     model.to(device)
     test = lambda clips, crops: run_views(model, test_files, cfg, clips, crops, device, model.answers)
@@ -1083,8 +1091,10 @@ def main():
 
     run, finished, result = None, True, ""
     if cfg.mode in ("knn", "features"):
-        (a, _), (b, broken) = (run_views(model, files, cfg, 1, 1, device, model.features)
+        (a, lost), (b, broken) = (run_views(model, files, cfg, 1, 1, device, model.features)
                                for files in (train_files, test_files))  # fmt: skip
+        for path, reason in lost + broken if rank == 0 else ():
+            print(f"left out, unreadable: {path}: {reason}")
         if cfg.mode == "features":
             return save_features(cfg, rank, {"train": (a[:, 0], train_files), "test": (b[:, 0], test_files)})
         known = a[:, 0, 0].isfinite()
@@ -1105,11 +1115,11 @@ def main():
 
 
 def save_features(cfg, rank, splits):
-    """features.npz: for train and test the vectors (N, D) float32, labels (N,) and paths (N,)."""
+    """features.npz: for train and test the vectors (N, D) float32, labels (N,) and paths (N,) of readable files."""
     if rank:
         return
-    arrays = {f"{name}_{what}": value for name, (x, files) in splits.items() for what, value in
-              (("features", x.numpy()), ("labels", files.labels), ("paths", files.paths))}  # fmt: skip
+    arrays = {f"{name}_{what}": np.asarray(value)[x.isfinite().all(dim=1).numpy()] for name, (x, files) in
+              splits.items() for what, value in (("features", x), ("labels", files.labels), ("paths", files.paths))}
     with writing_to(cfg.out, "") as out:
         np.savez(out / "features.npz", **arrays)
     print(f"done: {', '.join(f'{k} {v.shape}' for k, v in arrays.items())} in {cfg.out}/features.npz")

@@ -163,13 +163,14 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
     # torch's Dirichlet takes no generator; numpy's does, so it is seeded from ours
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     shares = torch.from_numpy(np.stack([_shares(rng, alpha, row) for row in chosen.bool().numpy()]))
-    counts = (shares * num_visible).round()  # (B, modalities); rounding makes the sum miss num_visible by one or so
+    counts = (shares * num_visible).round()  # (B, modalities); their sum can miss num_visible, see below
     masks = []
     for size, count in zip(sizes, counts.T):
         rank = torch.rand(batch, size, generator=generator).argsort(dim=1).argsort(dim=1)  # (B, size), a random order
         masks.append(rank >= count[:, None])  # (B, size)
-    # The repair of that rounding: chosen tokens first in random order, the rest behind, cut after num_visible.
-    # A missing token comes at random from the hidden ones, a surplus one is dropped at random.
+    # Rounding, or a share above its modality's size, makes the sum miss num_visible. The repair: chosen tokens first in
+    # random order, the rest behind, cut after num_visible. A missing token comes at random from all the hidden ones, of
+    # any modality; a surplus one is dropped at random.
     wish = torch.cat(masks, dim=1).float()  # (B, N)
     return hide_largest(wish + torch.rand(wish.shape, generator=generator), total - num_visible)
 

@@ -46,7 +46,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from data import BrokenFile, read_image
+from data import BrokenFile, one_line, read_image
 from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, MLP, Attention, Block, PatchEmbed, check_divides,
                        encoder_size, held_out, init_weights, load_weights, normalize, patchify, picture_table, pretrain,
                        read_config, save_picture, sincos_1d, start_processes, unpatchify)  # fmt: skip
@@ -447,7 +447,7 @@ def read_map(path, m):
         with Image.open(path) as image:
             x = np.array(image)  # a palette image gives its numbers
     except Exception as error:
-        raise BrokenFile(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+        raise BrokenFile(one_line(error)) from None
     if x.ndim != 2 or (m == "semseg" and x.dtype != np.uint8):
         raise InputError(f"{path}: {x.ndim}-D {x.dtype} is no {'8-bit class' if m == 'semseg' else 'depth'} map: one "
                          "channel is needed")  # fmt: skip
