@@ -1074,7 +1074,7 @@ def main():
                          f"({', '.join(found.classes[:3])} ...)")  # fmt: skip
     if (cfg.eval_only or cfg.mode == "knn") and (Path(cfg.out) / "checkpoint.pt").exists():
         raise InputError(f"{cfg.out} holds a trained run, whose results would be lost: name another --out")
-    model, said = build(cfg, len(classes), None if cfg.mode == "scratch" and not cfg.eval_only else found)
+    model, said = build(cfg, max(len(classes), 1), None if cfg.mode == "scratch" and not cfg.eval_only else found)
     if rank == 0:
         counts = f"{len(train)} files to train, {len(test_files.paths)} to test, {len(classes)} classes"
         print(f"{counts}; {said}" if not cfg.resume else counts, flush=True)

@@ -168,6 +168,13 @@ def test_cifar10_comes_through_torchvision(monkeypatch):
     assert data.ImageDataset(files, 32, 0)[0, 4][0].shape == (1, 32, 32, 3) and files.labels[11] == 1
 
 
+def test_a_folder_called_cifar10_comes_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cifar10").mkdir()
+    Image.new("RGB", (8, 8)).save("cifar10/a.png")
+    assert data.list_images("cifar10").paths.tolist() == ["cifar10/a.png"]
+
+
 def test_a_download_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr(data.datasets, "STL10", lambda *a, **k: (_ for _ in ()).throw(OSError("no network\nat all")))
     with pytest.raises(InputError, match="could not get stl10 .*: no network$"):

@@ -205,6 +205,39 @@ def test_the_mean_over_views_is_that_of_views_done_one_by_one(toy):
         assert torch.allclose(together[i], singly, atol=1e-5)
 
 
+def test_a_network_that_answers_nan_is_not_a_broken_file(toy):
+    files = data.list_videos(toy, "val")
+    cfg = Config(model="videomae", frames=8, stride=1, sampling="dense", img_size=32, workers=0, device="cpu")
+    model = tiny().eval()
+    model.head.bias.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="answers are not finite"):
+        finetune.run_views(model, files, cfg, 1, 1, torch.device("cpu"), model.answers)
+
+
+def test_mean_iou_is_that_of_a_loop_and_void_counts_neither_as_truth_nor_as_a_class():
+    g = torch.Generator().manual_seed(0)
+    guess, truth = (torch.randint(0, 4, (6, 50), generator=g) for _ in range(2))  # class 2 is void
+    said = finetune.report_dense(torch.cat([guess, truth], 1)[:, None].float(), Config(dense="semseg", ignore=2), 4, False)
+    known = truth != 2
+
+    def loop(x):
+        both = [((x == c) & (truth == c) & known).sum() / (((x == c) | (truth == c)) & known).sum() for c in (0, 1, 3)]
+        return np.mean(both)
+
+    most = [max((0, 1, 3), key=lambda c: ((truth[:, i] == c).sum(), -c)) for i in range(50)]
+    constant = loop(torch.tensor(most).expand(6, 50))
+    assert said == f"semseg mean IoU {loop(guess):.3f} (the same map for all: {constant:.3f})"
+
+
+def test_stl10s_images_without_a_label_are_not_for_finetuning(monkeypatch):
+    pixels, labels = np.zeros((9, 8, 8, 3), np.uint8), np.array([-1, 0, 1, -1, 2, 0, 1, 2, -1])
+    files = data.Files(np.array([f"stl10/{i}" for i in range(9)]), labels, list("abc"), pixels)
+    monkeypatch.setattr(data, "list_images", lambda name, split, allow: files if split == "train" else
+                        finetune.replace(files, paths=files.paths[1:3], labels=labels[1:3]))  # fmt: skip
+    train, listed, _ = finetune.open_data(Config(data="stl10", model="mae", img_size=8))
+    assert len(train) == 6 and listed.labels.tolist() == [0, 1, 2, 0, 1, 2] and listed.pixels.shape[0] == 6
+
+
 def test_scores_are_those_of_a_loop_and_unreadable_files_are_left_out():
     p = torch.rand(40, 3, 7, generator=torch.Generator().manual_seed(0)).softmax(-1)
     labels = torch.arange(40) % 6  # class 6 has no test file
@@ -485,6 +518,12 @@ def test_the_four_modes_run_and_what_is_reported_is_the_last_epochs_model(pretra
         assert "done: top-1" in run("finetune.py", *TINY, "--mode", mode, "--out", mode, cwd=pretrained)
     run(*test_again, "scratch/checkpoint.pt", cwd=pretrained)  # not the random network it began with
     assert (pretrained / "e/predictions.csv").read_text() == (pretrained / "scratch/predictions.csv").read_text()
+    (pretrained / "videos").mkdir()
+    (pretrained / "videos/a.mp4").write_bytes(b"no video")
+    for i, path in enumerate(sorted((pretrained / "toy/videos").rglob("*.mp4"))[:3]):
+        (pretrained / f"videos/b{i}.mp4").symlink_to(path)
+    text = run("finetune.py", "--mode", "features", "--data", "videos", "--workers", 0, "--out", "g", cwd=pretrained)
+    assert "left out, unreadable: videos/a.mp4" in text and "train_features (2, 96)" in text  # 3 and 1 files, no labels
     run("finetune.py", "--mode", "features", "--workers", 0, "--out", "f", cwd=pretrained)
     with np.load(pretrained / "f/features.npz") as f:
         assert f["test_features"].shape == (12, 96) and len(f["train_labels"]) == len(f["train_paths"]) == 36
