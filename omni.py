@@ -175,6 +175,8 @@ class OmniMAE(nn.Module):
         groups = []
         for patch, mask in zip(patches, masks):
             B, N, P = patch.shape
+            if mask.shape[1] != N:
+                raise InputError(f"{N} patches, but a mask of {mask.shape[1]}")
             pos = self.positions(N).expand(B, -1, -1)  # (B, N, D)
             groups.append(self.patch_embed(visible(patch, mask)) + visible(pos, mask))
         return [self.norm(x) for x in run_blocks(self.blocks, groups)]

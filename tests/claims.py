@@ -13,7 +13,7 @@ SETS use a new --work. Real data: set MAE_TEST_DATA to a folder with lips20/, ge
 
 The verdict is by rule: "holds" if the difference is, on average, larger than its spread over splits and seeds and
 has the paper's sign; "does not hold here" if the sign is the other; else "cannot be seen at this size" or, where the
-paper says "as good as", "no difference seen, as in the paper".
+paper says "as good as", "no difference can be seen at this size".
 """
 
 import argparse
@@ -359,7 +359,7 @@ def show(name, claim, after, args):
     for more, less in claim.pairs:
         gaps = [factor * (v - scores[less, f, s]) for (a, f, s), v in scores.items() if a == more]
         mean, sd, digits = statistics.mean(gaps), spread(gaps), 1 if factor > 1 else 4
-        unclear = "no difference seen, as in the paper" if claim.equal and sd == sd else "cannot be seen at this size"
+        unclear = "no difference can be seen at this size" if claim.equal and sd == sd else "cannot be seen at this size"
         verdict = "holds" if mean > sd else "does not hold here" if -mean > sd else unclear
         print(f"| {name} | {more} - {less} | {mean:+.{digits}f} ± {sd:.{digits}f}, {min(gaps):+.{digits}f} to "
               f"{max(gaps):+.{digits}f} | {verdict} |", flush=True)  # fmt: skip
