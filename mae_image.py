@@ -515,7 +515,7 @@ def load_file(path):
 
 
 DECODER = ("decoder", "mask_token", "output_adapters")  # how the names of its parts begin, in all models
-SHAPES = ("model", "size", "patch", "tubelet", "frames", "img_size", "decoder_width", "decoder_depth")  # settings
+SHAPES = ("model", "size", "patch", "tubelet", "frames", "img_size", "decoder_width", "decoder_depth")
 
 
 def load_weights(model, path, script):
@@ -943,8 +943,9 @@ def reconstruct(model, imgs, mask):
     """What the model makes of a masked batch.
 
     -> loss, chance, {title: pictures (B, frames, 3, H, W) in [0, 1]}
-    chance is the loss of the best constant prediction: the variance of the target. With normalised patches of P
-    values it is (P - 1) / P, since they are divided by the unbiased deviation, and less where patches are flat.
+    chance is the loss of the best constant prediction: the variance of the target. With patches normalised over n
+    values (P, or P / 3 where each channel has its own) it is (n - 1) / n, since they are divided by the unbiased
+    deviation, and less where patches are flat.
     important: a normalised prediction has no brightness and contrast of its own, so the picture takes both from
     the hidden original. That alone looks like a reconstruction! The extra picture shows what a model that has
     learnt nothing would "rebuild" that way.

@@ -123,7 +123,7 @@ def resize_table(table, old, new, mode="bicubic"):
 
 
 # ============================================================================================================
-#  THE PAPERS, part 2: VideoMAE           (needs: part 1; mae_image.py ENCODERS, parts 1-3; masking.py part 3)
+#  THE PAPERS, part 2: VideoMAE   (needs: part 1; mae_image.py ENCODERS, IMAGENET_*, parts 1-3; masking.py part 3)
 # ============================================================================================================
 
 
@@ -262,7 +262,7 @@ class VideoMAE(nn.Module):
 
 
 # ============================================================================================================
-#  THE PAPERS, part 3: MAE-ST             (needs: part 1; mae_image.py ENCODERS, parts 1-3; masking.py part 3)
+#  THE PAPERS, part 3: MAE-ST     (needs: part 1; mae_image.py ENCODERS, IMAGENET_*, parts 1-3; masking.py part 3)
 # ============================================================================================================
 
 
@@ -474,11 +474,11 @@ class Config:
     epochs: int = 70  # passes over the videos; each gives --repeat clips
     batch: int = 16  # clips per update, over all processes, accumulation steps and repeats
     accum: int = 1  # forward-backward passes per update: raise it when memory runs out
-    lr: float = 8e-2  # base rate, for a batch of 256; the papers' are 1.5e-4 to 1.6e-3, for much longer runs
+    lr: float = 8e-2  # base rate, for a batch of 256; papers and public codes: 1.5e-4 to 1.6e-3, for much longer runs
     min_lr: float = 0.0  # base rate at the end of the cosine; VideoMAE: 1e-5
     warmup: float = 5  # epochs of linear warm-up
     weight_decay: float = 0.05  # of matrices; vectors have none
-    clip: float = 0.0  # largest norm of the gradient, 0: no clipping (MAE-ST: 0.02)
+    clip: float = 0.0  # largest norm of the gradient, 0: no clipping (MAE-ST's public code: 0.02)
     # run
     out: str = "runs/mae_video"  # folder for checkpoint, log and pictures
     resume: bool = False  # go on with the run in --out

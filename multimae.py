@@ -104,7 +104,7 @@ def channels_first(patches, channels):
 
 
 # ============================================================================================================
-#  THE PAPER, part 2: one decoder per task                              (needs: part 1, mae_image.py parts 1, 2)
+#  THE PAPER, part 2: one decoder per task         (needs: part 1, mae_image.py parts 1, 2; masking.py part 3)
 # ============================================================================================================
 
 
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
 
 
 # ============================================================================================================
-#  THE PAPER, part 3: the model           (needs: parts 1, 2; mae_image.py parts 1, 2; masking.py parts 1 to 3)
+#  THE PAPER, part 3: the model   (needs: parts 1, 2; mae_image.py before THE RUN; mae_video.py resize_table; masking.py)
 # ============================================================================================================
 
 

@@ -83,7 +83,7 @@ def run_blocks(blocks, groups):
 
 
 # ============================================================================================================
-#  THE PAPER, part 2: the model     (needs: part 1; mae_image.py parts 1, 2; mae_video.py part 1; masking.py)
+#  THE PAPER, part 2: the model   (needs: part 1; mae_image.py before THE RUN; mae_video.py part 1; masking.py)
 # ============================================================================================================
 
 
@@ -252,7 +252,7 @@ class OmniMAE(nn.Module):
 
 
 # ============================================================================================================
-#  THE PAPER, part 3: joint batches                                                         (needs: data.py)
+#  THE PAPER, part 3: joint batches                                  (needs: data.py; mae_image.py shuffled)
 # ============================================================================================================
 
 
@@ -293,7 +293,7 @@ def joint_plan(epoch, images, videos, batch, repeat, shares, seed):
     images, videos  how many there are; videos are numbered behind the images
     shares          which share of the image and of the video updates an epoch has; the public recipe's are 1 and
                     1/4, because each decoded video is replicated 4 times. What an epoch mixes is updates, not
-                    samples: with the public recipe one update in eight is of videos
+                    samples: with the public recipe one update in nine is of videos
     """
     of_images = shuffled(seed, epoch, images, batch)
     of_videos = [[images + i for i in update] for update in shuffled(seed + 1, epoch, videos, batch // repeat)]
@@ -341,7 +341,7 @@ class Config:
     mask_ratio_image: float = 0.75  # share of an image's patches; the paper 0.9, the released recipe 0.75
     norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as the public code does
     # optimiser
-    epochs: int = 30  # passes over images and videos, by their shares
+    epochs: int = 30  # passes over images and videos, by their shares; mixed: over the videos
     batch: int = 16  # images or clips per update, over all processes, accumulation steps and repeats
     accum: int = 1  # forward-backward passes per update: raise it when memory runs out
     lr: float = 5e-2  # base rate, for a batch of 256; the public code's is 2e-4, for much longer runs

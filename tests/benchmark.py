@@ -110,7 +110,7 @@ def matmul_peak(device, dtype, quick):
 
 
 def counted_flops(run):
-    """Floating-point operations of the matrix products and attention of one step, counted by torch."""
+    """Floating-point operations of the matrix products of one step, counted by torch; on a GPU also of its fused attention."""
     with FlopCounterMode(display=False) as counter:
         run.step()
     return counter.get_total_flops()
@@ -395,7 +395,7 @@ class MemoryOfWorker:
 
 
 def ucf_like(path, n=186):
-    """A clip as in UCF101: 320 x 240, MPEG-4 with B-frames in AVI, a drifting picture with some noise."""
+    """A clip as in UCF101: 320 x 240, MPEG-4 with B-frames in AVI, a drifting picture of coloured squares."""
     rng = np.random.default_rng(0)
     picture = np.kron(rng.integers(0, 255, (40, 60, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     with av.open(str(path), "w") as container:

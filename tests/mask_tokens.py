@@ -1,6 +1,6 @@
 """mask_tokens.py - the model that MAE is compared with in its Table 1(c): mask tokens go through the encoder, too.
 
-    python tests/mask_tokens.py --out runs/mask_tokens        (takes the flags of mae_image.py; so does its checkpoint)
+    python tests/mask_tokens.py --out runs/mask_tokens        (flags of mae_image.py; finetune.py takes its checkpoint)
 
 A hidden patch becomes a learned vector before the encoder instead of after it. So the encoder works on all N tokens
 (slower), and meets in pretraining what it never meets afterwards (worse: -13.9 points in the linear probe).
