@@ -172,7 +172,7 @@ class Decoder(nn.Module):
 
 
 # ============================================================================================================
-#  THE PAPER, part 3: the model   (needs: parts 1, 2; mae_image.py before THE RUN; mae_video.py resize_table; masking.py)
+#  THE PAPER, part 3: the model  (needs: parts 1, 2; mae_image.py before THE RUN; mae_video.py resize_table; masking.py)
 # ============================================================================================================
 
 
