@@ -1032,7 +1032,7 @@ def open_data(cfg):
     """-> dataset for training, files for training, files for testing."""
     if cfg.model == "multimae" and max(cfg.rand_augment, cfg.erase, cfg.mixup, cfg.cutmix) > 0:
         raise InputError("--rand-augment, --erase, --mixup and --cutmix are for RGB alone: set them to 0 for multimae")
-    listed = [list_aligned(cfg.data, split, planes_of(cfg), cfg.allow_missing) if cfg.model == "multimae" else
+    listed = [list_aligned(cfg.data, split, planes_of(cfg)) if cfg.model == "multimae" else
               data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing) if is_video(cfg)
               else data.list_images(cfg.data, split, cfg.allow_missing) for split in ("train", "val")]  # fmt: skip
     if listed[0].pixels is not None:  # STL-10: images without a label are for pretraining

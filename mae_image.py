@@ -183,8 +183,7 @@ def init_weights(module):
     """Xavier-uniform linears with zero bias, MAE App. A.1 "Pre-training"; the fused qkv counts as one matrix."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.zeros_(module.bias)
 
 
 # ============================================================================================================
@@ -306,7 +305,7 @@ class MAE(nn.Module):
     def to_pictures(self, patches):
         """Target patches (B, N, P) -> pictures (B, 1, 3, H, W) in [0, 1]; the 1 is the number of frames."""
         x = unpatchify(patches, self.patch, *self.grid[1:])  # (B, 3, H, W)
-        return (x.movedim(1, -1) * x.new_tensor(self.STD) + x.new_tensor(self.MEAN)).movedim(-1, 1)[:, None]
+        return to_unit_range(x, self.MEAN, self.STD)[:, None]
 
     @staticmethod
     def from_public(state):
@@ -324,6 +323,11 @@ def normalize(pixels, mean, std):
     """uint8 (B, [T,] H, W, C) -> float32 (B, C, [T,] H, W), (x / 255 - mean) / std per channel."""
     x = pixels.float() / 255
     return ((x - x.new_tensor(mean)) / x.new_tensor(std)).movedim(-1, 1)
+
+
+def to_unit_range(x, mean, std):
+    """Undo the mean and deviation of normalize.   (B, C, ...) float -> the same shape, pixels in [0, 1]"""
+    return (x.movedim(1, -1) * x.new_tensor(std) + x.new_tensor(mean)).movedim(-1, 1)
 
 
 # ============================================================================================================
@@ -530,7 +534,7 @@ def load_weights(model, path, script):
             raise InputError(f"checkpoint {path} was written by {content['script']}.py, not by {script}.py")
         state = content["model"]
     else:
-        inner = next((content[k] for k in ("model", "module", "model_state") if k in content), content)
+        inner = next((v for k in ("model", "module", "model_state") if isinstance(v := content.get(k), dict)), content)
         state = model.from_public({k: v for k, v in inner.items() if torch.is_tensor(v)})
     own = model.state_dict()
     missing = [k for k in own if k not in state]
@@ -776,9 +780,7 @@ class Run:
                 lines = log.read_text().splitlines() if log.exists() and self.cfg.resume else []
                 (self.out / "log.tmp").write_text("".join(x + "\n" for x in lines if self.belongs(x)))
                 os.replace(self.out / "log.tmp", log)
-            except InputError:
-                raise
-            except (OSError, ValueError) as error:
+            except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"cannot write the run folder {self.out}: {error}") from None
             with contextlib.suppress(ImportError):  # TensorBoard only if it is installed
                 from torch.utils.tensorboard import SummaryWriter
@@ -1051,7 +1053,7 @@ def check_mask(draw_mask, what=""):
     """Complain now about a ratio that hides nothing or everything, not after the data is read; say what it hides."""
     mask = draw_mask(None, 1, torch.Generator())
     if not mask.any():
-        raise InputError("this mask hides nothing, so there is nothing to learn: raise --mask-ratio")
+        raise InputError(f"{what}this mask hides nothing, so there is nothing to learn: raise the mask ratio")
     if int(os.environ.get("RANK", 0)) == 0:  # whole slots, or odd sides: not always the share that was asked for
         print(f"{what}{int(mask.sum())} of {mask.shape[1]} tokens hidden")
 

@@ -46,6 +46,7 @@ from mae_image import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     LEAK_NOTE,
+    MAE,
     Block,
     PatchEmbed,
     check_divides,
@@ -62,6 +63,7 @@ from mae_image import (
     reconstruct,
     save_picture,
     start_processes,
+    to_unit_range,
 )
 from masking import MASKS, InputError, hidden, restore, run_script, visible
 
@@ -209,8 +211,7 @@ class VideoMAE(nn.Module):
 
         For a target that is normalised per channel this matters by its epsilon only; for raw pixels it sets the scale.
         """
-        mean, std = (clips.new_tensor(v)[:, None, None, None] for v in (self.MEAN, self.STD))
-        return patchify(clips.float() * std + mean, self.tubelet, self.patch)
+        return patchify(to_unit_range(clips.float(), self.MEAN, self.STD), self.tubelet, self.patch)
 
     def standardise(self, patches):
         """Each cube by its own mean and standard deviation, each channel by itself.
@@ -382,11 +383,7 @@ class MAEST(nn.Module):
         """The frames that are painted, as cubes of u' frames: Sec. 3 "Autoencoding".   -> (B, N, P)"""
         return patchify(clips.float()[:, :, self.frame_index], len(self.frame_index) // self.grid[0], self.patch)
 
-    def standardise(self, patches):
-        """Each cube by its own mean and variance, as in MAE.   (B, M, P) -> target, mean, std, each (B, M, P)"""
-        mean = patches.mean(dim=-1, keepdim=True).expand_as(patches)
-        std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt().expand_as(patches)
-        return (patches - mean) / std, mean, std
+    standardise = MAE.standardise  # each cube by its own mean and variance, over all channels together
 
     @torch.no_grad()
     def forward_target(self, patches):
@@ -407,8 +404,7 @@ class MAEST(nn.Module):
     def to_pictures(self, patches):
         """Target cubes (B, N, P) -> the painted frames (B, predicted, 3, H, W) in [0, 1]."""
         x = unpatchify(patches, self.patch, *self.grid)  # (B, 3, predicted, H, W)
-        mean, std = (x.new_tensor(v)[:, None, None, None] for v in (self.MEAN, self.STD))
-        return (x * std + mean).transpose(1, 2)
+        return to_unit_range(x, self.MEAN, self.STD).transpose(1, 2)
 
     def from_public(self, state):
         """Names of facebookresearch/mae_st (and of the SlowFast files it reads) -> ours.

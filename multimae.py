@@ -49,7 +49,8 @@ import data
 from data import BrokenFile, one_line, read_image
 from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, MLP, Attention, Block, PatchEmbed, check_divides,
                        encoder_size, held_out, init_weights, load_weights, normalize, patchify, picture_table, pretrain,
-                       read_config, save_picture, sincos_1d, start_processes, unpatchify)  # fmt: skip
+                       read_config, save_picture, sincos_2d, start_processes, to_unit_range,
+                       unpatchify)  # fmt: skip
 from mae_video import resize_table
 from masking import InputError, dirichlet_mask, restore, run_script, visible
 
@@ -65,11 +66,8 @@ STRIDE = 4  # class maps have a quarter of the resolution, so their patch has a 
 
 def sincos_rows_first(width, h, w):
     """Fixed positions (1, h*w, width), float32: the first half of the channels encodes the row. (MAE: the column.)"""
-    if width % 4:
-        raise InputError(f"width {width} is not a multiple of 4, which the 2-D sine-cosine positions need")
-    rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    halves = [sincos_1d(width // 2, x.flatten()) for x in (rows, cols)]
-    return torch.cat(halves, dim=1).float()[None]
+    cols, rows = sincos_2d(width, h, w).chunk(2, dim=1)  # each (h*w, width / 2)
+    return torch.cat([rows, cols], dim=1)[None]
 
 
 class ClassEmbed(nn.Module):
@@ -325,7 +323,7 @@ class MultiMAE(nn.Module):
             count = count[..., None].expand_as(target)
             if task == "semseg":
                 logits = pred.reshape(B, N, self.classes, -1).transpose(1, 2)  # (B, classes, N, p*p)
-                error = F.cross_entropy(logits, target.clamp(0, self.classes - 1), reduction="none")  # (B, N, p*p)
+                error = F.cross_entropy(logits, target, reduction="none", ignore_index=self.ignore)  # (B, N, p*p)
                 count = count & (target != self.ignore)
             else:
                 error = (pred - target).abs() if task == "depth" else (pred - target) ** 2
@@ -368,12 +366,12 @@ def masked_mean(error, count):
 # ============================================================================================================
 
 
-def list_aligned(root, split, modalities, allow_missing=False):
+def list_aligned(root, split, modalities):
     """The files of the first modality of one split, see data.list_images; the others are found by their names."""
     first = Path(root) / modalities[0]
     if not first.is_dir():
         raise InputError(f"{root} has no folder {modalities[0]}/: expected {', '.join(f'{m}/' for m in modalities)}")
-    return data.list_images(first, split, allow_missing)
+    return data.list_images(first, split)
 
 
 class AlignedDataset(torch.utils.data.Dataset):
@@ -448,9 +446,11 @@ def read_map(path, m):
             x = np.array(image)  # a palette image gives its numbers
     except Exception as error:
         raise BrokenFile(one_line(error)) from None
-    if x.ndim != 2 or (m == "semseg" and x.dtype != np.uint8):
-        raise InputError(f"{path}: {x.ndim}-D {x.dtype} is no {'8-bit class' if m == 'semseg' else 'depth'} map: one "
-                         "channel is needed")  # fmt: skip
+    if x.ndim != 2 or x.dtype.kind not in "iu" or (m == "semseg" and x.dtype != np.uint8):
+        raise InputError(f"{path}: {x.ndim}-D {x.dtype} is no {m} map: one channel of whole numbers is needed, "
+                         + ("8 bits" if m == "semseg" else "8 or 16 bits"))  # fmt: skip
+    if m == "depth" and not 0 <= x.min() <= x.max() < 65536:
+        raise InputError(f"{path}: depth {x.min()} to {x.max()}, 16 bits hold 0 to 65535: scale the map")
     x = x.astype(np.float32) * (257 if x.dtype == np.uint8 else 1) if m == "depth" else x
     return torch.from_numpy(x)[None]
 
@@ -470,7 +470,6 @@ class Config:
     img_size: int = 64  # side of the square that the model sees, in pixels
     min_crop: float = 0.2  # smallest share of the image area that a random crop takes; 1: nearly all of it
     flip: bool = True  # mirror half of the images
-    allow_missing: bool = False  # a list may name files that are not there: use the others
     workers: int = 2  # processes that load data
     # model
     size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
@@ -528,14 +527,17 @@ def constant_maps(model, reference):
     """What a predictor that looks at nothing would paint: {task: (1, N, P)} in the form of the predictions.
 
     Learnt from `reference`, training samples: the mean colour, 0 for norm_rgb, at each pixel the median depth, and at
-    each pixel how often each class is there (as log-probabilities: the best that a constant can do in cross-entropy).
+    each pixel how often each class is there (as log-probabilities: the best that a constant can do in cross-entropy;
+    void has no share).
     """
     maps = {}
     for task in model.tasks:
         target = model.target(task, reference[task.removeprefix("norm_")])  # (B, N, P)
         if task == "semseg":
-            share = F.one_hot(target.clamp(0, model.classes - 1), model.classes).float().mean(dim=0) + 1e-3
-            maps[task] = share.log().transpose(1, 2).flatten(1)[None]  # from (N, p*p, classes)
+            share = F.one_hot(target, model.classes).float().mean(dim=0) + 1e-3  # (N, p*p, classes)
+            if model.ignore >= 0:
+                share[..., model.ignore] = 1e-3
+            maps[task] = share.log().transpose(1, 2).flatten(1)[None]  # softmax makes them sum to 1
         elif task == "depth":
             maps[task] = target.median(dim=0).values[None]
         else:
@@ -584,7 +586,7 @@ def to_pictures(model, task, values):
     x = unpatchify(values.unflatten(2, (C, -1)).transpose(2, 3).flatten(2).cpu(), model.patch, h, w)
     if task == "depth":  # near is bright
         return (0.5 - x / 6).clamp(0, 1).expand(-1, 3, -1, -1)
-    return (x * torch.tensor(model.STD)[:, None, None] + torch.tensor(model.MEAN)[:, None, None]).clamp(0, 1)
+    return to_unit_range(x, model.MEAN, model.STD).clamp(0, 1)
 
 
 def draw(model, inputs, mask, preds, constant, path, count=4):
@@ -606,13 +608,16 @@ def draw(model, inputs, mask, preds, constant, path, count=4):
                 titles.append(f"{source}>{goal}")
     some = torch.linspace(0, len(mask) - 1, min(count, len(mask))).long()  # over all classes
     cells = torch.stack([c[some] for c in columns], dim=1)  # (count, columns, 3, H, W)
-    save_picture(picture_table(cells, titles, "the last columns are painted from one whole other modality alone"), path)
+    note = "the last columns are painted from one whole other modality alone" if len(model.modalities) > 1 else ""
+    save_picture(picture_table(cells, titles, note), path)
 
 
 def main():
     cfg = read_config(Config, PRESETS, __doc__, "multimae", limits=LIMITS)
     rank, world, device = start_processes(cfg)
     modalities = parse_modalities(cfg.modalities)
+    if cfg.ignore >= cfg.classes:
+        raise InputError(f"--ignore {cfg.ignore}: --classes {cfg.classes} allows 0 to {cfg.classes - 1}, -1 is none")
     data.make_toy_if_asked(cfg.data, rank, world)
     torch.manual_seed(cfg.seed)
     decoder = (cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
@@ -623,7 +628,7 @@ def main():
     draw_mask = lambda batch, rows, generator: dirichlet_mask(rows, sizes, count, generator, cfg.alpha)
     if cfg.init and not cfg.resume:
         print(load_weights(model, cfg.init, "multimae"))
-    files = {split: list_aligned(cfg.data, split, modalities, cfg.allow_missing) for split in ("train", "val")}
+    files = {split: list_aligned(cfg.data, split, modalities) for split in ("train", "val")}
     options = (modalities, cfg.img_size, cfg.classes, cfg.seed, cfg.min_crop, cfg.flip)
     open_files = lambda split, train: AlignedDataset(cfg.data, files[split], *options, train)
     train = open_files("train", True)
@@ -645,7 +650,7 @@ def main():
                 print(f"  {modalities[0]} alone: {name} {numbers[0]:.3f} (constant map {numbers[1]:.3f}, another's "
                       f"{modalities[0]} {numbers[2]:.3f})")  # fmt: skip
                 record |= {f"{name} {k}": v for k, v in zip(("alone", "constant", "shuffled"), numbers)}
-            draw(model, inputs, mask, preds, constant, f"{path}.png")
+        draw(model, inputs, mask, preds, constant, f"{path}.png")
         return {"val_loss": sum(losses.values()).item(), "chance": sum(chance.values()).item(), **record}
 
     pretrain(model, train, draw_mask, validate, cfg, "multimae")

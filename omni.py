@@ -43,7 +43,7 @@ import data
 from data import seeded
 from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LEAK_NOTE, Block, PatchEmbed, check_mask, encoder_size,
                        held_out, init_weights, load_weights, normalize, picture_table, pretrain, read_config,
-                       reconstruct, save_picture, shuffled, start_processes)  # fmt: skip
+                       reconstruct, save_picture, shuffled, start_processes, to_unit_range)  # fmt: skip
 from mae_video import check_clip, patchify, sinusoid, unpatchify
 from masking import MASKS, InputError, hidden, restore, run_script, visible
 
@@ -193,9 +193,8 @@ class OmniMAE(nn.Module):
 
     def target_patches(self, x):
         """Cubes of pixels in [0, 1]; of an image both copies are to be painted.   -> (B, N, P)"""
-        x = self.as_clip(x).float()
-        mean, std = (x.new_tensor(v)[:, None, None, None] for v in (self.MEAN, self.STD))
-        return patchify(x * std + mean, self.tubelet, self.patch)
+        pixels = to_unit_range(self.as_clip(x).float(), self.MEAN, self.STD)
+        return patchify(pixels, self.tubelet, self.patch)
 
     def standardise(self, patches):
         """Each cube by its own mean and variance, each channel by itself, as in VideoMAE but for the epsilon.

@@ -280,12 +280,25 @@ def test_wrong_maps_are_named(tmp_path):
     with pytest.raises(InputError, match="modalities of different sizes: rgb 48x40, depth 10x10"):
         open_maps(tmp_path)[0, 0]
     Image.new("RGB", (48, 40)).save(tmp_path / "semseg/train/1.png")
-    with pytest.raises(InputError, match="one channel is needed"):
+    with pytest.raises(InputError, match="one channel of whole numbers is needed"):
         open_maps(tmp_path)[0, 1]
+    for depth, message in (((2.5, np.float32), "2-D float32 is no depth map"), ((70000, np.int32), "70000, 16 bits hold")):
+        Image.fromarray(np.full((40, 48), *depth)).save(tmp_path / "depth/train/2.tif")
+        with pytest.raises(InputError, match=message):  # not rounded or cut off unseen
+            multimae.read_map(tmp_path / "depth/train/2.tif", "depth")
     (tmp_path / "rgb/train/2.png").write_bytes(b"no image")  # broken is not wrong: named, and another one taken
     (tmp_path / "depth/train/0.png").unlink()
     dataset = open_maps(tmp_path, modalities=("rgb",))
     assert "2.png" in dataset[0, 2][2][0][0]
+
+
+def test_void_has_no_share_in_the_constant_map():
+    model = multimae.MultiMAE(8, 8, (12, 1, 3), (12, 1, 3), ["semseg"], classes=3, class_width=4, ignore=2)
+    reference = {"semseg": torch.tensor([[[2, 2], [0, 1]], [[2, 2], [0, 1]], [[1, 0], [0, 1]]])}  # (3, 2, 2)
+    best = multimae.constant_maps(model, reference)["semseg"].reshape(3, 4).argmax(dim=0)
+    assert best.tolist() == [1, 0, 0, 1]
+    losses = model.task_losses({"semseg": torch.zeros(3, 1, 12)}, reference, reference, torch.ones(3, 1, dtype=bool))
+    assert math.isclose(losses["semseg"], math.log(3), rel_tol=1e-6)
 
 
 # ---- the script -------------------------------------------------------------------------------------------------
@@ -305,8 +318,10 @@ def test_the_script_trains_draws_resumes_and_finetune_takes_its_checkpoint(toy, 
         assert "tensors used" in text and "done: top-1" in text
 
 
-def test_a_missing_modality_is_no_hindrance(toy, run):
+def test_a_missing_modality_is_no_hindrance(toy, run, tmp_path):
     assert "done: " in run("multimae.py", *TINY, "--data", toy, "--modalities", "rgb,semseg", "--smoke")
+    assert "done: " in run("multimae.py", *TINY, "--data", toy, "--modalities", "depth", "--smoke")
+    assert np.asarray(Image.open(tmp_path / "runs/multimae/pictures/update_000003.png")).std() > 20
 
 
 def test_street_scenes_train(real, run, tmp_path):
@@ -317,13 +332,13 @@ def test_street_scenes_train(real, run, tmp_path):
         tar.extractall(tmp_path, filter="data")
     flags = ["--data", "camvid128", "--modalities", "rgb,semseg", "--classes", 12, "--ignore", 11]
     assert "done: " in run("multimae.py", *TINY, *flags, "--smoke")
-    assert "allows 0 to 5" in run("multimae.py", *TINY, *flags, "--classes", 6, "--out", "x", code=2)
+    assert "allows 0 to 5" in run("multimae.py", *TINY, *flags, "--classes", 6, "--ignore", -1, "--out", "x", code=2)
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--modalities", "rgb,flow"], "unknown modality flow"), (["--modalities", ","], "is empty"), (["--img-size", 60], "use --img-size 56 or 64"),
     (["--patch", 2, "--img-size", 16], "is not a multiple of the stride of class maps 4"), (["--decoder-heads", 5], "multiple of 5 heads"),
-    (["--data", "."], "has no folder rgb/"), (["--classes", 3], "allows 0 to 2"), (["--visible", 1.0], "must be"), (["--batch", 1000], "do not fill"),
+    (["--data", "."], "has no folder rgb/"), (["--classes", 3], "allows 0 to 2"), (["--ignore", 6], "--classes 6 allows 0 to 5"), (["--visible", 1.0], "must be"), (["--batch", 1000], "do not fill"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
     assert message in refused(multimae, *([] if "--data" in flags else ["--data", toy]), "--workers", 0, *flags)
