@@ -44,7 +44,7 @@ from torchvision.transforms.v2 import functional as TF
 import data
 from data import BrokenFile, dense_views, linspace_clip, make_crop, read_clips, read_image, seeded, segment_views
 from mae_image import (DECODER, ENCODERS, MAE, Batches, Run, StopOnSignal, agree, check_divides, choose_precision,
-                       encoder_size, load_file, lr_at, open_loader, read_config, shuffled, sincos_2d,
+                       encoder_size, load_file, lr_at, open_loader, public_tensors, read_config, shuffled, sincos_2d,
                        start_processes)  # fmt: skip
 from mae_video import MAEST, VideoMAE, resize_table
 from masking import InputError, run_script
@@ -575,9 +575,7 @@ def read_init(path):
     """Recognise a file by its contents.   -> Found.   Raises InputError for a file of no known layout."""
     content = read_safetensors(path) if str(path).endswith(".safetensors") else load_file(path)
     if "script" not in content:
-        wrappers = ("model", "module", "model_state")
-        inner = next((content[k] for k in wrappers if isinstance(content.get(k), dict)), content)
-        return recognise({k: v for k, v in inner.items() if torch.is_tensor(v)}, path)
+        return recognise(public_tensors(content), path)
     config, state, script = content["config"], content["model"], content["script"]
     model = {"mae_image": "mae", "omni": "omni", "multimae": "multimae"}.get(script, config.get("model"))
     if model not in MODELS:

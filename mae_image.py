@@ -518,6 +518,12 @@ def load_file(path):
     return content
 
 
+def public_tensors(content):
+    """The weights in a public checkpoint: a dict of tensors, or one inside it under a name that differs by paper."""
+    inner = next((v for k in ("model", "module", "model_state") if isinstance(v := content.get(k), dict)), content)
+    return {k: v for k, v in inner.items() if torch.is_tensor(v)}
+
+
 DECODER = ("decoder", "mask_token", "output_adapters")  # how the names of its parts begin, in all models
 SHAPES = ("model", "size", "patch", "tubelet", "frames", "img_size", "decoder_width", "decoder_depth")
 
@@ -534,8 +540,7 @@ def load_weights(model, path, script):
             raise InputError(f"checkpoint {path} was written by {content['script']}.py, not by {script}.py")
         state = content["model"]
     else:
-        inner = next((v for k in ("model", "module", "model_state") if isinstance(v := content.get(k), dict)), content)
-        state = model.from_public({k: v for k, v in inner.items() if torch.is_tensor(v)})
+        state = model.from_public(public_tensors(content))
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     fresh = [k for k in missing if k.startswith(DECODER) and not any(s.startswith(DECODER) for s in state)]

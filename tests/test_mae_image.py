@@ -214,7 +214,7 @@ class Evil:
 @pytest.mark.parametrize("how, message", [
     ("cut off", "damaged or cut off"), ("text", "no checkpoint at all"), ("code", "Python code"), ("gone", "cannot read"),
     ("folder", "cannot read"), ("list", "holds a list"), ("larger", "does not fit"), ("strange", "unknown stranger"),
-    ("less", "no norm.bias"), ("half", "no decoder_norm.bias"), ("video", "written by mae_video.py"), ("empty", "no checkpoint at all"),
+    ("less", "no norm.bias"), ("half", "no decoder_norm.bias"), ("video", "written by mae_video.py"), ("empty", "no checkpoint at all"), ("words", "no cls_token"),
 ])  # fmt: skip
 def test_a_wrong_file_is_refused_with_one_line(tmp_path, how, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -232,7 +232,7 @@ def test_a_wrong_file_is_refused_with_one_line(tmp_path, how, message, monkeypat
         state = {"code": {**state, "evil": Evil()}, "list": [1], "strange": {**state, "stranger": torch.ones(1)},
                  "less": {k: v for k, v in state.items() if k != "norm.bias"},
                  "half": {k: v for k, v in state.items() if k != "decoder_norm.bias"},
-                 "video": {"script": "mae_video", "model": state},
+                 "words": {"model": "mae_vit_base"}, "video": {"script": "mae_video", "model": state},
                  "larger": official(MAE(32, 8, (64, 2, 4), (16, 1, 2)))}[how]  # fmt: skip
         torch.save(state, path)
     with pytest.raises(InputError, match=re.escape(message)) as error:
