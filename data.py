@@ -338,6 +338,17 @@ def segment_views(n, length, views):
     return np.stack([np.minimum((np.arange(length) + s) * n / length, n - 1).astype(np.int64) for s in shifts])
 
 
+def views_of(sampling, n, length, stride, views):
+    """Test-time clips of a video of n frames, no randomness: frame numbers (views, T). One view: the middle."""
+    if sampling == "segments":
+        return segment_views(n, length, views)
+    if sampling == "dense":
+        return dense_views(n, length, stride, views)
+    gap = max(n - length * stride, 0)  # linspace, MAE-ST: starts at whole distances, public code
+    starts = [gap // 2] if views == 1 else [v * (gap // (views - 1)) for v in range(views)]
+    return np.stack([linspace_clip(n, length, stride, s) for s in starts])
+
+
 # ============================================================================================================
 #  PART 3: decoding                                                                        (needs: av, pillow)
 # ============================================================================================================
@@ -541,7 +552,7 @@ class ClipDataset(Dataset):
         """Frame numbers (R, T) for a video of n frames."""
         T, stride = self.frames, self.stride
         if not self.train:
-            return segment_views(n, T, 1) if self.sampling == "segments" else dense_views(n, T, stride, 1)
+            return views_of(self.sampling, n, T, stride, 1)
         if self.sampling == "segments":
             return np.stack([segment_clip(n, T, generator) for _ in range(self.repeat)])
         if self.sampling == "dense":

@@ -42,7 +42,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from data import BrokenFile, dense_views, linspace_clip, make_crop, read_clips, read_image, seeded, segment_views
+from data import BrokenFile, make_crop, read_clips, read_image, seeded, views_of
 from mae_image import (DECODER, ENCODERS, MAE, Batches, Run, StopOnSignal, agree, check_divides, choose_precision,
                        encoder_size, load_file, lr_at, open_loader, public_tensors, read_config, shuffled, sincos_2d,
                        start_processes)  # fmt: skip
@@ -341,22 +341,12 @@ class ViewDataset(Dataset):
     def __len__(self):
         return len(self.files.paths)
 
-    def choose(self, n):
-        """Frame numbers (clips, T) in a video of n frames."""
-        T, stride = self.cfg.frames, self.cfg.stride
-        if self.cfg.sampling == "segments":
-            return segment_views(n, T, self.clips)
-        if self.cfg.sampling == "linspace":  # MAE-ST: starts at whole distances, public code
-            gap = max(n - T * stride, 0)
-            starts = [gap // 2] if self.clips == 1 else [v * (gap // (self.clips - 1)) for v in range(self.clips)]
-            return np.stack([linspace_clip(n, T, stride, s) for s in starts])
-        return dense_views(n, T, stride, self.clips)
-
     def __getitem__(self, i):
         path, size = self.files.paths[i], self.cfg.img_size
         try:
             if is_video(self.cfg):
-                clips = read_clips(path, self.choose)  # (clips, T, H, W, 3)
+                choose = lambda n: views_of(self.cfg.sampling, n, self.cfg.frames, self.cfg.stride, self.clips)
+                clips = read_clips(path, choose)  # (clips, T, H, W, 3)
                 return torch.cat([spatial_views(c, size, self.crops) for c in clips]), i, []
             if self.aligned:
                 return self.aligned.read(i, None), i, []

@@ -503,12 +503,6 @@ def replay_functions_mae(r):
     r.check("probe_logits_eval", model.eval().head(x))
 
 
-def test_views(frames, length, stride, views, sampling):
-    """Frame numbers of the test clips, as finetune.py takes them."""
-    cfg = finetune.Config(model="mae_st", frames=length, stride=stride, sampling=sampling)
-    return finetune.ViewDataset(None, cfg, views, 1).choose(frames)
-
-
 def replay_functions_mae_st(r):
     c, a = r.config, r.arrays
     for i, (frames, predicted) in enumerate(c["target_frames"]):
@@ -529,7 +523,7 @@ def replay_functions_mae_st(r):
     s = c["test_clip"]
     r.check(
         "test_clip_frames",
-        test_views(s["video_frames"], s["num_frames"], s["sampling_rate"], s["num_views"], "linspace"),
+        data.views_of("linspace", s["video_frames"], s["num_frames"], s["sampling_rate"], s["num_views"]),
     )
 
 
@@ -561,9 +555,9 @@ def replay_functions_videomae(r):
         clips.append(data.dense_clip(n, s["num_frames"], s["sampling_rate"], start))
     r.check("clips_pretrain", np.stack(clips))
     s = c["clips_test_dense"]
-    r.check("clips_test_dense", test_views(s["video_frames"], 16, s["sampling_rate"], s["num_views"], "dense"))
+    r.check("clips_test_dense", data.views_of("dense", s["video_frames"], 16, s["sampling_rate"], s["num_views"]))
     s = c["clips_ssv2"]
-    views = [test_views(n, s["num_frames"], 1, s["num_views"], "segments") for n in s["durations"]]
+    views = [data.views_of("segments", n, s["num_frames"], 1, s["num_views"]) for n in s["durations"]]
     r.check("clips_ssv2_test", np.stack(views))
 
 
