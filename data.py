@@ -54,7 +54,7 @@ def seeded(*numbers):
 
     The number after the seed names the use: 0 items, 1 masks, 2 held-out masks, 3 what replaces a broken file, and so
     on; the order of an epoch has (seed, epoch) alone. important: numpy fills up to four numbers with zeros, so (s, 1)
-    and (s, 1, 0) are one stream. Whoever copies this should begin with a use of 1 or more and put it last.
+    and (s, 1, 0) are one stream. Whoever copies this should number the uses from 1 and put the use last.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 

@@ -3,12 +3,13 @@
 Papers  MAE 2111.06377 (App. A.1), VideoMAE 2203.12602 (App. 7), MAE-ST 2205.09113 (Sec. 4), all on arXiv
 Covers  MAE App. A.1 "End-to-end fine-tuning", Table 9    Classifier, layer_groups, mix, Augmented; --mode finetune
         MAE App. A.1 "Linear probing", Table 10           Classifier(frozen=True), LARS; --mode linear
-        VideoMAE Table 2 "from scratch"                   the same recipe without the weights; --mode scratch
+        VideoMAE Table 2 "from scratch"                   --mode scratch: the same recipe without the weights (there longer)
         MAE-ST Sec. 4 "Settings", VideoMAE App. 7         ViewDataset, summarise: clips x crops views of every video
         MAE-ST App. A, last paragraph (image -> video)    inflate
         MultiMAE, dense transfers                         DenseHead, a plain linear layer; --dense
         not in the papers                                 --mode knn: nearest neighbours of frozen features
-Not     detection; MAE's segmentation (App. A.4), recipe from scratch (App. A.2) and partial fine-tuning (Fig. 9).
+Not     detection; MAE's segmentation (App. A.4), recipe from scratch (App. A.2) and partial fine-tuning (Fig. 9);
+        VideoMAE's probe (SGD, Table 11).
 
 The four modes answer different questions. finetune: is the encoder a good place to start from? scratch: what would
 it have learnt without? linear and knn: what does the encoder know already? Masked autoencoders are strong in the
@@ -485,7 +486,7 @@ class Config:
     min_lr: float = 0.0  # base rate at the end of the cosine
     warmup: float = 3  # epochs of linear warm-up
     weight_decay: float = 0.05  # of matrices; --mode linear has none (MAE Table 10)
-    layer_decay: float = 0.9  # how much slower each layer learns than the one above (papers: 0.65-0.75); scratch: 1
+    layer_decay: float = 0.9  # how much slower each layer learns than the one above (papers: 0.7-0.75); scratch: 1
     clip: float = 0.0  # largest norm of the gradient, 0: no clipping
     # test
     clips: int = 5  # clips of every test video (images: 1); with sampling "segments" 2 is the paper's

@@ -9,7 +9,7 @@ Covers  Sec. 3 "Masking", Fig. 6         masking.random_mask, block_mask, grid_m
         App. A.1 "Pre-training"          init_weights, lr_at, param_groups, pretrain (Table 8)
 Not     fine-tuning and probing (finetune.py); PCA and dVAE targets of Table 1(d).
 
-Run     python mae_image.py                                 (4 min on 2 CPU cores: writes a toy world, pretrains)
+Run     python mae_image.py                                 (3 min on 2 CPU cores: writes a toy world, pretrains)
         python mae_image.py --data cifar10 --preset cifar10
         python mae_image.py --data FOLDER --preset gpu      (any folder of images, or of class folders)
         python mae_image.py --resume                        (goes on where a run was stopped)
@@ -198,7 +198,7 @@ class MAE(nn.Module):
     loss  float32 scalar;   pred (B, M, P) the painted hidden patches, in the form of the target
 
     size       name in ENCODERS, or (width, blocks, heads)
-    decoder    (width, blocks, heads); the paper's is 512 wide with 8 blocks and 16 heads for every encoder
+    decoder    (width, blocks, heads); the paper's is 512 wide with 8 blocks for every encoder; 16 heads in the code
     norm_pix   predict patches normalised by their own mean and variance (better features, Table 1(d)), else pixels
     raises     InputError if the image is not a multiple of the patch, or a width of its heads
     """
@@ -378,7 +378,7 @@ class Config:
     patch: int = 8  # side of a patch in pixels
     decoder_width: int = 64  # the paper's is 512
     decoder_depth: int = 2  # blocks; the paper has 8
-    decoder_heads: int = 4  # the paper has 16
+    decoder_heads: int = 4  # the public code has 16
     mask: typing.Literal["random", "block", "grid"] = "random"  # which patches are hidden: Fig. 6
     mask_ratio: float = 0.75  # share of patches that are hidden
     norm_pix: bool = False  # predict patches normalised by their own mean and variance, as the paper's best
@@ -410,6 +410,7 @@ PRESETS = {
                     out="runs/mae_cifar10"),
     "gpu": dict(img_size=128, patch=16, size="small", decoder_width=256, decoder_depth=4, decoder_heads=8,
                 norm_pix=True, epochs=200, batch=256, lr=1.5e-4, warmup=20, workers=8, out="runs/mae_gpu"),
+    # App. A.1, Table 8; epochs of Table 3
     "paper": dict(img_size=224, patch=16, size="base", decoder_width=512, decoder_depth=8, decoder_heads=16,
                   norm_pix=True, epochs=1600, batch=4096, lr=1.5e-4, warmup=40, workers=16,
                   out="runs/mae_paper"),

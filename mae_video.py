@@ -283,7 +283,7 @@ class MAEST(nn.Module):
            with u' = u * predicted / T, 1 in the paper: of each cube of two frames, one is painted
 
     size       name in ENCODERS or (width, blocks, heads)
-    decoder    (width, blocks, heads); the paper's is (512, 4, 16)
+    decoder    (width, blocks, heads); (512, 4) in the paper, 16 heads in mae_st's code (8 in SlowFast's)
     predicted  frames that are painted, a multiple of the time slots; None: one per time slot
     separable  positions are a spatial plus a temporal table, else one joint table
     cls        class token; its encoder output is dropped, the decoder begins with a class token of its own
@@ -462,7 +462,7 @@ class Config:
     tubelet: int = 2  # frames in a cube
     decoder_width: int = 64  # VideoMAE: half of the encoder; MAE-ST: 512
     decoder_depth: int = 1  # blocks; both papers have 4 (VideoMAE large and huge 12)
-    decoder_heads: int = 2  # VideoMAE: width / 64, huge / 80; MAE-ST: 16
+    decoder_heads: int = 2  # VideoMAE: decoder width / 64 (huge: / 80); MAE-ST: 16
     mask: typing.Literal["auto", "tube", "random", "frame", "block", "causal"] = "auto"  # auto: the paper's
     mask_ratio: float = 0.75  # share of cubes that are hidden; the papers: 0.9, on UCF101 and HMDB51 0.75
     norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as the papers do
@@ -502,7 +502,8 @@ PRESETS = {
     "hmdb51_paper": dict(_paper, stride=2, epochs=4800, out="runs/hmdb51_paper"),
     # MAE-ST Sec. 4: 800 epochs are 200 passes x 4 clips. Passes and warm-up from SlowFast's configuration, rate and
     # clipping from mae_st's PRETRAIN.md, where 1.6e-3 is for 256 videos, that is 1024 clips, and here for 256 clips:
-    # so a quarter. The paper's own Table 5 was not read
+    # so a quarter. Whether the paper's batch of 512 counts videos or clips was not seen, here clips; of its Table 5
+    # only the warm-up is known, 120 effective epochs
     "mae_st_paper": dict(model="mae_st", frames=16, stride=4, sampling="linspace", img_size=224, patch=16, size="large",
                          decoder_width=512, decoder_depth=4, decoder_heads=16, mask_ratio=0.9, norm_pix=True, repeat=4,
                          batch=512, lr=4e-4, clip=0.02, epochs=200, warmup=30, workers=16, out="runs/mae_st"),

@@ -1,8 +1,8 @@
 """multimae.py - hide most of an image, its depth map and its class map, and paint all three from what is left.
 
 Paper   MultiMAE: Multi-modal Multi-task Masked Autoencoders. Bachmann, Mizrahi, Atanov, Zamir, 2022, arXiv
-        2204.01678. Of the paper itself only abstract, introduction and Fig. 1 were read: what goes beyond them
-        follows the public code, and is named so.
+        2204.01678. Of the paper itself only the abstract, the start of the introduction and the caption of
+        Fig. 1 were read: what goes beyond them follows the public code, and is named so.
 Covers  Fig. 1, "1/6 of the patches visible over all modalities"    masking.dirichlet_mask
         public code, input adapters                                 PatchEmbed, ClassEmbed, MultiMAE.forward_encoder
         public code, one encoder and one global token               MultiMAE.forward_encoder

@@ -1,8 +1,8 @@
 """omni.py - one plain ViT for images and videos: an image is a clip of one cube.
 
 Paper   OmniMAE: Single Model Masked Pretraining on Images and Videos. Girdhar, El-Nouby, Singh, Alwala, Joulin,
-        Misra, 2022, arXiv 2206.08356. Of the paper itself only abstract, introduction and Fig. 1 were read: what
-        goes beyond them follows the public code, and is named so.
+        Misra, 2022, arXiv 2206.08356. Of the paper itself only the abstract, the start of the introduction and
+        the caption of Fig. 1 were read: what goes beyond them follows the public code, and is named so.
 Covers  abstract, "90 % of image and 95 % of video patches"     random_mask on both, --mask-ratio-image, --mask-ratio
         public code, images as clips of one cube                OmniMAE.as_clip, positions
         public code, the decoder                                OmniMAE.forward_decoder
@@ -10,7 +10,8 @@ Covers  abstract, "90 % of image and 95 % of video patches"     random_mask on b
         public code, joint training in pure batches             JointDataset, joint_plan
         public code, sample replication                         --repeat, data.ClipDataset
         ours: images and clips in one step                      run_blocks, --joint mixed
-Not     fine-tuning (finetune.py takes the checkpoint for images and for videos); the BEiT blocks of the ablation.
+Not     fine-tuning (finetune.py takes the checkpoint for images and for videos); the BEiT blocks of
+        the public code.
 
 What changes against mae_video.py:
                      VideoMAE                              OmniMAE
@@ -19,7 +20,7 @@ What changes against mae_video.py:
     mask token       decoder width                         encoder width, put in before the projection
     decoder's sine   decoder width, after the projection   encoder width, before it, on every token
     decoder order    visible, then hidden                  raster
-    target's root    epsilon outside                       epsilon inside
+    target's scale   sqrt(variance) + epsilon              sqrt(variance + epsilon)
 Nothing tells the network whether it sees an image or a clip, and every weight serves both.
 
 Run     python omni.py                                     (4 min on 2 CPU cores: toy images and toy videos)
