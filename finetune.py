@@ -3,7 +3,7 @@
 Papers  MAE 2111.06377 (App. A.1), VideoMAE 2203.12602 (App. 7), MAE-ST 2205.09113 (Sec. 4), all on arXiv
 Covers  MAE App. A.1 "End-to-end fine-tuning", Table 9    Classifier, layer_groups, mix, Augmented; --mode finetune
         MAE App. A.1 "Linear probing", Table 10           Classifier(frozen=True), LARS; --mode linear
-        VideoMAE Table 2 "from scratch"                   --mode scratch: the same recipe without the weights (there longer)
+        VideoMAE Table 2 "from scratch"                   --mode scratch: the same recipe, no weights (there longer)
         MAE-ST Sec. 4 "Settings", VideoMAE App. 7         ViewDataset, summarise: clips x crops views of every video
         MAE-ST App. A, last paragraph (image -> video)    inflate
         MultiMAE, dense transfers                         DenseHead, a plain linear layer; --dense
