@@ -66,7 +66,7 @@ SETS = {
     "toy": Set("toy", "", "--clips 1 --sampling segments", folds=1),
     "lips20": Set("lips20", f"{VIDEO} --batch 32 --epochs 80 --warmup 5", "--preset laptop --clips 2", short=64,
                   scratch="--lr 4e-3 --min-crop 0.8 --smoothing 0 --drop-path 0"),
-    "gestures10": Set("gestures10", f"{VIDEO} --no-norm-pix --no-flip --frames 16 --batch 32 --epochs 300 --warmup 15",
+    "gestures10": Set("gestures10", f"{VIDEO} --no-flip --frames 16 --batch 32 --epochs 300 --warmup 15",
                       "--no-flip --epochs 60 --clips 2", short=64),
     "sprites5": Set("sprites5", f"{VIDEO} --frames 16 --batch 32 --epochs 80 --warmup 5",
                     "--preset laptop --epochs 20 --warmup 3 --clips 2", short=64, scratch="--lr 4e-3"),
