@@ -622,6 +622,7 @@ def test_two_processes_test_every_video_once(pretrained, run, toy):
     (["--mode", "scratch", "--batch", 6, "--repeat", 4], "multiple of 4"), (["--mode", "scratch", "--share", 0.0], "--share 0.0: must be"),
     (["--mode", "scratch", "--batch", 1000], "do not fill one update"), (["--mode", "tune"], "invalid choice"), (["--mixupp", 1], "did you mean --mixup"),
     (["--mode", "scratch", "--model", "multimae", "--mixup", 0.8], "are for RGB alone"), (["--mode", "scratch", "--model", "multimae", "--inputs", "rgb,flow"], "unknown modality flow"),
+    (["--mode", "scratch", "--model", "multimae", "--dense", "semseg", "--ignore", 6], "classes of the maps are 0 to 5"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
     assert message in refused(finetune, "--data", toy, *flags)
