@@ -679,7 +679,7 @@ def settle(cfg, found):
     if cfg.dense and (cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch") or only_tests(cfg)):
         raise InputError("--dense is for --model multimae and --mode finetune or scratch, and has no --eval-only")
     if cfg.ignore >= cfg.maps:
-        raise InputError(f"--ignore {cfg.ignore}: the {cfg.maps} classes of the maps are 0 to {cfg.maps - 1}, -1 is none")
+        raise InputError(f"--ignore {cfg.ignore}: classes of the maps are 0 to {cfg.maps - 1}, -1 is none")
     if only_tests(cfg) and (dense := settings.get("dense")):
         raise InputError(f"{cfg.init} paints {dense} maps and is no classifier: --eval-only and --predict need one")
     if only_tests(cfg):  # a classifier is tested as it was built
