@@ -66,16 +66,18 @@ def test_damaged_files_are_read_or_named_and_never_crash_or_hang(name, tmp_path)
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(source)
     good, rng, named = read(source).shape, np.random.default_rng(1), 0
     content = source.read_bytes()
-    faulthandler.dump_traceback_later(120, exit=True)
-    for _ in range(150):
-        path.write_bytes(damaged(content, rng))
-        try:
-            pixels = read(path)
-            assert pixels.dtype == np.uint8 and pixels.ndim == len(good) and pixels.shape[-1] == 3
-        except data.BrokenFile as error:
-            assert str(error) and "\n" not in str(error)
-            named += 1
-    faulthandler.cancel_dump_traceback_later()
+    faulthandler.dump_traceback_later(120, exit=True)  # a decoder that hangs ends the tests, and says where
+    try:
+        for _ in range(150):
+            path.write_bytes(damaged(content, rng))
+            try:
+                pixels = read(path)
+                assert pixels.dtype == np.uint8 and pixels.ndim == len(good) and pixels.shape[-1] == 3
+            except data.BrokenFile as error:
+                assert str(error) and "\n" not in str(error)
+                named += 1
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     assert named > 0
 
 

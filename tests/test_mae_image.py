@@ -255,9 +255,12 @@ def test_batches_of_two_processes_are_those_of_one():
     assert len(set(first)) == 24 and first != [item for batch in one[3:] for _, item in batch]
 
 
-def test_float16_gradients_go_through_a_scaler_and_bfloat16_do_not_need_one():
+def test_the_number_format_is_the_devices_unless_one_is_asked_for(monkeypatch):
     cfg = mae_image.Config()
     assert mae_image.choose_precision(cfg, torch.device("cpu")) == torch.float32
+    for has_it, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it)
+        assert mae_image.choose_precision(cfg, torch.device("cuda")) == dtype
     cfg.precision = "float16"
     assert mae_image.choose_precision(cfg, torch.device("cpu")) == torch.float16
 
@@ -274,7 +277,8 @@ def weights(folder):
 def same_state(a, b):
     a, b = weights(a), weights(b)
     same = all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    moments = zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values())
+    moments = list(zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True))
+    assert moments and a["step"] > 0
     return same and a["step"] == b["step"] and all(torch.equal(x[k], y[k]) for x, y in moments for k in x)
 
 
@@ -350,7 +354,7 @@ def close_runs(a, b):
 
 def test_two_processes_do_what_one_does_and_one_writes(straight, tmp_path):
     reference, flags = straight
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                str(ROOT / "mae_image.py"), *map(str, flags), "--out", "two"]  # fmt: skip
     result = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -514,8 +518,8 @@ def test_a_log_that_a_crash_cut_off_does_not_hinder_resuming(straight, run, tmp_
     reference, _ = straight
     out = tmp_path / "copy"
     shutil.copytree(reference, out)
-    with open(out / "log.jsonl", "a") as file:
-        file.write('{"step": 33, "los')
+    with open(out / "log.jsonl", "a") as file:  # written after the last checkpoint, which has update 32
+        file.write('{"step": 33, "loss": 1.0}\n{"step": 34, "los')
     run("mae_image.py", "--resume", "--out", out)
     assert losses(out) == losses(reference)
 

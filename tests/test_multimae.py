@@ -66,11 +66,13 @@ def test_cross_attention_is_torchs_own():
 
 def test_hidden_tokens_of_no_modality_reach_the_encoder():
     model, x, hide = tiny(), inputs(), mask()
-    other = {"rgb": x["rgb"].clone(), "depth": x["depth"], "semseg": x["semseg"].clone()}
-    for b, n in hide[:, :16].nonzero().tolist():
-        other["rgb"][b, :, n // 4 * 8 : n // 4 * 8 + 8, n % 4 * 8 : n % 4 * 8 + 8] = 9
+    other = {m: v.clone() for m, v in x.items()}
+    for m, part in (("rgb", hide[:, :16]), ("depth", hide[:, 16:32])):
+        for b, n in part.nonzero().tolist():
+            other[m][b, :, n // 4 * 8 : n // 4 * 8 + 8, n % 4 * 8 : n % 4 * 8 + 8] = 9
     for b, n in hide[:, 32:].nonzero().tolist():
         other["semseg"][b, n // 4 * 2 : n // 4 * 2 + 2, n % 4 * 2 : n % 4 * 2 + 2] = 5
+    assert all((other[m] != x[m]).any() for m in MODALITIES)
     assert torch.equal(model.forward_encoder(x, hide), model.forward_encoder(other, hide))
 
 
@@ -83,7 +85,7 @@ def test_losses_are_those_of_a_loop_over_samples_and_hidden_pixels():
         ("depth", hide[:, 16:32], lambda p, t: (p - t).abs()),
     ):
         target = model.target(task, x[task])
-        rows = [error(preds[task][b][where[b]], target[b][where[b]]).mean().item() for b in range(3) if where[b].any()]
+        rows = [error(preds[task][b][where[b]], target[b][where[b]]).mean().item() for b in range(3)]
         assert math.isclose(losses[task].item(), sum(rows) / len(rows), rel_tol=1e-5)
     rows = []
     for b in range(3):
@@ -344,7 +346,9 @@ def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
     assert message in refused(multimae, *([] if "--data" in flags else ["--data", toy]), "--workers", 0, *flags)
 
 
-def test_masks_of_the_default_hide_five_sixths():
+def test_the_papers_masks_hide_five_sixths():
+    """MultiMAE Sec. 3: 98 of the 3 x 196 patches of 224 px are visible."""
+    assert round(multimae.Config(**multimae.PRESETS["paper"]).visible * 588) == 98
     hide = dirichlet_mask(4, [196] * 3, 98, torch.Generator().manual_seed(0))
     assert ((~hide).sum(dim=1) == 98).all() and masking.visible(torch.zeros(4, 588, 1), hide).shape == (4, 98, 1)
 

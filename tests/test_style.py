@@ -77,7 +77,8 @@ COMMENT = re.compile(r"^\s*(\w+) = .*#.*?(?<!\w)\((\w[^()\[\]]*,[^()\[\]]*)\)")
 def check_shapes(path, letters, call):
     """Trace call(); after each line `name = ...  # (B, K, D)` compare the tensor `name` with the comment.
 
-    Letters stand for `letters` or for a local variable of that name. Returns the lines that were checked."""
+    Names stand for an argument of the function (or its u), else for `letters`, else for a local variable.
+    Returns the lines that were checked."""
     wanted = {i: m.groups() for i, line in enumerate(path.read_text().splitlines(), 1) if (m := COMMENT.match(line))}
     checked, before = set(), {}
 
@@ -86,7 +87,10 @@ def check_shapes(path, letters, call):
         value = frame.f_locals.get(name)
         if not torch.is_tensor(value):
             return
-        known = {**letters, **{k: v for k, v in frame.f_locals.items() if isinstance(v, int)}}
+        whole = {k: v for k, v in frame.f_locals.items() if isinstance(v, int)}
+        # u is a function's own: frames of a cube, or those of it that are painted
+        given = {k: v for k, v in whole.items() if k in ("u", *frame.f_code.co_varnames[: frame.f_code.co_argcount])}
+        known = {**whole, **letters, **given}
         try:
             want = tuple(int(eval(part, {}, known)) for part in shape.split(","))
         except (NameError, SyntaxError):
@@ -186,12 +190,14 @@ def test_every_picture_of_the_readme_exists_and_every_asset_is_shown():
 
 
 def test_links_inside_the_repository_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(targets) >= 10 and [t for t in targets if not (ROOT / t).exists()] == []
 
 
 def test_line_counts_in_the_readme_are_about_right():
-    for name, lines in re.findall(r"\[`?(\w+\.py)`?\]\(\w+\.py\) \| (\d+)", README):
+    counts = dict(re.findall(r"\[(\w+\.py)\]\(\w+\.py\) \| (\d+)", README))
+    assert set(counts) == {p.name for p in FILES}
+    for name, lines in counts.items():
         assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 15, name
 
 
