@@ -1,12 +1,15 @@
 """The claims' script: its commands are valid, and a tiny run of it ends in a verdict."""
 
 import importlib
+import json
 import types
 
+import numpy as np
 import pytest
 import torch
 
 import claims
+import data
 import mae_image
 import mask_tokens
 
@@ -35,6 +38,69 @@ def test_a_tiny_run_ends_in_verdicts_and_is_not_repeated(run, toy, tmp_path):
     assert len(rows) == 8 and "| toy | pretrained - scratch |" in text and "| toy-images | block - random |" in text
     again = run("tests/claims.py", *flags)
     assert rows == [line for line in again.splitlines() if line.startswith("|")] and " min\n" not in again
+
+
+def made_up(work, scores, equal=False):
+    """A claim whose runs are done: {arm: {(fold, seed): accuracy}}, the first arm better by the paper."""
+    claim = claims.Claim("Table", "text", "numbers", ("toy",), {arm: claims.Arm() for arm in scores}, (tuple(scores),), equal)
+    after = {}
+    for arm, runs in scores.items():
+        (work / arm).mkdir(parents=True)
+        (work / arm / "minutes.json").write_text("2.5")
+        for (fold, seed), accuracy in runs.items():
+            folder = work / f"{arm}-ft-{fold}-{seed}"
+            folder.mkdir()
+            (folder / "results.json").write_text(json.dumps({"top1": accuracy}))
+            (folder / "minutes.json").write_text("1.5")
+            after[arm, fold, seed] = folder.name, ""
+    return claim, after
+
+
+@pytest.mark.parametrize("gaps, equal, verdict", [
+    ((0.1, 0.12, 0.14), False, "+12.0 ± 2.0, +10.0 to +14.0 | holds"),
+    ((-0.1, -0.12, -0.14), False, "-12.0 ± 2.0, -14.0 to -10.0 | does not hold here"),
+    ((0.3, -0.3, 0.1), False, "cannot be seen at this size"), ((0.3, -0.3, 0.1), True, "no difference can be seen at this size"),
+    ((-0.1, -0.12, -0.14), True, "does not hold here"), ((0.5,), False, "+50.0 ± nan, +50.0 to +50.0 | cannot be seen at this size"),
+    ((0.0,), True, "cannot be seen at this size"),
+])  # fmt: skip
+def test_a_verdict_compares_the_mean_difference_of_pairs_with_its_spread(tmp_path, capsys, gaps, equal, verdict):
+    base = {(1, 0): 0.4, (2, 0): 0.2, (2, 1): 0.45}
+    worse = {k: base[k] for k, _ in zip(base, gaps)}
+    claim, after = made_up(tmp_path, {"a": {k: worse[k] + gap for k, gap in zip(worse, gaps)}, "b": worse}, equal)
+    claims.show("toy", claim, after, types.SimpleNamespace(work=tmp_path, quick=False, folds=3))
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2].startswith("| toy | a - b | ") and rows[2].endswith(f"{verdict} |"), rows
+    assert f"| b | {100 * np.mean(list(worse.values())):.1f} ± " in rows[1] and f"2.5 min, then {len(gaps)} x 1.5 min" in rows[1]
+
+
+def test_ridge_regression_is_that_of_the_normal_equations_and_chooses_its_strength_on_training_files():
+    g = torch.Generator().manual_seed(0)
+    train, test = torch.randn(60, 8, generator=g).double(), torch.randn(200, 8, generator=g).double()
+    axes = torch.randn(8, 3, generator=g).double()
+    labels, truth = (train @ axes).argmax(1), (test @ axes).argmax(1)
+    assert (claims.ridge(train, labels, test, 3) == truth).double().mean() > 0.85  # it learns what is linear
+    for strength in (1, 1000):
+        scale = lambda x: (x - train.mean(0)) / (train.std(0) + 1e-6)
+        y = torch.nn.functional.one_hot(labels, 3).double()
+        w = torch.linalg.solve(scale(train).T @ scale(train) + strength * 8 / 100 * torch.eye(8).double(), scale(train).T @ (y - y.mean(0)))
+        want = (scale(test) @ w + y.mean(0)).argmax(1)
+        assert torch.equal(claims.ridge(train, labels, test, 3, strengths=(strength,)), want)
+
+
+def test_trivial_baselines_see_motion_and_the_most_frequent_class(tmp_path):
+    """A dot that moves to the right or to the left on a grey ground: only motion over time tells which."""
+    for split in ("train", "val"):
+        for i in range(20 if split == "train" else 8):
+            right = i % 4 > 0 if split == "train" else i % 2 > 0
+            frames = np.full((16, 32, 32, 3), 120, np.uint8)
+            for t in range(16):
+                x = 2 * (t if right else 15 - t)
+                frames[t, 4 + 2 * (i % 9) : 12 + 2 * (i % 9), max(x - 4, 0) : x + 4] = 250
+            path = tmp_path / split / ("right" if right else "left") / f"{i}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data.write_video(path, frames, 25)
+    scores = claims.trivial_baselines(tmp_path, 1)
+    assert scores["majority"] == 0.5 and scores["motion over time"] == 1.0 and set(scores) == {"majority", "small clip", "motion over time"}
 
 
 def test_mask_tokens_in_the_encoder_hide_as_much_and_their_checkpoint_can_be_fine_tuned(run, toy):

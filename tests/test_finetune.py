@@ -181,6 +181,14 @@ def test_a_share_of_the_labels_is_the_same_every_time_and_keeps_every_class(toy)
     assert (few.paths != finetune.take_share(files, 0.2, 4).paths).any() and finetune.take_share(files, 1, 3) is files
 
 
+def test_a_share_is_taken_of_each_class_and_at_least_one_file():
+    labels = np.repeat([0, 1, 2], [40, 10, 1])
+    files = data.Files(np.array([str(i) for i in range(51)]), labels, list("abc"), np.arange(51)[:, None])
+    few = finetune.take_share(files, 0.3, 0)
+    assert np.bincount(few.labels).tolist() == [12, 3, 1] and len(set(few.paths)) == 16
+    assert (labels[few.paths.astype(int)] == few.labels).all() and (few.pixels[:, 0] == few.paths.astype(int)).all()
+
+
 # ---- testing ----------------------------------------------------------------------------------------------------
 
 

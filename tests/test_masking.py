@@ -18,9 +18,13 @@ def test_every_row_hides_the_same_number_of_tokens(kind, ratio, grid):
     t, h, w = grid
     assert mask.shape == (6, t * h * w) and mask.dtype == torch.bool
     counts = mask.sum(dim=1)
-    assert (counts == counts[0]).all() and counts[0] < t * h * w
-    if ratio == 0:
-        assert counts[0] == 0
+    assert (counts == counts[0]).all()
+    if kind == "tube":
+        assert counts[0] == t * masking.num_hidden(h * w, ratio, "hide")
+    elif kind == "frame":
+        assert counts[0] == h * w * min(round(ratio * t), t - 1)
+    else:
+        assert counts[0] == masking.num_hidden(t * h * w, ratio, "hide" if kind == "causal" else "keep")
 
 
 def test_counts_are_those_of_the_official_code_float_traps_included():

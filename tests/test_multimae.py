@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import tarfile
@@ -301,6 +302,48 @@ def test_void_has_no_share_in_the_constant_map():
     assert best.tolist() == [1, 0, 0, 1]
     losses = model.task_losses({"semseg": torch.zeros(3, 1, 12)}, reference, reference, torch.ones(3, 1, dtype=bool))
     assert math.isclose(losses["semseg"], math.log(3), rel_tol=1e-6)
+
+
+def test_constant_maps_are_the_best_that_looks_at_nothing():
+    model, x = tiny(), inputs(5)
+    maps = multimae.constant_maps(model, x)
+    assert torch.allclose(maps["rgb"].unflatten(2, (3, 64)), x["rgb"].mean(dim=(0, 2, 3))[:, None], atol=1e-6)
+    assert torch.equal(maps["depth"][0, 6], x["depth"][:, 0, 8:16, 16:24].flatten(1).median(dim=0).values)
+    assert not maps["norm_rgb"].any()
+    of_place = [x["semseg"][:, 2 + k // 2, 4 + k % 2].bincount(minlength=6) / 5 for k in range(4)]  # row 1, column 2
+    got = maps["semseg"][0, 6].unflatten(0, (6, 4)).softmax(dim=0)
+    assert torch.allclose(got, (torch.stack(of_place, dim=1) + 1e-3) / 1.006, atol=1e-6)
+
+
+def test_what_one_modality_tells_of_the_others_is_counted_as_in_a_loop(monkeypatch):
+    """Where the constant map is right, and where it is void, does not count; shuffled: the next sample's input."""
+    model, x = tiny(ignore=5), inputs(4)
+    constant = multimae.constant_maps(model, x)
+    preds, numbers = multimae.cross_modal(model, x, "rgb", constant)
+    alone = lambda rgb: model.forward_decoder(model.forward_encoder({"rgb": rgb}, torch.zeros(4, 16, dtype=torch.bool)),
+                                              {"rgb": rgb}, torch.zeros(4, 16, dtype=torch.bool))  # fmt: skip
+    other = alone(x["rgb"][[3, 0, 1, 2]])
+    assert all(torch.allclose(preds[t], p, atol=1e-6) for t, p in alone(x["rgb"]).items())
+    target, truth = model.target("depth", x["depth"]), model.target("semseg", x["semseg"])
+    errors = [(a["depth"] - target).abs().mean().item() for a in (preds, constant, other)]
+    assert np.allclose(numbers["depth error"], errors, rtol=1e-5)
+    named = lambda a: a["semseg"].reshape(len(a["semseg"]), 16, 6, 4).argmax(dim=2).expand(4, -1, -1)
+    where = [i for i in np.ndindex(4, 16, 4) if truth[i] != 5 and truth[i] != named(constant)[i]]
+    recall = [np.mean([bool(named(a)[i] == truth[i]) for i in where]) for a in (preds, other)]
+    assert np.allclose(numbers["object recall"], [recall[0], 0, recall[1]]) and len(where) > 50
+    assert set(multimae.cross_modal(model, x, "depth", constant)[1]) == {"object recall"}
+
+
+def test_the_dense_head_averages_the_tokens_at_one_place_and_leaves_the_global_one_out():
+    model, x = tiny(), inputs()
+    encoder = copy.deepcopy(model)
+    head = finetune.DenseHead(finetune.Classifier(model, 6), ["rgb", "depth"], "semseg").eval()
+    tokens = encoder.encode({m: x[m] for m in ("rgb", "depth")})  # (3, 16 + 16 + 1, 32)
+    want = torch.stack([torch.stack([(tokens[b, n] + tokens[b, 16 + n]) / 2 for n in range(16)]) for b in range(3)])
+    assert torch.allclose(head(x), head.head(head.norm(want)), atol=1e-5)
+    found, truth = head.answers(x).chunk(2, dim=1)
+    assert torch.equal(found, head(x).reshape(3, 16, 6, 4).argmax(dim=2).flatten(1).float())
+    assert torch.equal(truth, model.target("semseg", x["semseg"]).flatten(1).float())
 
 
 # ---- the script -------------------------------------------------------------------------------------------------
