@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -211,34 +213,39 @@ def commands():
 PRETRAINING = ("mae_image.py", "mae_video.py", "omni.py", "multimae.py")
 
 
-def before_finetuning(run, words):
-    """The checkpoint that a command of finetune.py starts from, made by the smallest run there is."""
+@pytest.fixture(scope="module")
+def small_run(toy, tmp_path_factory):
+    """small_run(script) -> checkpoint of the smallest run there is, made once."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "toy").symlink_to(toy)
+
+    def make(script):
+        path = folder / "runs" / script.removesuffix(".py") / "checkpoint.pt"
+        if not path.exists():
+            flags = [*TINY_IMAGE, *([] if script == "multimae.py" else ["--frames", 4])]
+            if script == "finetune.py":
+                flags = ["--init", make("mae_video.py"), "--workers", 0, "--clips", 1]
+            command = [sys.executable, ROOT / script, *flags, "--data", "toy", "--smoke"]
+            subprocess.run(list(map(str, command)), cwd=folder, check=True, capture_output=True)
+        return path
+
+    return make
+
+
+def before_finetuning(small_run, folder, words):
+    """Put the checkpoint that a command of finetune.py starts from where it looks for it."""
     path = words[words.index("--init") + 1] if "--init" in words else "runs/mae_video/checkpoint.pt"
-    out = path.removesuffix("/checkpoint.pt")
-    script = {"runs/omni": "omni.py", "runs/multimae": "multimae.py"}.get(out, "mae_video.py")
-    small = [
-        *TINY_IMAGE,
-        "--smoke",
-        "--data",
-        "toy",
-        "--workers",
-        0,
-        *([] if script == "multimae.py" else ["--frames", 4]),
-    ]
-    if out == "runs/finetune":
-        run("mae_video.py", *small)
-        run("finetune.py", "--data", "toy", "--smoke", "--workers", 0, "--clips", 1)
-        if "--predict" not in words:  # what the command tests again has its own folder already
-            words += ["--data", "toy"]
-    else:
-        run(script, *small, "--out", out)
+    scripts = {"runs/omni": "omni.py", "runs/multimae": "multimae.py", "runs/finetune": "finetune.py"}
+    script = scripts.get(path.removesuffix("/checkpoint.pt"), "mae_video.py")
+    (folder / path).parent.mkdir(parents=True)
+    shutil.copy(small_run(script), folder / path)
 
 
 SLOW = ("tests", "data.py toy", "pip", "venv", "pytest", "benchmark")
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if not any(s in c for s in SLOW)])
-def test_a_readme_command_runs(command, run, toy, tmp_path, clips_by_name):
+def test_a_readme_command_runs(command, run, toy, tmp_path, clips_by_name, small_run):
     """As printed, with --smoke and small widths in place of hours; the data folders are small ones of the same layout."""
     words = shlex.split(command)
     (tmp_path / "toy").symlink_to(toy)
@@ -248,22 +255,13 @@ def test_a_readme_command_runs(command, run, toy, tmp_path, clips_by_name):
     else:
         words = words[1:]
     small = []
-    if words[0] in PRETRAINING and "--resume" not in words:
+    if words[0] in PRETRAINING:
         small = [*map(str, TINY_IMAGE), "--smoke", "--size", "nano"]
         small += ["--frames", "4"] if words[0] in ("mae_video.py", "omni.py") else []
         small += ["--data", "toy"] if "cifar10" in words else []  # no network
     if words[0] == "finetune.py":
         small = ["--smoke", "--workers", "0", "--batch", "4", "--clips", "1", "--crops", "1"]
-        before_finetuning(run, words)
-    if "--resume" in words:
-        run(
-            words[0],
-            *TINY_IMAGE,
-            "--smoke",
-            "--data",
-            "toy",
-            *(["--frames", "4"] if words[0] == "mae_video.py" else []),
-        )
+        before_finetuning(small_run, tmp_path, words)
     run(*words, *small, env={"TORCHDYNAMO_DISABLE": "1"})  # --compile is accepted, machine code is not made
 
 
