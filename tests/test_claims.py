@@ -100,7 +100,7 @@ def test_trivial_baselines_see_motion_and_the_most_frequent_class(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             data.write_video(path, frames, 25)
     scores = claims.trivial_baselines(tmp_path, 1)
-    assert scores["majority"] == 0.5 and scores["motion over time"] == 1.0 and set(scores) == {"majority", "small clip", "motion over time"}
+    assert scores["majority"] == 0.5 and scores["motion over time"] == 1.0 and set(scores) == {"majority", "small clip", "motion energy", "motion over time"}
 
 
 def test_mask_tokens_in_the_encoder_hide_as_much_and_their_checkpoint_can_be_fine_tuned(run, toy):
