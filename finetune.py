@@ -517,7 +517,7 @@ _one_gpu = dict(_recipe, min_crop=0.3, batch=128, lr=1e-3, layer_decay=0.7, drop
 _paper = dict(_recipe, min_crop=0.08, batch=256, layer_decay=0.7, drop_path=0.2, dropout=0.5, warmup=5, min_lr=5e-6,
               workers=16)  # fmt: skip
 PRESETS = {
-    # small sets on a CPU, in minutes: the recipe of tests/claims.py
+    # small sets on a CPU, in minutes: the recipe of most sets in tests/claims.py
     "laptop": dict(batch=32, lr=1.6e-2, layer_decay=0.75, drop_path=0.1, smoothing=0.1, min_crop=0.5, epochs=15,
                    warmup=2),
     "ucf101": dict(_one_gpu, clips=5, out="runs/ucf101_ft"),

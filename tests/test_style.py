@@ -265,6 +265,15 @@ def test_a_readme_command_runs(command, run, toy, tmp_path, clips_by_name, small
     run(*words, *small, env={"TORCHDYNAMO_DISABLE": "1"})  # --compile is accepted, machine code is not made
 
 
+def test_the_python_lines_of_the_readme_run(toy, tmp_path, monkeypatch, run):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    shutil.copy(next((toy / "videos").rglob("*.mp4")), tmp_path / "clip.avi")
+    run("mae_video.py", "--data", toy, "--smoke", "--workers", 0)
+    monkeypatch.chdir(tmp_path)
+    exec(code, scope := {})
+    assert scope["tokens"].shape == (1, 256, 96) and scope["x"].shape == (1, 3, 8, 64, 64)
+
+
 @pytest.fixture
 def clips_by_name(toy):
     """Make the folders that README commands name: UCF101, HMDB51, my_images, my_videos."""
