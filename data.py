@@ -90,6 +90,8 @@ def list_videos(root, split="train", fold=1, allow_missing=False):
     root = find_root(root, "videos")
     if found := find_official(root):
         return read_official(*found, split, fold, allow_missing)
+    if fold != 1:
+        raise InputError(f"--fold {fold}: {root} has no official lists, and so one split only")
     return list_plain(root, split, VIDEO, allow_missing)
 
 
@@ -178,8 +180,9 @@ def resolve(wanted, classes, folder, source, kinds, allow_missing):
     found = []
     for path, label in wanted:
         name = Path(path)
-        file = name if name.is_absolute() and name.is_file() else there.get(name) or alike.get(path_key(name))
-        found.append((file, label))
+        # what the walk does not meet: paths that are absolute, lead out of the folder or through a link
+        direct = folder / name if os.path.isfile(folder / name) else None
+        found.append((there.get(name) or direct or alike.get(path_key(name)), label))
     missing = [path for (path, _), (file, _) in zip(wanted, found) if file is None]
     if len(missing) == len(wanted) or (missing and not allow_missing):
         hint = ("--allow-missing goes on with those that are there" if len(missing) < len(wanted) else
@@ -214,11 +217,14 @@ def list_plain(root, split, kinds, allow_missing):
         if split == "val" and other:
             return read_list(other, kinds, allow_missing)
         return hold_out(read_list(root, kinds, allow_missing), split if not other else "all")
+    other = next((root / n for n in ("val", "valid", "validation", "test") if (root / n).is_dir()), None)
     if not (root / "train").is_dir():
         return hold_out(list_folder(root, kinds), split)
     train = list_folder(root / "train", kinds)
-    other = next((root / n for n in ("val", "valid", "validation", "test") if (root / n).is_dir()), None)
     if other is None:
+        if beside := [d.name for d in root.iterdir() if d.is_dir() and d.name != "train" and next(walk(d, kinds), None)]:
+            raise InputError(f"{root} has train/ and {beside[0]}/ but no val/: is train a split, or a class like "
+                             f"{beside[0]}? Add val/, or use a list file of lines 'path label'")  # fmt: skip
         return hold_out(train, split)
     return train if split == "train" else list_folder(other, kinds, train.classes)
 
@@ -229,6 +235,9 @@ def list_folder(folder, kinds, classes=None):
     found = [d.name for d in folders if next(walk(d, kinds), None)]
     if found:  # an empty folder beside them is a class too, more likely a failed download than nothing
         found = [d.name for d in folders if d.name in found or next(d.iterdir(), None) is None]
+        if loose := [n.name for n in folder.iterdir() if n.name.lower().endswith(kinds) and n.is_file()]:
+            raise InputError(f"{folder} has class folders ({found[0]}/ ...) and {len(loose)} files beside them, e.g. "
+                             f"{loose[0]}: which are meant? Move the others away")  # fmt: skip
     if classes and set(found) - set(classes):
         raise InputError(f"{folder} has a class that the training split lacks: {sorted(set(found) - set(classes))[0]}")
     classes = found if classes is None else classes
@@ -246,9 +255,9 @@ def read_list(path, kinds, allow_missing):
     """Lines "path label", "path,label" or "path": the csv of VideoMAE and Kinetics. Labels are whole numbers."""
     wanted = []
     for line in read_lines(path):
-        parts = line.rsplit("," if "," in line else None, maxsplit=1)
-        labelled = len(parts) == 2 and re.fullmatch(r"\s*-?\d{1,6}", parts[1]) and not (path.parent / line).exists()
-        wanted.append((parts[0].strip(), int(parts[1])) if labelled else (line, -1))
+        labelled = re.fullmatch(r"(.*?)\s*[,\s]\s*(-?\d{1,6})", line)
+        labelled = None if os.path.exists(path.parent / line) else labelled
+        wanted.append((labelled[1], int(labelled[2])) if labelled else (line, -1))
     if not wanted:
         raise InputError(f"the list {path} is empty")
     labels = max(label for _, label in wanted) + 1
@@ -397,15 +406,16 @@ def grab(path, wanted):
 
     Frames are counted: UCF101's and HMDB51's AVIs have no usable time stamps (packed B-frames). Only frames that
     are kept are converted, by one converter without threads of its own (with them it takes three times as long).
-    In a long video the jump to a key frame does rely on time stamps, so a clip may begin a few frames beside the
-    number asked for; where they are useless, it decodes from the beginning.
+    In a long video of constant frame rate the jump to a key frame does rely on time stamps, so a clip may begin a frame
+    or two beside the number asked for; where they are useless, it decodes from the beginning.
     """
     found, wanted, first = {}, set(wanted.tolist()), int(wanted.min())
     last, convert = max(wanted), av.video.reformatter.VideoReformatter()
     container, stream = open_video(path)
     with container:
         i = 0
-        if first > LONG and (rate := stream.average_rate) and (base := stream.time_base):
+        rate, base, usual = stream.average_rate, stream.time_base, stream.guessed_rate
+        if first > LONG and rate and base and usual and abs(rate / usual - 1) < 1e-3:
             begin = stream.start_time or 0
             container.seek(begin + int(first / rate / base), stream=stream)
             frame = next(container.decode(stream), None)
@@ -1015,7 +1025,8 @@ def shrink(source, target, short):
         for path in walk(source, (".txt", ".csv")):
             copy = target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            old, new = os.fsencode(f"{source.resolve()}/"), os.fsencode(f"{target.resolve()}/")
+            copy.write_bytes(path.read_bytes().replace(old, new))  # absolute paths lead to the copies now
     except OSError as error:
         raise InputError(f"cannot write to {target}: {error}") from None
     broken = 0

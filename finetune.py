@@ -470,7 +470,7 @@ class Config:
     inputs: str = "rgb"  # --model multimae: what the classifier sees, any of rgb,depth,semseg
     dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: paint this map, a linear layer on each patch
     ignore: int = -1  # --dense semseg: class that does not count (void), -1: none
-    maps: int = 6  # --model multimae: classes of the semantic maps; those of --init, if given
+    maps: int = 0  # --model multimae: classes of the semantic maps; 0: those of --init, else 6 (the toy world)
     class_width: int = 16  # --model multimae: width of a class's learned vector; that of --init, if given
     size: str = "auto"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS; auto: that of --init
     patch: int = 0  # side of a patch or cube in pixels; 0: that of --init
@@ -489,7 +489,7 @@ class Config:
     layer_decay: float = 0.9  # how much slower each layer learns than the one above (papers: 0.7-0.75); scratch: 1
     clip: float = 0.0  # largest norm of the gradient, 0: no clipping
     # test
-    clips: int = 5  # clips of every test video (images: 1); with sampling "segments" 2 is the paper's
+    clips: int = 5  # clips of every test video (images, knn, features: 1); with sampling "segments" 2 is the paper's
     crops: int = 1  # squares along the long side of every clip; the papers' is 3
     check_every: int = 10  # epochs between two looks at the test set, one view each; 0: only at the end
     # run
@@ -506,7 +506,7 @@ class Config:
 LIMITS = [("share", 0.001, 1), ("rand_augment", 0, 10), ("rand_ops", 1, 10), ("erase", 0, 1), ("smoothing", 0, 0.99)]
 LIMITS += [("mixup", 0, 100), ("cutmix", 0, 100), ("drop_path", 0, 0.99), ("dropout", 0, 0.99), ("clips", 1, 1000)]
 LIMITS += [("crops", 1, 100), ("layer_decay", 0.01, 1), ("check_every", 0, 10**9)]
-LIMITS += [(name, 0, 10**9) for name in ("frames", "stride", "img_size", "patch", "tubelet")]  # 0: as in pretraining
+LIMITS += [(name, 0, 10**9) for name in ("frames", "stride", "img_size", "patch", "tubelet", "maps")]  # 0: --init's
 TEST_FLAGS = ("clips", "crops", "check_every")  # may change when a run goes on
 
 _recipe = dict(smoothing=0.1, erase=0.25, rand_augment=7, rand_ops=4, mixup=0.8, cutmix=1.0, repeat=2, crops=3)
@@ -534,9 +534,18 @@ PRESETS = {
     "mae_probe_paper": dict(mode="linear", min_crop=0.08, batch=16384, lr=0.1, epochs=90, warmup=10, workers=16),
 }  # fmt: skip
 
+
+
+def for_mode(preset, given):
+    """Of a preset for fine-tuning a probe takes sizes, crops and views, not rates and what makes learning harder."""
+    own = ("lr", "min_lr", "clip", "dropout", "erase", "rand_augment", "mixup", "cutmix")
+    probe = given.get("mode") == "linear" and "mode" not in preset
+    return {k: v for k, v in preset.items() if not (probe and k in own)}
+
+
 # what a file may say of its model, and what is taken where neither it nor a flag says it
 LAPTOP = {"model": "videomae", "size": "nano", "patch": 8, "tubelet": 2, "frames": 8, "stride": 2, "img_size": 64,
-          "sampling": "dense"}  # fmt: skip
+          "sampling": "dense", "maps": 6}  # fmt: skip
 
 
 PROBES = ("linear", "knn", "features")  # modes in which the encoder is frozen
@@ -665,17 +674,27 @@ def from_huggingface(state):
 def settle(cfg, found):
     """Settings left open are those of the file, else those of a laptop; what must agree is compared."""
     settings = {**LAPTOP, **(found.settings if found else {}), "model": found.model if found else "videomae"}
+    fresh = cfg.mode == "scratch" and not only_tests(cfg)  # no weights are used, so nothing has to fit
     inflated = found is not None and found.model == "mae" and cfg.model in ("videomae", "mae_st")
     if found and cfg.model not in ("auto", found.model) and not inflated:
+        if fresh:
+            return settle(cfg, None)
         raise InputError(f"--model {cfg.model}: {cfg.init} holds a {found.model}; only an image MAE can become another")
-    for name in ("size", "patch", "tubelet") if found else ():
+    compared = ["size", "patch", "tubelet"] + ["maps"] * ("semseg" in cfg.inputs)
+    for name in compared if found and not fresh else ():
         given, there = getattr(cfg, name), settings[name]
         if given in (0, "auto") or (name == "tubelet" and inflated):
             continue
         if (encoder_size(given) != encoder_size(there)) if name == "size" else given != there:
             raise InputError(f"--{name} {given}: the model in {cfg.init} has {there}; leave the flag out")
-    left_open = lambda k: k in ("maps", "class_width") or (k in LAPTOP and getattr(cfg, k) in (0, "auto"))
+    left_open = lambda k: k == "class_width" or (k in LAPTOP and getattr(cfg, k) in (0, "auto"))
     cfg = replace(cfg, **{k: v for k, v in settings.items() if left_open(k)})
+    if cfg.images and cfg.model != "omni":
+        raise InputError(f"--images is for OmniMAE, which takes both: {cfg.model} takes only one kind")
+    if cfg.inputs != "rgb" and cfg.model != "multimae":
+        raise InputError(f"--inputs {cfg.inputs} is for --model multimae: {cfg.model} sees RGB")
+    if cfg.repeat > 1 and not is_video(cfg):
+        raise InputError(f"--repeat {cfg.repeat} takes several clips of a video: images have none")
     if cfg.dense and (cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch") or only_tests(cfg)):
         raise InputError("--dense is for --model multimae and --mode finetune or scratch, and has no --eval-only")
     if cfg.ignore >= cfg.maps:
@@ -685,6 +704,8 @@ def settle(cfg, found):
     if only_tests(cfg):  # a classifier is tested as it was built
         mean = "fc_norm.weight" in found.state or cfg.model in ("mae_st", "omni")
         built = {"mode": "finetune", "pool": "mean" if mean else "first", **settings}
+        if cfg.images and not built.get("images") or cfg.mode not in ("finetune", built["mode"]):
+            raise InputError(f"--eval-only and --predict test what is in {cfg.init}: leave --images and --mode out")
         cfg = replace(cfg, **{k: built[k] for k in ("mode", "pool", "images", "inputs") if k in built})
     if cfg.pool == "auto":
         cfg = replace(cfg, pool="first" if cfg.model == "mae" and cfg.mode in PROBES else "mean")
@@ -767,7 +788,8 @@ def load(model, state, cfg, fresh_norm):
     norms = ("fc_norm.", "norm.") if tested else () if fresh_norm else ("norm.", "fc_norm.")
     norm = next((n for n in norms if n + "weight" in state), "-")  # which one becomes the norm before our head
     unneeded = (*DECODER, "norm.", "fc_norm.") + (() if tested else ("head.",))
-    unneeded += tuple(f"input_adapters.{m}." for m in MODALITIES if m not in planes_of(cfg))
+    seen = parse_modalities(cfg.inputs, "--inputs")  # the map of --dense is painted, not seen
+    unneeded += tuple(f"input_adapters.{m}." for m in MODALITIES if m not in seen)
     used, left, wrong = {}, [], []
     for key, value in state.items():
         last = key.startswith(norm)
@@ -811,6 +833,8 @@ def train_classifier(model, train, look, cfg, extra):
     if cfg.batch % (pieces * train.repeat):
         raise InputError(f"--batch {cfg.batch} cannot be shared by {world} processes x --accum {cfg.accum} x "
                          f"{train.repeat} clips of one video: use a multiple of {pieces * train.repeat}")  # fmt: skip
+    if cfg.mode == "linear" and cfg.batch == pieces:
+        raise InputError(f"--mode linear has a BatchNorm, which needs two samples at a time: raise --batch {cfg.batch}")
     plan = lambda epoch: shuffled(cfg.seed, epoch, len(train), cfg.batch // train.repeat)
     per_epoch = len(plan(0))
     if not per_epoch:
@@ -832,6 +856,8 @@ def train_classifier(model, train, look, cfg, extra):
     where = f"{dtype} on {world} x {device}, {per_epoch} updates x {cfg.epochs} epochs".replace("torch.", "")
     run.say(f"{learning / 1e6:.2f} M parameters learn, {where}")
     run.say(f"learning rate {cfg.lr:g} x batch {cfg.batch} / 256 = {peak:g}")
+    if 0 < cfg.epochs <= cfg.warmup:
+        run.say(f"warning: all {cfg.epochs} epochs are warm-up, the rate never reaches its peak: lower --warmup")
 
     if cfg.compile:
         model.compile()
@@ -874,9 +900,11 @@ def train_classifier(model, train, look, cfg, extra):
             run.save_if_due(done, ending)
             if cfg.check_every and done % (cfg.check_every * per_epoch) == 0 and not ending:
                 run.say(look(model))
-                run.clock, run.mark = time.perf_counter(), done  # the look is not training time
+                run.clock, run.mark, run.wait = time.perf_counter(), done, 0.0  # the look is not training time
             if ending:
                 break
+    for buffer in model.buffers() if world > 1 else ():  # BatchNorm's statistics: the ones that are saved
+        torch.distributed.broadcast(buffer, 0)
     return run, done == total
 
 
@@ -958,12 +986,13 @@ def report(probabilities, files, classes, cfg, broken):
     return f"top-1 {scores['top1']:.1%} (chance {scores['chance']:.1%})"
 
 
-def report_dense(answers, cfg, classes, write=True):
+def report_dense(answers, cfg, classes, broken=(), write=True):
     """Print and write mean IoU or absolute depth error, beside a map that is the same for every picture.
 
     answers (files, 1, 2 * values), see DenseHead.answers.   -> the line for the log"""
     guess, truth = answers[answers[:, 0, 0].isfinite(), 0].chunk(2, dim=1)  # each (files, values)
-
+    if not len(guess):
+        raise InputError("not one test file could be read")
     counted = truth != cfg.ignore
 
     def mean_iou(x):
@@ -980,9 +1009,12 @@ def report_dense(answers, cfg, classes, write=True):
         name, score, map_of_all = "mean IoU", mean_iou, most.to(truth)
     ours, constant = score(guess), score(map_of_all.expand_as(truth))
     if write:
+        lost = f", {len(broken)} files unreadable and left out: {', '.join(p for p, _ in broken[:5])}" if broken else ""
+        print(f"test: {len(guess)} files{lost}")
+        scores = {"task": cfg.dense, name: ours, "constant map": constant, "unreadable": len(broken)}
         with writing_to(cfg.out, "the results ") as out:
-            (out / "results.json").write_text(json.dumps({"task": cfg.dense, name: ours, "constant map": constant}))
-    return f"{cfg.dense} {name} {ours:.3f} (the same map for all: {constant:.3f})"
+            (out / "results.json").write_text(json.dumps(scores))
+    return f"{cfg.dense} {name.removeprefix('depth ')} {ours:.3f} (the same map for all: {constant:.3f})"
 
 
 def find_init(cfg):
@@ -1044,7 +1076,7 @@ def open_data(cfg):
 
 
 def main():
-    cfg = read_config(Config, PRESETS, __doc__, "finetune", limits=LIMITS, may_change=TEST_FLAGS)
+    cfg = read_config(Config, PRESETS, __doc__, "finetune", limits=LIMITS, may_change=TEST_FLAGS, adapt=for_mode)
     rank, world, device = start_processes(cfg)
     if cfg.resume:  # the weights come later, with the optimiser; how MAE-ST was built is seen in the file alone
         found = read_init(Path(cfg.out) / "checkpoint.pt")
@@ -1097,7 +1129,7 @@ def main():
         if finished:
             results, broken = test(cfg.clips, cfg.crops)
     if finished and rank == 0:
-        result = (report_dense(results, cfg, cfg.maps) if cfg.dense else
+        result = (report_dense(results, cfg, cfg.maps, broken) if cfg.dense else
                   report(results, test_files, classes, cfg, broken))  # fmt: skip
     if run:
         run.finish(run.total, result)

@@ -400,7 +400,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 5  # how many times pictures are drawn, at even distances, the last at the end
+    pictures: int = 5  # how many times pictures are drawn, at even distances, after those of the beginning
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
@@ -417,10 +417,11 @@ PRESETS = {
 }  # fmt: skip
 
 
-def parse_config(Config, presets, doc, argv=None):
+def parse_config(Config, presets, doc, argv=None, adapt=lambda preset, given: preset):
     """Command line -> settings. Every field is a flag; the comment behind a field is its --help text.
 
     Returns {field: value} of what the user gave. Precedence: default < preset < flag.
+    adapt(preset, flags) -> what of the preset suits these flags.
     """
     as_flag = lambda k, v: f"--{'no-' * (v is False)}{k.replace('_', '-')}" + ("" if isinstance(v, bool) else f" {v}")
     epilog = "presets:\n" + "\n".join(f"  {name}: {' '.join(as_flag(k, v) for k, v in preset.items())}"
@@ -441,24 +442,24 @@ def parse_config(Config, presets, doc, argv=None):
     given = vars(parser.parse_args(argv))
     given = {k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in given.items()}  # --out=~/runs
     name = given.pop("preset")
-    return {**(presets[name] if name else {}), **given}
+    return {**(adapt(presets[name], given) if name else {}), **given}
 
 
 # What a number may be, for all scripts. Sizes that must divide each other are checked where they meet.
 BIG = 10**9
-AT_LEAST_1 = "img_size patch frames tubelet stride repeat batch accum decoder_width decoder_heads log_every"
-AT_LEAST_0 = "workers seed epochs warmup pictures decoder_depth lr min_lr weight_decay clip"
+AT_LEAST_1 = "img_size patch frames tubelet stride repeat batch accum decoder_width decoder_heads log_every pictures"
+AT_LEAST_0 = "workers seed epochs warmup decoder_depth lr min_lr weight_decay clip"
 LIMITS = [(n, 1, BIG) for n in AT_LEAST_1.split()] + [(n, 0, BIG) for n in AT_LEAST_0.split()] + [("min_crop", 0.01, 1)]
 
 # What may change when a run goes on. All else would make it another run.
 MAY_CHANGE = ("out", "resume", "workers", "device", "compile", "log_every", "accum", "pictures")
 
 
-def read_config(Config, presets, doc, script, argv=None, limits=(), may_change=()):
+def read_config(Config, presets, doc, script, argv=None, limits=(), may_change=(), **options):
     """The config of this run: from the flags or, with --resume, from the checkpoint that it goes on with.
 
-    limits, may_change: what a script adds to LIMITS (or has otherwise) and to MAY_CHANGE."""
-    given = parse_config(Config, presets, doc, argv)
+    limits, may_change: what a script adds to LIMITS (or has otherwise) and to MAY_CHANGE; options: of parse_config."""
+    given = parse_config(Config, presets, doc, argv, **options)
     cfg = Config(**given)
     for name, (low, high) in {name: bounds for name, *bounds in [*LIMITS, *limits]}.items():
         if not low <= getattr(cfg, name, low) <= high:
@@ -670,7 +671,7 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
     loader = open_loader(train, Batches(plan, start, total, rank, world, cfg.accum), cfg.workers, device)
     if rank == 0 and start == 0:
         run.score(validate(model, run.picture(0)), 0)
-    picture_after = {math.ceil(total * k / max(cfg.pictures, 1)) for k in range(1, cfg.pictures + 1)}
+    picture_after = {math.ceil(total * k / cfg.pictures) for k in range(1, cfg.pictures + 1)}
     run.begin(start, total, per_epoch, world, device)
 
     with StopOnSignal() as stop:

@@ -403,7 +403,8 @@ class AlignedDataset(torch.utils.data.Dataset):
         inside = Path(self.paths[i]).relative_to(first)
         path = self.root / m / inside
         if not path.is_file():
-            path = next((p for s in data.IMAGE if (p := path.with_suffix(s)).is_file()), None)
+            suffixes = [*data.IMAGE, *(s.upper() for s in data.IMAGE)]
+            path = next((p for s in suffixes if (p := path.with_suffix(s)).is_file()), None)
         if path is None:
             raise InputError(f"{self.paths[i]} has no counterpart in {self.root / m}: every modality needs the same "
                              "names")  # fmt: skip
@@ -416,8 +417,8 @@ class AlignedDataset(torch.utils.data.Dataset):
             raise InputError(f"{self.paths[i]}: modalities of different sizes: "
                              + ", ".join(f"{m} {w}x{h}" for m, (h, w) in sizes.items()))  # fmt: skip
         if "semseg" in maps and maps["semseg"].max() >= self.number:
-            raise InputError(f"{self.find(i, 'semseg')} has class {int(maps['semseg'].max())}: --classes "
-                             f"{self.number} allows 0 to {self.number - 1}")  # fmt: skip
+            raise InputError(f"{self.find(i, 'semseg')} has class {int(maps['semseg'].max())}: --classes (finetune.py: "
+                             f"--maps) {self.number} allows 0 to {self.number - 1}")  # fmt: skip
         x = next(iter(maps.values()))
         side = min(x.shape[-2:])
         box = ((x.shape[-2] - side) // 2, (x.shape[-1] - side) // 2, side, side)
@@ -498,7 +499,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 3  # how many times pictures are drawn, at even distances, the last at the end
+    pictures: int = 3  # how many times pictures are drawn, at even distances, after those of the beginning
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 

@@ -358,7 +358,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 5  # how many times pictures are drawn, at even distances, the last at the end
+    pictures: int = 5  # how many times pictures are drawn, at even distances, after those of the beginning
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
@@ -418,8 +418,10 @@ def main():
         return data.ImageDataset(files, cfg.img_size, cfg.seed, cfg.min_crop_image, cfg.flip_image,
                                  train=split == "train")  # fmt: skip
 
-    images, videos = open_images("train"), open_videos("train")
     mixed = cfg.joint == "mixed"
+    if mixed and (cfg.image_share, cfg.video_share) != (1, 1):
+        raise InputError("--image-share and --video-share are for --joint interleaved: mixed has --per-clip")
+    images, videos = open_images("train"), open_videos("train")
     train = JointDataset(images, videos, mixed, cfg.per_clip, cfg.seed)
     counts, shares = (len(images), len(videos)), (cfg.image_share, cfg.video_share)
     for name, count, needed, share in (("images", counts[0], cfg.batch, shares[0]),

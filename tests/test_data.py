@@ -152,6 +152,29 @@ def test_class_folders_plain_folders_and_train_val_folders(tmp_path, clip):
     assert "validation" in data.list_videos(tmp_path / "split", "val").paths[0]
 
 
+def test_what_could_be_meant_in_two_ways_is_asked_for(tmp_path, clip):
+    for name in ("loose/a.mp4", "loose/old/b.mp4", "traffic/bus/a.mp4", "traffic/train/b.mp4", "plain/a/x.mp4", "plain/b/y.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, tmp_path / name)
+    for folder, message in (("loose", r"class folders \(old/ ...\) and 1 files beside them, e.g. a.mp4"), ("traffic", "bus/ but no val/")):
+        with pytest.raises(InputError, match=message):
+            data.list_videos(tmp_path / folder)
+    with pytest.raises(InputError, match="--fold 2: .*plain has no official lists"):
+        data.list_videos(tmp_path / "plain", fold=2)
+
+
+def test_lists_reach_out_of_their_folder_and_through_links(tmp_path, clip):
+    for name in ("videos/a,b.mp4", "elsewhere/c.mp4", "lists/here.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, tmp_path / name)
+    (tmp_path / "lists/link").symlink_to(tmp_path / "elsewhere")
+    lines = "../videos/a,b.mp4 1\nlink/c.mp4,0\nhere.mp4 2\n"
+    files = data.read_list(text_file(tmp_path / "lists/train.csv", lines), data.VIDEO, False)
+    assert [Path(p).name for p in files.paths] == ["a,b.mp4", "c.mp4", "here.mp4"] and files.labels.tolist() == [1, 0, 2]
+    with pytest.raises(InputError, match="1 of 1 files"):
+        data.list_videos(text_file(tmp_path / "lists/long.csv", f"/{'a' * 300} 3\n"))
+
+
 def test_every_20th_file_is_held_out_and_splits_are_disjoint():
     files = data.Files(np.array([str(i) for i in range(100)]), np.zeros(100, int), ["a"])
     train, val = data.hold_out(files, "train"), data.hold_out(files, "val")
@@ -230,6 +253,20 @@ def test_a_long_video_is_entered_at_a_key_frame_close_to_the_clip(tmp_path):
     assert set(found) == {1200, 1230} and met == 1231
     for i, frame in found.items():  # a step of brightness is 6 frames, and the codec may be one or two steps off
         assert abs(frame.mean() * 6 - i) <= 18
+
+
+def test_where_frames_come_at_uneven_times_a_long_video_is_decoded_from_its_beginning(tmp_path):
+    path, n = tmp_path / "uneven.mp4", 1000
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "12"})
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for i in range(n):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), i // 4, np.uint8), format="rgb24")
+            frame.pts = i + 4 * max(i - 500, 0)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    found, _ = data.grab(path, np.array([700, 900]))
+    assert all(abs(frame.mean() * 4 - i) <= 12 for i, frame in found.items()) and len(found) == 2
 
 
 def test_repeated_sampling_gives_different_clips_of_one_video(clip):
@@ -511,6 +548,12 @@ def test_shrink_keeps_names_lists_and_frames_and_can_go_on(run, tmp_path, ucf):
     text = run("data.py", "shrink", ucf, tmp_path / "small", "--short-side", 32, code=1)
     assert "broken, left out: " in text and "bad.avi" in text and "4 videos in" in text
     train = data.list_videos(tmp_path / "small")
+    first = Path(data.list_videos(ucf, allow_missing=True).paths[0])
+    text_file(ucf / "all.csv", f"{first} 0\n")
+    run("data.py", "shrink", ucf, tmp_path / "smaller", "--short-side", 16, code=1)
+    (copied,) = data.list_videos(tmp_path / "smaller/all.csv").paths  # its absolute path leads to the copy
+    assert Path(copied) == tmp_path / "smaller" / first.relative_to(ucf)
+    (ucf / "all.csv").unlink()
     clip = data.read_clips(train.paths[1], lambda n: np.arange(n)[None])
     assert clip.shape == (1, 40, 32, 42, 3) and np.abs(numbers(clip)[0] - np.arange(40)).max() <= 1
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "small").rglob("*.avi")}

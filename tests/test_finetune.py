@@ -226,7 +226,7 @@ def test_a_network_that_answers_nan_is_not_a_broken_file(toy):
 def test_mean_iou_is_that_of_a_loop_and_void_counts_neither_as_truth_nor_as_a_class():
     g = torch.Generator().manual_seed(0)
     guess, truth = (torch.randint(0, 4, (6, 50), generator=g) for _ in range(2))  # class 2 is void
-    said = finetune.report_dense(torch.cat([guess, truth], 1)[:, None].float(), Config(dense="semseg", ignore=2), 4, False)
+    said = finetune.report_dense(torch.cat([guess, truth], 1)[:, None].float(), Config(dense="semseg", ignore=2), 4, write=False)
     known = truth != 2
 
     def loop(x):
@@ -641,9 +641,33 @@ def test_two_processes_test_every_video_once(pretrained, run, toy):
     (["--mode", "scratch", "--batch", 1000], "do not fill one update"), (["--mode", "tune"], "invalid choice"), (["--mixupp", 1], "did you mean --mixup"),
     (["--mode", "scratch", "--model", "multimae", "--mixup", 0.8], "are for RGB alone"), (["--mode", "scratch", "--model", "multimae", "--inputs", "rgb,flow"], "unknown modality flow"),
     (["--mode", "scratch", "--model", "multimae", "--dense", "semseg", "--ignore", 6], "classes of the maps are 0 to 5"),
+    (["--mode", "scratch", "--images"], "--images is for OmniMAE"), (["--mode", "scratch", "--inputs", "rgb,depth"], "is for --model multimae"),
+    (["--mode", "scratch", "--model", "mae", "--repeat", 2], "images have none"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
     assert message in refused(finetune, "--data", toy, *flags)
+
+
+def test_flags_that_do_not_go_together_are_named(pretrained, tuned, refused, toy):
+    init = ["--data", toy, "--init", pretrained / "runs/mae_video/checkpoint.pt"]
+    assert "two samples at a time" in refused(finetune, *init, "--mode", "linear", "--batch", 4, "--accum", 4)
+    assert "leave --images and --mode out" in refused(finetune, "--data", toy, "--init", tuned, "--eval-only", "--mode", "knn")
+
+
+def test_scratch_takes_what_is_asked_for_and_the_rest_from_the_file(pretrained):
+    found = finetune.read_init(pretrained / "runs/mae_video/checkpoint.pt")
+    cfg = finetune.settle(Config(mode="scratch", size="64x1x2"), found)
+    assert (cfg.size, cfg.img_size, cfg.frames, cfg.model) == ("64x1x2", 16, 4, "videomae")
+    cfg = finetune.settle(Config(mode="scratch", model="mae_st"), found)
+    assert (cfg.size, cfg.img_size, cfg.model) == ("nano", 64, "mae_st")
+
+
+def test_a_probe_has_its_own_rate_whatever_the_preset():
+    settings = lambda *flags: Config(**mae_image.parse_config(Config, finetune.PRESETS, "", flags, finetune.for_mode))
+    probe, tuned = settings("--preset", "ucf101", "--mode", "linear"), settings("--preset", "ucf101")
+    assert (probe.lr, probe.mixup, probe.rand_augment, probe.clips) == (0, 0, 0, 5) and (tuned.lr, tuned.mixup) == (1e-3, 0.8)
+    assert settings("--preset", "ucf101", "--mode", "linear", "--lr", "3").lr == 3
+    assert settings("--preset", "mae_probe_paper").lr == 0.1
 
 
 def test_labels_and_checkpoints_that_do_not_fit_are_refused(pretrained, tuned, refused, toy, tmp_path):

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import shutil
 import tarfile
 
 import numpy as np
@@ -415,4 +416,25 @@ def test_a_probe_and_a_head_for_a_map_that_pretraining_did_not_have(toy, run):
              "--check-every", 0]  # fmt: skip
     for mode in ("linear", "knn"):
         assert "done: top-1" in run("finetune.py", *flags, "--mode", mode, "--out", mode)
-    assert "done: depth" in run("finetune.py", *flags, "--dense", "depth", "--share", 0.5, "--out", "depth")
+    assert "done: depth error" in run("finetune.py", *flags, "--dense", "depth", "--share", 0.5, "--out", "depth")
+
+
+def test_a_map_with_other_classes_than_in_pretraining_is_painted_and_broken_files_are_named(toy, run, refused, tmp_path):
+    run("multimae.py", *TINY, "--data", toy, "--smoke", "--out", "pre")
+    shutil.copytree(toy / "rgb", tmp_path / "more/rgb")
+    for path in (toy / "semseg").rglob("*.png"):
+        target = (tmp_path / "more" / path.relative_to(toy)).with_suffix(".PNG")  # in capitals, as some cameras write
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(Image.open(path)) * 4).save(target)
+    bad = sorted((tmp_path / "more/rgb/val").rglob("*.jpg"))
+    bad[0].write_bytes(b"no image")
+    flags = ["--init", "pre/checkpoint.pt", "--data", "more", "--workers", 0, "--smoke", "--dense", "semseg"]
+    text = run("finetune.py", *flags, "--maps", 21, "--out", "ft")
+    assert f"test: 15 files, 1 files unreadable and left out: {bad[0].relative_to(tmp_path)}" in text
+    assert json.loads((tmp_path / "ft/results.json").read_text())["unreadable"] == 1
+    assert "finetune.py: --maps) 6 allows 0 to 5" in run("finetune.py", *flags, "--out", "x", code=1)
+    said = refused(finetune, *flags[:-2], "--inputs", "rgb,semseg", "--maps", 21, "--out", "x")
+    assert "--maps 21: the model in pre/checkpoint.pt has 6" in said
+    for path in bad:
+        path.write_bytes(b"no image")
+    run("finetune.py", *flags, "--maps", 21, "--out", "none", code=2)
