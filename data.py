@@ -222,7 +222,8 @@ def list_plain(root, split, kinds, allow_missing):
         return hold_out(list_folder(root, kinds), split)
     train = list_folder(root / "train", kinds)
     if other is None:
-        if beside := [d.name for d in root.iterdir() if d.is_dir() and d.name != "train" and next(walk(d, kinds), None)]:
+        folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name != "train")
+        if beside := [d.name for d in folders if next(walk(d, kinds), None)]:
             raise InputError(f"{root} has train/ and {beside[0]}/ but no val/: is train a split, or a class like "
                              f"{beside[0]}? Add val/, or use a list file of lines 'path label'")  # fmt: skip
         return hold_out(train, split)
