@@ -236,7 +236,8 @@ def list_folder(folder, kinds, classes=None):
     found = [d.name for d in folders if next(walk(d, kinds), None)]
     if found:  # an empty folder beside them is a class too, more likely a failed download than nothing
         found = [d.name for d in folders if d.name in found or next(d.iterdir(), None) is None]
-        if loose := [n.name for n in folder.iterdir() if n.name.lower().endswith(kinds) and n.is_file()]:
+        loose = [n.name for n in sorted(folder.iterdir()) if n.is_file() and n.name.lower().endswith(kinds)]
+        if loose := [name for name in loose if not name.startswith(".")]:
             raise InputError(f"{folder} has class folders ({found[0]}/ ...) and {len(loose)} files beside them, e.g. "
                              f"{loose[0]}: which are meant? Move the others away")  # fmt: skip
     if classes and set(found) - set(classes):

@@ -704,7 +704,7 @@ def settle(cfg, found):
     if only_tests(cfg):  # a classifier is tested as it was built
         mean = "fc_norm.weight" in found.state or cfg.model in ("mae_st", "omni")
         built = {"mode": "finetune", "pool": "mean" if mean else "first", **settings}
-        if cfg.images and not built.get("images") or cfg.mode not in ("finetune", built["mode"]):
+        if (cfg.images and not built.get("images")) or cfg.mode not in ("finetune", built["mode"]):
             raise InputError(f"--eval-only and --predict test what is in {cfg.init}: leave --images and --mode out")
         cfg = replace(cfg, **{k: built[k] for k in ("mode", "pool", "images", "inputs") if k in built})
     if cfg.pool == "auto":
