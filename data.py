@@ -28,6 +28,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def seeded(*numbers):
 
 
 # ============================================================================================================
-#  PART 1: which files, with which labels                                                    (needs: InputError)
+#  PART 1: which files, with which labels                                      (needs: VIDEO, IMAGE, InputError)
 # ============================================================================================================
 
 
@@ -79,7 +80,7 @@ def list_videos(root, split="train", fold=1, allow_missing=False):
 
     root/UCF-101/ + root/ucfTrainTestlist/                  UCF101 as downloaded; fold 1, 2 or 3
     root/hmdb51_org/ + root/testTrainMulti_7030_splits/     HMDB51 as downloaded; fold 1, 2 or 3
-    root/<Class>/*.avi + root/trainlist01.txt ...           lists in UCF101's format beside the class folders
+    root/<Class>/*.avi + root/classInd.txt, trainlist01.txt ...      lists in UCF101's format beside the class folders
     root/train/<class>/*, root/val/<class>/*                (or valid, validation, test)
     root/<class>/* or root/*                                every 20th file is held out as "val"
     a file of lines "path label"                            (space or comma), paths absolute or from the list's folder;
@@ -128,6 +129,8 @@ def find_official(root):
             return name, root.parent / lists, root
     if (root / "classInd.txt").is_file():
         return "UCF101", root, root
+    if (root / "trainlist01.txt").is_file():
+        raise InputError(f"{root} has trainlist01.txt but not classInd.txt, whose lines are '1 ApplyEyeMakeup' and so on")
     return None
 
 
@@ -199,7 +202,7 @@ def path_key(path):
 def walk(folder, kinds):
     """All regular files of these kinds below folder, sorted, so that every machine sees the same order."""
     for parent, folders, names in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(kinds) and not name.startswith(".") and os.path.isfile(os.path.join(parent, name)):
                 yield Path(parent, name)
@@ -242,9 +245,12 @@ def list_folder(folder, kinds, classes=None):
                              f"{loose[0]}: which are meant? Move the others away")  # fmt: skip
     if classes and set(found) - set(classes):
         raise InputError(f"{folder} has a class that the training split lacks: {sorted(set(found) - set(classes))[0]}")
+    flat = classes is not None and not found  # ImageNet's val/ as downloaded: no class is known
     classes = found if classes is None else classes
     pairs = [(p, i) for i, c in enumerate(classes) for p in walk(folder / c, kinds)]
-    if not classes:
+    if flat:
+        pairs = [(p, -1) for p in walk(folder, kinds)]
+    elif not classes:
         pairs, classes = [(p, -1) for p in walk(folder, kinds)], []
     if not pairs:
         other = next(walk(folder, VIDEO + IMAGE), None)
@@ -378,7 +384,8 @@ def open_video(path):
     """-> container, video stream.   Called in the worker: an open container does not survive a fork."""
     if not os.path.isfile(path):  # a pipe or device of that name would wait for ever
         raise BrokenFile("no such file")
-    container = av.open(path, metadata_errors="ignore")  # HMDB51 has titles that are not UTF-8
+    # HMDB51 has titles that are not UTF-8; of a name like 10:30.avi FFmpeg would think that 10: is a protocol
+    container = av.open(os.path.abspath(str(path)), metadata_errors="ignore")
     if not container.streams.video:
         container.close()
         raise BrokenFile("no video stream in it")
@@ -824,15 +831,17 @@ def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400))
         no group is in both lists of a fold
     folder/{rgb,depth,semseg}/{train,val}/<Kind>/00000.{jpg,png,png}                    aligned maps
     """
-    folder = Path(folder)
-    if (folder / "videos").is_dir() and (folder / "rgb").is_dir():
+    folder, place = Path(folder), Path(folder).resolve()
+    is_there = lambda: (folder / "videos").is_dir() and (folder / "rgb").is_dir()
+    if is_there():
         return False
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is no toy world: name an empty folder")
-    partial = folder.with_name(folder.name + ".part")  # renamed when complete
-    shutil.rmtree(partial, ignore_errors=True)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or place == Path.cwd()):
+        raise InputError(f"{folder} exists and is no toy world: name a new folder")
+    partial = None  # a folder of our own, renamed when complete: two scripts may begin at once
     try:
-        (partial / "videos").mkdir(parents=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        (partial / "videos").mkdir()
         jobs = [functools.partial(write_toy_clip, partial / "videos", m, g, c, size, frames)
                 for m in MOTIONS for g in range(1, groups + 1) for c in range(1, clips + 1)]  # fmt: skip
         jobs += [functools.partial(write_toy_image, partial, split, i, size)
@@ -849,11 +858,17 @@ def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400))
                          for i, m in enumerate(MOTIONS, 1) for g in range(1, groups + 1) if keep(g)
                          for c in range(1, clips + 1)]  # fmt: skip
                 (partial / "videos" / f"{name}list0{fold}.txt").write_text("\n".join(lines) + "\n")
+        if is_there():  # another script was faster
+            return False
         if folder.exists():
             folder.rmdir()
-        partial.rename(folder)
+        partial.chmod(0o755)
+        partial.rename(place)
     except OSError as error:
         raise InputError(f"cannot write the toy world to {folder}: {error}") from None
+    finally:
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
@@ -873,7 +888,7 @@ def write_video(path, frames, rate, codec="libx264"):
     """uint8 frames (H, W, 3), all of one even-sided size, -> a video file. H.264, or MPEG-4 where PyAV lacks it."""
     codec = codec if codec in av.codecs_available else "mpeg4"
     options = {"crf": "18", "preset": "veryfast", "g": "12"} if codec == "libx264" else {}
-    with av.open(str(path), "w") as container:
+    with av.open(os.path.abspath(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
         if codec == "mpeg4":  # nearly lossless, a key frame every 12
@@ -981,8 +996,6 @@ def check(root, sheet):
 def shrink_file(job):
     """Re-encode one video with a smaller short side and a key frame every 12 frames -> reason if broken."""
     source, target, short = job
-    if target.exists():
-        return ""
     partial = target.with_name("." + target.name)  # walk() does not see it, should the work be cut off
     try:
         container, stream = open_video(source)
@@ -990,17 +1003,30 @@ def shrink_file(job):
             W, H = stream.codec_context.width, stream.codec_context.height
             scale = min(1, short / min(W, H))
             W, H = max(2, round(W * scale / 2) * 2), max(2, round(H * scale / 2) * 2)
-            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+            if target.exists() and sorted(size_of(target)) == sorted((W, H)):  # done in an earlier call
+                return ""
+            rate = Fraction(stream.average_rate or stream.guessed_rate or 25).limit_denominator(1001)
+            rate = rate if rate.numerator < 2**16 else Fraction(round(rate))  # MPEG-4 holds no more
             convert = av.video.reformatter.VideoReformatter()
             frames = (upright(convert.reformat(f, W, H, "rgb24", interpolation="AREA"), f)
                       for f in container.decode(stream))  # fmt: skip
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_video(partial, frames, Fraction(rate).limit_denominator(1001), "mpeg4")
+            write_video(partial, frames, rate, "mpeg4")
         os.replace(partial, target)
         return ""
     except Exception as error:
         partial.unlink(missing_ok=True)
         return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def size_of(path):
+    """-> width, height by the header; of a file that cannot be read 0, 0."""
+    try:
+        container, stream = open_video(path)
+        with container:
+            return stream.codec_context.width, stream.codec_context.height
+    except (BrokenFile, OSError):
+        return 0, 0
 
 
 def shrink(source, target, short):
@@ -1022,6 +1048,10 @@ def shrink(source, target, short):
     keep = (".avi", ".mp4", ".mkv", ".mov", ".m4v")  # containers that take MPEG-4; others become .mp4
     jobs = [(p, target / (r if r.suffix.lower() in keep else r.with_suffix(".mp4")), short)
             for p in videos for r in [p.relative_to(source)]]  # fmt: skip
+    goals = {}
+    for p, t, _ in jobs:
+        if goals.setdefault(t, p) != p:
+            raise InputError(f"{goals[t]} and {p} would both become {t}: rename one of them")
     try:
         target.mkdir(parents=True, exist_ok=True)
         for path in walk(source, (".txt", ".csv")):

@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import data
@@ -447,8 +447,9 @@ def parse_config(Config, presets, doc, argv=None, adapt=lambda preset, given: pr
 
 # What a number may be, for all scripts. Sizes that must divide each other are checked where they meet.
 BIG = 10**9
-AT_LEAST_1 = "img_size patch frames tubelet stride repeat batch accum decoder_width decoder_heads log_every pictures"
-AT_LEAST_0 = "workers seed epochs warmup decoder_depth lr min_lr weight_decay clip"
+AT_LEAST_1 = "img_size patch frames tubelet stride repeat batch accum log_every pictures"
+AT_LEAST_1 += " decoder_width decoder_heads decoder_depth"
+AT_LEAST_0 = "workers seed epochs warmup lr min_lr weight_decay clip"
 LIMITS = [(n, 1, BIG) for n in AT_LEAST_1.split()] + [(n, 0, BIG) for n in AT_LEAST_0.split()] + [("min_crop", 0.01, 1)]
 
 # What may change when a run goes on. All else would make it another run.
@@ -478,7 +479,7 @@ def read_config(Config, presets, doc, script, argv=None, limits=(), may_change=(
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {value}: the run in {cfg.out} has {saved[name]}, and a resumed run must keep it; "
                              f"a new one may start with --init {cfg.out}/checkpoint.pt")  # fmt: skip
-    return Config(**{**saved, **{k: v for k, v in given.items() if k in may_change}})
+    return Config(**{**saved, "out": cfg.out, **{k: v for k, v in given.items() if k in may_change}})
 
 
 # ============================================================================================================
@@ -527,7 +528,8 @@ def public_tensors(content):
 
 
 DECODER = ("decoder", "mask_token", "output_adapters")  # how the names of its parts begin, in all models
-SHAPES = ("model", "size", "patch", "tubelet", "frames", "img_size", "decoder_width", "decoder_depth")
+SHAPES = ("model", "size", "patch", "tubelet", "frames", "img_size", "decoder_width", "decoder_depth", "decoder_heads",
+          "modalities", "classes", "class_width")  # fmt: skip
 
 
 def load_weights(model, path, script):
@@ -550,13 +552,19 @@ def load_weights(model, path, script):
     shape = [f"{k} {tuple(v.shape)}, here {tuple(own[k].shape)}" for k, v in state.items()
              if k in own and v.shape != own[k].shape]  # fmt: skip
     wrong = [f"no {k}" for k in missing if k not in fresh] + [f"unknown {k}" for k in left] + shape
+    made, said = content.get("config", {}), ""
+    if made:  # what no shape shows
+        heads = {name.split(".")[0]: m.heads for name, m in model.named_modules() if hasattr(m, "heads")}
+        theirs = {k: made["decoder_heads"] if k.startswith(DECODER) else encoder_size(made["size"])[2] for k in heads}
+        wrong += [f"{theirs[k]} heads in {k}, here {heads[k]}" for k in heads if heads[k] != theirs[k]]
+        if made.get("norm_pix", getattr(model, "norm_pix", None)) != getattr(model, "norm_pix", None):
+            said = f"; its decoder has learnt another target, --{'no-' * model.norm_pix}norm-pix"
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        made = content.get("config", {})
         flags = " ".join(f"--{k.replace('_', '-')} {made[k]}" for k in SHAPES if k in made) or "its --size and --patch"
         raise InputError(f"checkpoint {path} does not fit this model: {wrong[0]}{more}; it needs {flags}")
     model.load_state_dict(state, strict=False)
-    return f"{path}: {len(state)} tensors used" + (f", {len(fresh)} of the decoder start fresh" if fresh else "")
+    return f"{path}: {len(state)} tensors used" + (f", {len(fresh)} of the decoder start fresh" if fresh else "") + said
 
 
 # ============================================================================================================
@@ -784,6 +792,9 @@ class Run:
             try:
                 (self.out / "pictures").mkdir(parents=True, exist_ok=True)
                 self.lock()
+                if not self.cfg.resume:  # a smoke test's: --resume would take them for those of this run
+                    for old in (checkpoint, *(self.out / "pictures").glob("update_*")):
+                        old.unlink(missing_ok=True)
                 lines = log.read_text().splitlines() if log.exists() and self.cfg.resume else []
                 (self.out / "log.tmp").write_text("".join(x + "\n" for x in lines if self.belongs(x)))
                 os.replace(self.out / "log.tmp", log)
@@ -986,11 +997,13 @@ LEAK_NOTE = "* brightness and contrast of each hidden patch are taken from the o
 def picture_table(cells, titles, note=""):
     """Pictures in a table with a line of titles.   cells (rows, columns, 3, H, W) in [0, 1] -> PIL image"""
     rows, columns, C, H, W = cells.shape
-    zoom = max(1, round(96 / W))
+    zoom = math.ceil(96 / W)
     cells = (cells * 255).round().byte().cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
     gap, top = 4, 18
     H, W = H * zoom + gap, W * zoom + gap
-    table = Image.new("RGB", (columns * W + gap, top + rows * H + (top if note else 0)), "white")
+    ends = [c * W + ImageFont.load_default().getlength(title) for c, title in [*enumerate(titles), (0, note)]]
+    width = max(columns * W + gap, math.ceil(max(ends)) + 2 * gap)
+    table = Image.new("RGB", (width, top + rows * H + (top if note else 0)), "white")
     pen = ImageDraw.Draw(table)
     for c, title in enumerate(titles):
         pen.text((gap + c * W, 3), title, fill="black")
@@ -1003,8 +1016,16 @@ def picture_table(cells, titles, note=""):
 def held_out(val, draw_mask, seed, count):
     """The same few samples under the same masks every time.   -> uint8 batch, mask"""
     chosen = np.linspace(0, len(val) - 1, min(len(val), count)).astype(int)  # over all classes
-    batch = torch.cat([val[0, int(i)][0] for i in chosen])
+    items = [val[0, int(i)] for i in chosen]
+    for path, reason in dict(sum((broken for _, _, broken in items), [])).items() if is_first() else ():
+        print(f"broken held-out file, another one taken: {path}: {reason}")
+    batch = torch.cat([pixels for pixels, _, _ in items])
     return batch, draw_mask(batch, len(batch), seeded(seed, 2))
+
+
+def is_first():
+    """Whether this is the only process or the first of several: the one that prints."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def save_picture(image, path):
@@ -1056,12 +1077,12 @@ def encoder_size(size):
     return tuple(int(n) for n in size.split("x"))
 
 
-def check_mask(draw_mask, what=""):
+def check_mask(draw_mask, what="", hint="raise the mask ratio"):
     """Complain now about a ratio that hides nothing or everything, not after the data is read; say what it hides."""
     mask = draw_mask(None, 1, torch.Generator())
     if not mask.any():
-        raise InputError(f"{what}this mask hides nothing, so there is nothing to learn: raise the mask ratio")
-    if int(os.environ.get("RANK", 0)) == 0:  # whole slots, or odd sides: not always the share that was asked for
+        raise InputError(f"{what}this mask hides nothing, so there is nothing to learn: {hint}")
+    if is_first():  # whole slots, or odd sides: not always the share that was asked for
         print(f"{what}{int(mask.sum())} of {mask.shape[1]} tokens hidden")
 
 

@@ -433,11 +433,11 @@ class MAEST(nn.Module):
         return resize_table(table, (table.shape[1], 1, 1), (t, 1, 1)) if name.endswith("temporal") else table
 
 
-MODELS = {"videomae": VideoMAE, "mae_st": MAEST}
-
 # ============================================================================================================
 #  THE RUN
 # ============================================================================================================
+
+MODELS = {"videomae": VideoMAE, "mae_st": MAEST}
 
 
 @dataclass

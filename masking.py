@@ -235,6 +235,9 @@ def restore(vis, mask, token):
 
 def run_script(main):
     """Call main(); an InputError becomes one line and exit code 2, a traceback is for our own mistakes only."""
+    for stream in (sys.stdout, sys.stderr):  # a file name need not be valid in the terminal's encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:
@@ -297,6 +300,8 @@ def main():
     if min(grid) < 1:
         raise InputError(f"a grid of {grid} tokens is empty: every side must be at least 1")
 
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed}: must be 0 to 2^63 - 1")
     generator = torch.Generator().manual_seed(args.seed)
     masks = {name: draw_one(1, grid, args.ratio, generator)[0] for name, draw_one in MASKS.items()}
     if args.ratio == 0.75:

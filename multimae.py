@@ -48,8 +48,8 @@ from torchvision.transforms.v2 import functional as TF
 import data
 from data import BrokenFile, one_line, read_image
 from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, MLP, Attention, Block, PatchEmbed, check_divides,
-                       encoder_size, held_out, init_weights, load_weights, normalize, patchify, picture_table, pretrain,
-                       read_config, save_picture, sincos_2d, start_processes, to_unit_range,
+                       check_mask, encoder_size, held_out, init_weights, load_weights, normalize, patchify,
+                       picture_table, pretrain, read_config, save_picture, sincos_2d, start_processes, to_unit_range,
                        unpatchify)  # fmt: skip
 from mae_video import resize_table
 from masking import InputError, dirichlet_mask, restore, run_script, visible
@@ -60,7 +60,7 @@ STRIDE = 4  # class maps have a quarter of the resolution, so their patch has a 
 
 
 # ============================================================================================================
-#  THE PAPER, part 1: from modalities to tokens                              (needs: torch, mae_image.py part 1)
+#  THE PAPER, part 1: from modalities to tokens     (needs: torch, the three constants above, mae_image.py part 1)
 # ============================================================================================================
 
 
@@ -504,7 +504,7 @@ class Config:
 
 
 LIMITS = [("classes", 2, 256), ("ignore", -1, 255), ("class_width", 1, 10**6), ("visible", 1e-6, 0.999)]
-LIMITS += [("alpha", 1e-3, 1e6)]
+LIMITS += [("alpha", 1e-3, 1e6), ("decoder_depth", 0, 10**9)]  # 0: the cross-attention alone
 PRESETS = {
     # The public recipe: ViT-B on ImageNet with pseudo-labels, 8 GPUs
     "paper": dict(classes=133, img_size=224, patch=16, size="base", class_width=64, decoder_width=256, decoder_depth=2,
@@ -609,7 +609,8 @@ def draw(model, inputs, mask, preds, constant, path, count=4):
                 titles.append(f"{source}>{goal}")
     some = torch.linspace(0, len(mask) - 1, min(count, len(mask))).long()  # over all classes
     cells = torch.stack([c[some] for c in columns], dim=1)  # (count, columns, 3, H, W)
-    note = "the last columns are painted from one whole other modality alone" if len(model.modalities) > 1 else ""
+    several = len(titles) > 3 * len(model.modalities)
+    note = "the last columns are painted from one whole other modality alone" if several else ""
     save_picture(picture_table(cells, titles, note), path)
 
 
@@ -627,6 +628,7 @@ def main():
     sizes = [math.prod(model.grid)] * len(modalities)
     count = max(1, round(cfg.visible * sum(sizes)))
     draw_mask = lambda batch, rows, generator: dirichlet_mask(rows, sizes, count, generator, cfg.alpha)
+    check_mask(draw_mask, hint="lower --visible")
     if cfg.init and not cfg.resume:
         print(load_weights(model, cfg.init, "multimae"))
     files = {split: list_aligned(cfg.data, split, modalities) for split in ("train", "val")}

@@ -389,11 +389,15 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.seeds = args.folds = 1
-    asked, sets = args.only.split(",") if args.only else list(CLAIMS), args.sets.split(",") if args.sets else list(SETS)
+    if min(args.seeds, args.folds, args.jobs) < 1 or args.folds > 3:
+        parser.error("--seeds and --jobs must be at least 1, --folds 1 to 3")
+    words = lambda text: [word.strip() for word in text.split(",")]
+    asked, sets = words(args.only) if args.only else list(CLAIMS), words(args.sets) if args.sets else list(SETS)
     for unknown in [c for c in asked if c not in CLAIMS] + [s for s in sets if s not in SETS]:
         parser.error(f"{unknown} is unknown: claims {', '.join(CLAIMS)}; data sets {', '.join(SETS)}")
     args.work = args.work.resolve()
-    args.work.mkdir(parents=True, exist_ok=True)
+    if not args.list:
+        args.work.mkdir(parents=True, exist_ok=True)
     for number in asked:
         claim = CLAIMS[number]
         print(f"\n{number}  {claim.place}: {claim.text}\n    the paper: {claim.paper}", flush=True)

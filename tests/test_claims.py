@@ -121,5 +121,8 @@ def test_mask_tokens_in_the_encoder_hide_as_much_and_their_checkpoint_can_be_fin
     assert "mask_token" in run("finetune.py", *small, "--clips", 1, "--init", "with/checkpoint.pt", "--out", "tuned")
 
 
-def test_unknown_claims_are_named(run):
+def test_unknown_claims_and_numbers_are_named_and_a_list_writes_nothing(run, tmp_path):
     assert "Z9 is unknown" in run("tests/claims.py", "--only", "Z9", code=2)
+    assert "must be at least 1" in run("tests/claims.py", "--jobs", 0, code=2)
+    assert "finetune.py" in run("tests/claims.py", "--list", "--only", "V1, V8", "--sets", "toy", "--work", "w")
+    assert not (tmp_path / "w").exists()

@@ -1,5 +1,6 @@
 import os
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -173,6 +174,21 @@ def test_lists_reach_out_of_their_folder_and_through_links(tmp_path, clip):
     assert [Path(p).name for p in files.paths] == ["a,b.mp4", "c.mp4", "here.mp4"] and files.labels.tolist() == [1, 0, 2]
     with pytest.raises(InputError, match="1 of 1 files"):
         data.list_videos(text_file(tmp_path / "lists/long.csv", f"/{'a' * 300} 3\n"))
+
+
+def test_imagenets_flat_val_folder_has_files_of_no_class_and_hidden_folders_are_none(tmp_path):
+    for name in ("train/a/0.png", "train/b/1.png", "train/a/.thumbs/2.png", "val/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert data.list_images(tmp_path).labels.tolist() == [0, 1]
+    val = data.list_images(tmp_path, "val")
+    assert val.labels.tolist() == [-1] and val.classes == ["a", "b"]
+
+
+def test_lists_without_the_numbers_of_the_classes_are_refused(tmp_path):
+    text_file(tmp_path / "trainlist01.txt", "a/x.avi 1\n")
+    with pytest.raises(InputError, match="trainlist01.txt but not classInd.txt"):
+        data.list_videos(tmp_path)
 
 
 def test_every_20th_file_is_held_out_and_splits_are_disjoint():
@@ -561,6 +577,36 @@ def test_shrink_keeps_names_lists_and_frames_and_can_go_on(run, tmp_path, ucf):
     run("data.py", "shrink", ucf, tmp_path / "small", "--short-side", 32, code=1)
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / "small").rglob("*.avi")}
     assert set(before) == set(after) and sum(before[p] != after[p] for p in before) == 1
+
+
+def test_shrink_takes_slow_motion_another_size_and_odd_names_and_refuses_two_of_one_name(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    frames = np.random.default_rng(0).integers(0, 255, (6, 48, 64, 3), dtype=np.uint8)
+    data.write_video(tmp_path / "in/10:30.mp4", frames, Fraction(240000, 1001))
+    for side in (24, 16):  # asked for again at another size, it is made again
+        assert "1 videos in out" in run("data.py", "shrink", "in", "out", "--short-side", side)
+        assert data.read_clips(tmp_path / "out/10:30.mp4", lambda n: np.arange(n)[None]).shape[:3] == (1, 6, side)
+    for name in ("same.mpg", "same.mp4"):
+        shutil.copy(tmp_path / "in/10:30.mp4", tmp_path / "in" / name)
+    assert "would both become" in run("data.py", "shrink", "in", "other", code=2)
+
+
+def test_two_scripts_that_begin_at_once_share_one_toy_world(tmp_path):
+    """The second finds it complete; nothing else is touched, and nothing is left over."""
+    (tmp_path / "toy.part").mkdir()
+    small = dict(size=16, groups=4, clips=1, images=(4, 4))
+    real, other = data.in_parallel, []
+
+    def meanwhile(work, jobs, what):
+        if not other:
+            other.append(True)
+            other.append(data.make_toy(tmp_path / "toy", **small))
+        return real(work, jobs, what)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "in_parallel", meanwhile)
+        assert data.make_toy(tmp_path / "toy", **small) is False and other == [True, True]
+    assert sorted(os.listdir(tmp_path)) == ["toy", "toy.part"] and len(data.list_videos(tmp_path / "toy").paths) == 18
 
 
 @pytest.mark.parametrize("command, message", [

@@ -436,6 +436,48 @@ def test_a_smoke_test_does_not_stand_in_the_way_of_the_run(toy, run, refused):
     assert "holds no run to go on with" in refused(mae_image, "--resume", "--out", "y")
 
 
+def test_a_run_that_dies_early_leaves_nothing_of_the_smoke_test_before_it(toy, run, refused, tmp_path):
+    flags = [*TINY_IMAGE, "--data", toy, "--out", "x"]
+    run("mae_image.py", *flags, "--smoke")
+    assert "loss is" in run("mae_image.py", *flags, "--lr", 1e9, "--warmup", 0, code=1)
+    assert "holds no run to go on with" in refused(mae_image, "--resume", "--out", "x")
+    assert os.listdir(tmp_path / "x/pictures") == ["update_000000.png"]
+
+
+def test_a_copied_run_goes_on_where_it_is(toy, straight, run, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "runs/mae_image")
+    assert "see runs/mae_image" in run("mae_image.py", "--resume")
+
+
+def test_what_no_shape_shows_is_compared_too(straight, run, refused, toy):
+    """Other heads have weights of the same shapes, and raw pixels are no normalised ones."""
+    reference, flags = straight
+    flags = [*flags, "--init", reference / "checkpoint.pt", "--epochs", 0]
+    assert "3 heads in blocks, here 2" in refused(mae_image, *flags, "--size", "96x3x2", "--out", "a")
+    assert "2 heads in decoder_blocks, here 4" in refused(mae_image, *flags, "--decoder-heads", 4, "--out", "b")
+    assert "its decoder has learnt another target, --no-norm-pix" in run("mae_image.py", *flags, "--norm-pix", "--out", "c")
+
+
+def test_broken_held_out_files_are_named(toy, run, tmp_path):
+    shutil.copytree(toy / "rgb", tmp_path / "images")
+    bad = sorted((tmp_path / "images/val").rglob("*.jpg"))[3]
+    bad.write_bytes(b"no image")
+    text = run("mae_image.py", *TINY_IMAGE, "--data", "images", "--smoke")
+    assert f"broken held-out file, another one taken: {bad.relative_to(tmp_path)}: " in text
+
+
+@pytest.mark.parametrize("side", [16, 72, 96, 224])
+def test_titles_and_notes_fit_into_the_picture(side):
+    """The last letters are where they should be, and the next column begins to the right of a title."""
+    titles, note = ["original", "knowing nothing*", "a line of some length, as for a clip"], "a note that is longer than a table " * 3
+    table = np.asarray(mae_image.picture_table(torch.zeros(1, 3, 3, side, side), titles, note).convert("L"))
+    assert (table[:, -4:] == 255).all() and (table[-18:] < 128).any() and (table[:18] < 128).any()
+    assert mae_image.picture_table(torch.zeros(1, 2, 3, side, side), ["a", "b"]).width < 2 * 250 + 12
+    blank = (table[:14] == 255).all(axis=0)  # columns of the title line without ink
+    starts = [c for c in range(4, len(blank)) if blank[c - 4 : c].all() and not blank[c]]
+    assert len(starts) >= 3
+
+
 def test_a_run_writes_checkpoint_log_and_pictures(straight):
     folder, _ = straight
     assert {"checkpoint.pt", "log.jsonl", "pictures"} <= set(os.listdir(folder))
@@ -502,7 +544,7 @@ def test_presets_are_overruled_by_flags():
     assert (cfg.batch, cfg.patch, cfg.flip, cfg.mask_ratio) == (64, 2, False, 0.75)
 
 
-@pytest.mark.parametrize("flag, value", [("--seed", -1), ("--decoder-heads", 0), ("--log-every", 0), ("--workers", -1),
+@pytest.mark.parametrize("flag, value", [("--seed", -1), ("--decoder-heads", 0), ("--decoder-depth", 0), ("--pictures", 0), ("--log-every", 0), ("--workers", -1),
                                          ("--min-crop", 0.0), ("--epochs", -1), ("--accum", 0), ("--patch", 0)])  # fmt: skip
 def test_numbers_out_of_range_are_named(refused, toy, flag, value):
     assert f"{flag} {value}: must be" in refused(mae_image, "--data", toy, flag, value)

@@ -135,7 +135,7 @@ def test_the_script_shows_and_draws_every_kind(run, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--ratio", 1], "outside"), (["--ratio", 0.99, "--grid", 1, 2, 2], "hides all"), (["--grid", 0, 1, 1], "at least 1"),
-    (["--ration", 0.5], "did you mean --ratio"), (["--out", "no/such/folder/x.png"], "cannot write"), (["--ratio", "x"], "invalid float"),
+    (["--seed", 10**20], "--seed 100000000000000000000: must be"), (["--ration", 0.5], "did you mean --ratio"), (["--out", "no/such/folder/x.png"], "cannot write"), (["--ratio", "x"], "invalid float"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(refused, flags, message):
     assert message in refused(masking, *flags)

@@ -384,7 +384,7 @@ def test_street_scenes_train(real, run, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--modalities", "rgb,flow"], "unknown modality flow"), (["--modalities", ","], "is empty"), (["--img-size", 60], "use --img-size 56 or 64"),
     (["--patch", 2, "--img-size", 16], "is not a multiple of the stride of class maps 4"), (["--decoder-heads", 5], "multiple of 5 heads"),
-    (["--data", "."], "has no folder rgb/"), (["--classes", 3], "allows 0 to 2"), (["--ignore", 6], "--classes 6 allows 0 to 5"), (["--visible", 1.0], "must be"), (["--batch", 1000], "do not fill"),
+    (["--data", "."], "has no folder rgb/"), (["--classes", 3], "allows 0 to 2"), (["--ignore", 6], "--classes 6 allows 0 to 5"), (["--visible", 1.0], "must be"), (["--visible", 0.999], "lower --visible"), (["--batch", 1000], "do not fill"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
     assert message in refused(multimae, *([] if "--data" in flags else ["--data", toy]), "--workers", 0, *flags)
