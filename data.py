@@ -28,7 +28,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -130,7 +129,7 @@ def find_official(root):
     if (root / "classInd.txt").is_file():
         return "UCF101", root, root
     if (root / "trainlist01.txt").is_file():
-        raise InputError(f"{root} has trainlist01.txt but not classInd.txt, whose lines are '1 ApplyEyeMakeup' and so on")
+        raise InputError(f"{root} has trainlist01.txt but not classInd.txt, with lines like '1 ApplyEyeMakeup'")
     return None
 
 
@@ -176,16 +175,18 @@ def resolve(wanted, classes, folder, source, kinds, allow_missing):
     """Listed paths -> files that exist.
 
     Names are matched without regard to case (UCF101's lists and folders disagree about HandStandPushups) and to
-    the suffix (a re-encoded copy may be .mp4 where the list says .avi). Absolute paths are taken as they are.
+    the suffix (a re-encoded copy may be .mp4 where the list says .avi). Paths that lead to a file are taken as they
+    are.
     """
     there = {p.relative_to(folder): p for p in walk(folder, kinds)}
     alike = {path_key(name): p for name, p in there.items()}
     found = []
     for path, label in wanted:
         name = Path(path)
-        # what the walk does not meet: paths that are absolute, lead out of the folder or through a link
-        direct = folder / name if os.path.isfile(folder / name) else None
-        found.append((there.get(name) or direct or alike.get(path_key(name)), label))
+        file = there.get(name)
+        if file is None and path.lower().endswith(kinds) and os.path.isfile(folder / name):
+            file = folder / name  # which the walk does not meet: absolute, outside of the folder or through a link
+        found.append((file or alike.get(path_key(name)), label))
     missing = [path for (path, _), (file, _) in zip(wanted, found) if file is None]
     if len(missing) == len(wanted) or (missing and not allow_missing):
         hint = ("--allow-missing goes on with those that are there" if len(missing) < len(wanted) else
@@ -220,10 +221,10 @@ def list_plain(root, split, kinds, allow_missing):
         if split == "val" and other:
             return read_list(other, kinds, allow_missing)
         return hold_out(read_list(root, kinds, allow_missing), split if not other else "all")
-    other = next((root / n for n in ("val", "valid", "validation", "test") if (root / n).is_dir()), None)
     if not (root / "train").is_dir():
         return hold_out(list_folder(root, kinds), split)
     train = list_folder(root / "train", kinds)
+    other = next((root / n for n in ("val", "valid", "validation", "test") if (root / n).is_dir()), None)
     if other is None:
         folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name != "train")
         if beside := [d.name for d in folders if next(walk(d, kinds), None)]:
@@ -239,19 +240,16 @@ def list_folder(folder, kinds, classes=None):
     found = [d.name for d in folders if next(walk(d, kinds), None)]
     if found:  # an empty folder beside them is a class too, more likely a failed download than nothing
         found = [d.name for d in folders if d.name in found or next(d.iterdir(), None) is None]
-        loose = [n.name for n in sorted(folder.iterdir()) if n.is_file() and n.name.lower().endswith(kinds)]
-        if loose := [name for name in loose if not name.startswith(".")]:
+        names = [n for n in sorted(os.listdir(folder)) if n.lower().endswith(kinds) and n[0] != "."]
+        if loose := [n for n in names if os.path.isfile(folder / n)]:
             raise InputError(f"{folder} has class folders ({found[0]}/ ...) and {len(loose)} files beside them, e.g. "
                              f"{loose[0]}: which are meant? Move the others away")  # fmt: skip
     if classes and set(found) - set(classes):
         raise InputError(f"{folder} has a class that the training split lacks: {sorted(set(found) - set(classes))[0]}")
-    flat = classes is not None and not found  # ImageNet's val/ as downloaded: no class is known
     classes = found if classes is None else classes
     pairs = [(p, i) for i, c in enumerate(classes) for p in walk(folder / c, kinds)]
-    if flat:
+    if not found:  # as ImageNet's val/ when it is downloaded
         pairs = [(p, -1) for p in walk(folder, kinds)]
-    elif not classes:
-        pairs, classes = [(p, -1) for p in walk(folder, kinds)], []
     if not pairs:
         other = next(walk(folder, VIDEO + IMAGE), None)
         hint = f"but others, e.g. {other.name}" if other else "is it the right folder?"
@@ -263,9 +261,13 @@ def read_list(path, kinds, allow_missing):
     """Lines "path label", "path,label" or "path": the csv of VideoMAE and Kinetics. Labels are whole numbers."""
     wanted = []
     for line in read_lines(path):
-        labelled = re.fullmatch(r"(.*?)\s*[,\s]\s*(-?\d{1,6})", line)
-        labelled = None if os.path.exists(path.parent / line) else labelled
-        wanted.append((labelled[1], int(labelled[2])) if labelled else (line, -1))
+        found = (line, -1)
+        for separator in () if os.path.exists(path.parent / line) else (",", None):  # None: any space
+            name, *label = line.rsplit(separator, maxsplit=1)
+            if label and re.fullmatch(r"\s*-?\d{1,6}", label[0]):
+                found = name.strip(), int(label[0])
+                break
+        wanted.append(found)
     if not wanted:
         raise InputError(f"the list {path} is empty")
     labels = max(label for _, label in wanted) + 1
@@ -837,11 +839,11 @@ def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400))
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or place == Path.cwd()):
         raise InputError(f"{folder} exists and is no toy world: name a new folder")
-    partial = None  # a folder of our own, renamed when complete: two scripts may begin at once
+    # of this process alone, since two scripts may begin at once; renamed when complete
+    partial = place.with_name(f".{place.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-        (partial / "videos").mkdir()
+        (partial / "videos").mkdir(parents=True)
         jobs = [functools.partial(write_toy_clip, partial / "videos", m, g, c, size, frames)
                 for m in MOTIONS for g in range(1, groups + 1) for c in range(1, clips + 1)]  # fmt: skip
         jobs += [functools.partial(write_toy_image, partial, split, i, size)
@@ -858,17 +860,15 @@ def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400))
                          for i, m in enumerate(MOTIONS, 1) for g in range(1, groups + 1) if keep(g)
                          for c in range(1, clips + 1)]  # fmt: skip
                 (partial / "videos" / f"{name}list0{fold}.txt").write_text("\n".join(lines) + "\n")
-        if is_there():  # another script was faster
-            return False
-        if folder.exists():
+        if folder.exists() and not is_there():
             folder.rmdir()
-        partial.chmod(0o755)
         partial.rename(place)
     except OSError as error:
+        if is_there():  # another script was faster
+            return False
         raise InputError(f"cannot write the toy world to {folder}: {error}") from None
     finally:
-        if partial:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
@@ -1025,7 +1025,7 @@ def size_of(path):
         container, stream = open_video(path)
         with container:
             return stream.codec_context.width, stream.codec_context.height
-    except (BrokenFile, OSError):
+    except Exception:  # decoders raise many kinds on a damaged file
         return 0, 0
 
 
@@ -1057,8 +1057,11 @@ def shrink(source, target, short):
         for path in walk(source, (".txt", ".csv")):
             copy = target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            old, new = os.fsencode(f"{source.resolve()}/"), os.fsencode(f"{target.resolve()}/")
-            copy.write_bytes(path.read_bytes().replace(old, new))  # absolute paths lead to the copies now
+            content = path.read_bytes()
+            for old in {os.path.join(p, "") for p in (os.path.abspath(source), source.resolve())}:
+                new = os.fsencode(os.path.join(target.resolve(), ""))  # where an absolute path leads from now on
+                content = re.sub(rb"(?m)^" + re.escape(os.fsencode(old)), lambda _: new, content)
+            copy.write_bytes(content)
     except OSError as error:
         raise InputError(f"cannot write to {target}: {error}") from None
     broken = 0

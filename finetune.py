@@ -535,9 +535,8 @@ PRESETS = {
 }  # fmt: skip
 
 
-
 def for_mode(preset, given):
-    """Of a preset for fine-tuning a probe takes sizes, crops and views, not rates and what makes learning harder."""
+    """Of a preset for fine-tuning a probe takes sizes, crops, smoothing and views, not rates and augmentations."""
     own = ("lr", "min_lr", "clip", "dropout", "erase", "rand_augment", "mixup", "cutmix")
     probe = given.get("mode") == "linear" and "mode" not in preset
     return {k: v for k, v in preset.items() if not (probe and k in own)}
@@ -693,7 +692,7 @@ def settle(cfg, found):
         raise InputError(f"--images is for OmniMAE, which takes both: {cfg.model} takes only one kind")
     if cfg.inputs != "rgb" and cfg.model != "multimae":
         raise InputError(f"--inputs {cfg.inputs} is for --model multimae: {cfg.model} sees RGB")
-    if cfg.repeat > 1 and not is_video(cfg):
+    if cfg.repeat > 1 and not is_video(cfg) and not only_tests(cfg) and cfg.mode not in ("knn", "features"):
         raise InputError(f"--repeat {cfg.repeat} takes several clips of a video: images have none")
     if cfg.dense and (cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch") or only_tests(cfg)):
         raise InputError("--dense is for --model multimae and --mode finetune or scratch, and has no --eval-only")
@@ -704,7 +703,7 @@ def settle(cfg, found):
     if only_tests(cfg):  # a classifier is tested as it was built
         mean = "fc_norm.weight" in found.state or cfg.model in ("mae_st", "omni")
         built = {"mode": "finetune", "pool": "mean" if mean else "first", **settings}
-        if (cfg.images and not built.get("images")) or cfg.mode not in ("finetune", built["mode"]):
+        if (cfg.images and not built.get("images", True)) or cfg.mode not in ("finetune", built["mode"]):
             raise InputError(f"--eval-only and --predict test what is in {cfg.init}: leave --images and --mode out")
         cfg = replace(cfg, **{k: built[k] for k in ("mode", "pool", "images", "inputs") if k in built})
     if cfg.pool == "auto":
@@ -961,13 +960,16 @@ def writing_to(out, what):
         raise InputError(f"cannot write {what}to {out}: {error}") from None
 
 
+def without(broken):
+    return f", {len(broken)} files unreadable and left out: {', '.join(p for p, _ in broken[:5])}" if broken else ""
+
+
 def report(probabilities, files, classes, cfg, broken):
     """Print accuracies, write predictions.csv and results.json into --out. -> the line for the log."""
     scores = summarise(probabilities, torch.from_numpy(files.labels))
     scores["per_class"] = {classes[i]: a for i, a in enumerate(scores["per_class"]) if math.isfinite(a)}
     scores["confused"] = [[classes[a], classes[b], n] for a, b, n in scores["confused"]]
-    lost = f", {len(broken)} files unreadable and left out: {', '.join(p for p, _ in broken[:5])}" if broken else ""
-    print(f"test: {scores['files']} files x {scores['views']} views{lost}")
+    print(f"test: {scores['files']} files x {scores['views']} views{without(broken)}")
     print("  file level  top-1 {top1:.1%}  top-5 {top5:.1%}  mean over classes {class_mean:.1%}\n"
           "  view level  top-1 {clip_top1:.1%}  top-5 {clip_top5:.1%}\n"
           "  chance      top-1 {chance:.1%}  (always the most frequent class)".format(**scores))  # fmt: skip
@@ -1009,12 +1011,12 @@ def report_dense(answers, cfg, classes, broken=(), write=True):
         name, score, map_of_all = "mean IoU", mean_iou, most.to(truth)
     ours, constant = score(guess), score(map_of_all.expand_as(truth))
     if write:
-        lost = f", {len(broken)} files unreadable and left out: {', '.join(p for p, _ in broken[:5])}" if broken else ""
-        print(f"test: {len(guess)} files{lost}")
+        print(f"test: {len(guess)} files{without(broken)}")
         scores = {"task": cfg.dense, name: ours, "constant map": constant, "unreadable": len(broken)}
         with writing_to(cfg.out, "the results ") as out:
             (out / "results.json").write_text(json.dumps(scores))
-    return f"{cfg.dense} {name.removeprefix('depth ')} {ours:.3f} (the same map for all: {constant:.3f})"
+    task = name if cfg.dense == "depth" else f"semseg {name}"
+    return f"{task} {ours:.3f} (the same map for all: {constant:.3f})"
 
 
 def find_init(cfg):

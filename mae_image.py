@@ -400,7 +400,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 5  # how many times pictures are drawn, at even distances, after those of the beginning
+    pictures: int = 5  # how many times pictures are drawn after the beginning, at even distances, the last at the end
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
@@ -552,13 +552,13 @@ def load_weights(model, path, script):
     shape = [f"{k} {tuple(v.shape)}, here {tuple(own[k].shape)}" for k, v in state.items()
              if k in own and v.shape != own[k].shape]  # fmt: skip
     wrong = [f"no {k}" for k in missing if k not in fresh] + [f"unknown {k}" for k in left] + shape
-    made, said = content.get("config", {}), ""
+    made, said = content["config"] if "script" in content else {}, ""
     if made:  # what no shape shows
         heads = {name.split(".")[0]: m.heads for name, m in model.named_modules() if hasattr(m, "heads")}
         theirs = {k: made["decoder_heads"] if k.startswith(DECODER) else encoder_size(made["size"])[2] for k in heads}
         wrong += [f"{theirs[k]} heads in {k}, here {heads[k]}" for k in heads if heads[k] != theirs[k]]
         if made.get("norm_pix", getattr(model, "norm_pix", None)) != getattr(model, "norm_pix", None):
-            said = f"; its decoder has learnt another target, --{'no-' * model.norm_pix}norm-pix"
+            said = f"; its decoder was trained with --{'no-' * model.norm_pix}norm-pix"
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         flags = " ".join(f"--{k.replace('_', '-')} {made[k]}" for k in SHAPES if k in made) or "its --size and --patch"
@@ -792,7 +792,7 @@ class Run:
             try:
                 (self.out / "pictures").mkdir(parents=True, exist_ok=True)
                 self.lock()
-                if not self.cfg.resume:  # a smoke test's: --resume would take them for those of this run
+                if not self.cfg.resume:  # what a smoke test left; --resume would take it for a part of this run
                     for old in (checkpoint, *(self.out / "pictures").glob("update_*")):
                         old.unlink(missing_ok=True)
                 lines = log.read_text().splitlines() if log.exists() and self.cfg.resume else []
@@ -1013,12 +1013,12 @@ def picture_table(cells, titles, note=""):
     return table
 
 
-def held_out(val, draw_mask, seed, count):
+def held_out(val, draw_mask, seed, count, what="held-out"):
     """The same few samples under the same masks every time.   -> uint8 batch, mask"""
     chosen = np.linspace(0, len(val) - 1, min(len(val), count)).astype(int)  # over all classes
     items = [val[0, int(i)] for i in chosen]
     for path, reason in dict(sum((broken for _, _, broken in items), [])).items() if is_first() else ():
-        print(f"broken held-out file, another one taken: {path}: {reason}")
+        print(f"broken {what} file, another one taken: {path}: {reason}")
     batch = torch.cat([pixels for pixels, _, _ in items])
     return batch, draw_mask(batch, len(batch), seeded(seed, 2))
 

@@ -451,8 +451,8 @@ class Config:
     sampling: typing.Literal["dense", "linspace", "segments"] = "dense"  # linspace: MAE-ST's; segments: whole video
     img_size: int = 64  # side of the square that the model sees, in pixels
     crop: typing.Literal["random", "multiscale", "center"] = "random"  # multiscale: VideoMAE's
-    min_crop: float = 0.5  # smallest share of the frame that a random crop takes; other crops have their own
-    flip: bool = True  # mirror half of the clips, but for --crop center; off where left and right are classes
+    min_crop: float = 0.5  # smallest share of the frame that a random crop takes (only --crop random)
+    flip: bool = True  # mirror half of the clips (not with --crop center); off where left and right are classes
     repeat: int = 1  # clips taken from every decoded video: repeated sampling
     workers: int = 2  # processes that load data
     # model
@@ -484,7 +484,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 5  # how many times pictures are drawn, at even distances, after those of the beginning
+    pictures: int = 5  # how many times pictures are drawn after the beginning, at even distances, the last at the end
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 

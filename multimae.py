@@ -417,8 +417,8 @@ class AlignedDataset(torch.utils.data.Dataset):
             raise InputError(f"{self.paths[i]}: modalities of different sizes: "
                              + ", ".join(f"{m} {w}x{h}" for m, (h, w) in sizes.items()))  # fmt: skip
         if "semseg" in maps and maps["semseg"].max() >= self.number:
-            raise InputError(f"{self.find(i, 'semseg')} has class {int(maps['semseg'].max())}: --classes (finetune.py: "
-                             f"--maps) {self.number} allows 0 to {self.number - 1}")  # fmt: skip
+            raise InputError(f"{self.find(i, 'semseg')} has class {int(maps['semseg'].max())}, the model 0 to "
+                             f"{self.number - 1}: --classes, in finetune.py --maps, says how many")  # fmt: skip
         x = next(iter(maps.values()))
         side = min(x.shape[-2:])
         box = ((x.shape[-2] - side) // 2, (x.shape[-1] - side) // 2, side, side)
@@ -499,7 +499,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 3  # how many times pictures are drawn, at even distances, after those of the beginning
+    pictures: int = 3  # how many times pictures are drawn after the beginning, at even distances, the last at the end
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
@@ -636,7 +636,7 @@ def main():
     open_files = lambda split, train: AlignedDataset(cfg.data, files[split], *options, train)
     train = open_files("train", True)
     batch, mask = held_out(open_files("val", False), draw_mask, cfg.seed, 64)
-    reference, _ = held_out(open_files("train", False), draw_mask, cfg.seed, 128)
+    reference, _ = held_out(open_files("train", False), draw_mask, cfg.seed, 128, "training")
 
     @torch.no_grad()
     def validate(model, path):

@@ -358,7 +358,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 5  # how many times pictures are drawn, at even distances, after those of the beginning
+    pictures: int = 5  # how many times pictures are drawn after the beginning, at even distances, the last at the end
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 

@@ -49,7 +49,7 @@ class Set:
     script  of the pretraining;   folds: its splits;   short: side to which its videos are shrunk first, 0: as they are
     images  a second data set, of images, for omni.py
     scratch flags of training from scratch, which learns best at a rate of its own: for lips20 the best of a sweep, see
-            README; for the others not swept
+            README; others have the same rate unswept, toy and gestures10 that of fine-tuning
     long    the same for as many epochs as pretraining and fine-tuning together; lips20 needs more augmentation then
     """
 
@@ -96,7 +96,7 @@ class Arm:
     """One side of a comparison: flags on top of the set's.
 
     pretrain, finetune   flags of the two scripts; finetune None: the held-out loss of the pretraining is what counts;
-                         LONG in them stands for the set's flags of that name
+                         LONG in finetune stands for the set's flags of that name
     source               the pretraining of another set;   script: another script for it, with the flags of the set's
     """
 

@@ -79,6 +79,11 @@ def test_ridge_regression_is_that_of_the_normal_equations_and_chooses_its_streng
     axes = torch.randn(8, 3, generator=g).double()
     labels, truth = (train @ axes).argmax(1), (test @ axes).argmax(1)
     assert (claims.ridge(train, labels, test, 3) == truth).double().mean() > 0.85  # it learns what is linear
+    # of 40 inputs one matters and all are noisy: little regularisation fits the noise, and that is seen on training files
+    x, z = torch.randn(50, 40, generator=g).double(), torch.randn(400, 40, generator=g).double()
+    y, t = ((a[:, 0] + 0.7 * torch.randn(len(a), generator=g) > 0).long() for a in (x, z))
+    score = {s: (claims.ridge(x, y, z, 2, strengths=s) == t).double().mean() for s in ((1,), (1000,), (1, 1000))}
+    assert score[1, 1000] == score[1000,] > score[1,]
     for strength in (1, 1000):
         scale = lambda x: (x - train.mean(0)) / (train.std(0) + 1e-6)
         y = torch.nn.functional.one_hot(labels, 3).double()
@@ -88,7 +93,7 @@ def test_ridge_regression_is_that_of_the_normal_equations_and_chooses_its_streng
 
 
 def test_trivial_baselines_see_motion_and_the_most_frequent_class(tmp_path):
-    """A dot that moves to the right or to the left on a grey ground: only motion over time tells which."""
+    """A dot that moves to the right or to the left on a grey ground: where there was motion does not tell which."""
     for split in ("train", "val"):
         for i in range(20 if split == "train" else 8):
             right = i % 4 > 0 if split == "train" else i % 2 > 0
@@ -100,7 +105,8 @@ def test_trivial_baselines_see_motion_and_the_most_frequent_class(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             data.write_video(path, frames, 25)
     scores = claims.trivial_baselines(tmp_path, 1)
-    assert scores["majority"] == 0.5 and scores["motion over time"] == 1.0 and set(scores) == {"majority", "small clip", "motion energy", "motion over time"}
+    assert scores["majority"] == 0.5 and scores["motion over time"] == 1.0 > scores["motion energy"]
+    assert set(scores) == {"majority", "small clip", "motion energy", "motion over time"}
 
 
 def test_mask_tokens_in_the_encoder_hide_as_much_and_their_checkpoint_can_be_fine_tuned(run, toy):

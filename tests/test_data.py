@@ -172,8 +172,10 @@ def test_lists_reach_out_of_their_folder_and_through_links(tmp_path, clip):
     lines = "../videos/a,b.mp4 1\nlink/c.mp4,0\nhere.mp4 2\n"
     files = data.read_list(text_file(tmp_path / "lists/train.csv", lines), data.VIDEO, False)
     assert [Path(p).name for p in files.paths] == ["a,b.mp4", "c.mp4", "here.mp4"] and files.labels.tolist() == [1, 0, 2]
-    with pytest.raises(InputError, match="1 of 1 files"):
-        data.list_videos(text_file(tmp_path / "lists/long.csv", f"/{'a' * 300} 3\n"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "lists/still.png")
+    for line in (f"/{'a' * 300} 3", "still.png 0", f"a{' ' * 2000}b"):
+        with pytest.raises(InputError, match="1 of 1 files"):
+            data.list_videos(text_file(tmp_path / "lists/none.csv", line + "\n"))
 
 
 def test_imagenets_flat_val_folder_has_files_of_no_class_and_hidden_folders_are_none(tmp_path):
@@ -261,12 +263,36 @@ def test_kept_frames_are_those_of_a_full_decode(tmp_path, codec, suffix):
     assert np.array_equal(data.read_clips(path, lambda n: chosen), full[chosen])
 
 
-def test_a_long_video_is_entered_at_a_key_frame_close_to_the_clip(tmp_path):
+def test_a_long_video_is_entered_at_a_key_frame_close_to_the_clip(tmp_path, monkeypatch):
     path, n = tmp_path / "long.mp4", 1500
     grey = (np.arange(n) // 6).astype(np.uint8)[:, None, None, None]  # brightness tells the frame number / 6
     data.write_video(path, np.broadcast_to(grey, (n, 32, 32, 3)), 25)
+    jumps, seek = [], data.open_video
+
+    class Watched:  # PyAV's containers take no attributes
+        def __init__(self, container):
+            self.container = container
+
+        def __enter__(self):
+            self.container.__enter__()
+
+        def __exit__(self, *error):
+            self.container.__exit__(*error)
+
+        def decode(self, stream):
+            return self.container.decode(stream)
+
+        def seek(self, *place, **options):
+            jumps.append(place)
+            self.container.seek(*place, **options)
+
+    def watched(path):
+        container, stream = seek(path)
+        return Watched(container), stream
+
+    monkeypatch.setattr(data, "open_video", watched)
     found, met = data.grab(path, np.array([1200, 1230]))
-    assert set(found) == {1200, 1230} and met == 1231
+    assert set(found) == {1200, 1230} and met == 1231 and jumps and all(place for (place,) in jumps)
     for i, frame in found.items():  # a step of brightness is 6 frames, and the codec may be one or two steps off
         assert abs(frame.mean() * 6 - i) <= 18
 
@@ -565,10 +591,12 @@ def test_shrink_keeps_names_lists_and_frames_and_can_go_on(run, tmp_path, ucf):
     assert "broken, left out: " in text and "bad.avi" in text and "4 videos in" in text
     train = data.list_videos(tmp_path / "small")
     first = Path(data.list_videos(ucf, allow_missing=True).paths[0])
-    text_file(ucf / "all.csv", f"{first} 0\n")
-    run("data.py", "shrink", ucf, tmp_path / "smaller", "--short-side", 16, code=1)
-    (copied,) = data.list_videos(tmp_path / "smaller/all.csv").paths  # its absolute path leads to the copy
-    assert Path(copied) == tmp_path / "smaller" / first.relative_to(ucf)
+    (tmp_path / "linked").symlink_to(ucf)
+    for root in (ucf, tmp_path / "linked"):
+        text_file(ucf / "all.csv", f"{root / first.relative_to(ucf)} 0\n")
+        run("data.py", "shrink", root, tmp_path / "smaller", "--short-side", 16, code=1)
+        (copied,) = data.list_videos(tmp_path / "smaller/all.csv").paths  # its absolute path leads to the copy
+        assert Path(copied) == tmp_path / "smaller" / first.relative_to(ucf)
     (ucf / "all.csv").unlink()
     clip = data.read_clips(train.paths[1], lambda n: np.arange(n)[None])
     assert clip.shape == (1, 40, 32, 42, 3) and np.abs(numbers(clip)[0] - np.arange(40)).max() <= 1
@@ -586,6 +614,8 @@ def test_shrink_takes_slow_motion_another_size_and_odd_names_and_refuses_two_of_
     for side in (24, 16):  # asked for again at another size, it is made again
         assert "1 videos in out" in run("data.py", "shrink", "in", "out", "--short-side", side)
         assert data.read_clips(tmp_path / "out/10:30.mp4", lambda n: np.arange(n)[None]).shape[:3] == (1, 6, side)
+    (tmp_path / "out/10:30.mp4").write_bytes(b"cut off")  # so is a damaged copy
+    assert "1 videos in out" in run("data.py", "shrink", "in", "out", "--short-side", 16)
     for name in ("same.mpg", "same.mp4"):
         shutil.copy(tmp_path / "in/10:30.mp4", tmp_path / "in" / name)
     assert "would both become" in run("data.py", "shrink", "in", "other", code=2)
@@ -606,6 +636,13 @@ def test_two_scripts_that_begin_at_once_share_one_toy_world(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "in_parallel", meanwhile)
         assert data.make_toy(tmp_path / "toy", **small) is False and other == [True, True]
+        patch.setattr(data, "in_parallel", real)
+        rename = Path.rename  # ... or it is complete at the last moment
+        patch.setattr(Path, "rename", lambda self, to: (rename(tmp_path / "toy", to), rename(self, to)))
+        (tmp_path / "later").mkdir()
+        assert data.make_toy(tmp_path / "later", **small) is False
+        patch.undo()
+        (tmp_path / "later").rename(tmp_path / "toy")
     assert sorted(os.listdir(tmp_path)) == ["toy", "toy.part"] and len(data.list_videos(tmp_path / "toy").paths) == 18
 
 

@@ -495,7 +495,7 @@ def test_safetensors_are_read_if_the_package_is_there(tmp_path):
 def tuned(pretrained):
     """A classifier of the six motions, after three updates."""
     command = [ROOT / "finetune.py", *TINY, "--smoke", "--out", "tuned"]
-    subprocess.run([sys.executable, *map(str, command)], cwd=pretrained, check=True, capture_output=True)
+    subprocess.run([sys.executable, *map(str, command)], cwd=pretrained, check=True, stdout=subprocess.DEVNULL)
     return pretrained / "tuned/checkpoint.pt"
 
 
@@ -651,6 +651,16 @@ def test_flags_that_do_not_go_together_are_named(pretrained, tuned, refused, toy
     init = ["--data", toy, "--init", pretrained / "runs/mae_video/checkpoint.pt"]
     assert "two samples at a time" in refused(finetune, *init, "--mode", "linear", "--batch", 4, "--accum", 4)
     assert "leave --images and --mode out" in refused(finetune, "--data", toy, "--init", tuned, "--eval-only", "--mode", "knn")
+
+
+def test_a_public_classifier_of_omnimae_is_tested_on_images_or_videos(tmp_path):
+    model = filled(omni.OmniMAE(16, 112, 2, 8, WIDE, (16, 1, 2)))
+    state = {f"trunk.{k}".replace("embed.proj", "embed.proj.1"): v for k, v in model.state_dict().items() if "decoder" not in k}
+    state |= {"heads.0.projector.weight": torch.randn(4, 64), "heads.0.projector.bias": torch.randn(4)}
+    for images in (False, True):
+        x = torch.randn(1, 3, 112, 112) if images else torch.randn(1, 3, 16, 112, 112)
+        got, _, cfg = from_file({"model": state}, tmp_path / "x.pth", eval_only=True, images=images)
+        assert cfg.images == images and got(x).shape == (1, 4)
 
 
 def test_scratch_takes_what_is_asked_for_and_the_rest_from_the_file(pretrained):

@@ -113,8 +113,9 @@ def test_finetuning_is_the_plain_loop(tmp_path, mode, whole_recipe):
     model, reference = video_classifier(**options), video_classifier(**options)
     train = Noise((4, 16, 16, 3), repeat=2)
     recipe = dict(accum=3, clip=0.05, min_lr=0.1, erase=0.9, mixup=0.8, cutmix=1.0, smoothing=0.2) if whole_recipe else {}
-    cfg = loop_config(finetune.Config, tmp_path, mode=mode, lr=1.0, layer_decay=0.5, check_every=0, **recipe)
-    _, finished = finetune.train_classifier(model, train, None, cfg, {})
+    cfg = loop_config(finetune.Config, tmp_path, mode=mode, lr=1.0, layer_decay=0.5, check_every=1, **recipe)
+    look = lambda model: str(model.eval())  # after which training has to go on in training mode
+    _, finished = finetune.train_classifier(model, train, look, cfg, {})
     assert finished
 
     parameters = [(n, p) for n, p in reference.named_parameters() if p.requires_grad]
@@ -164,7 +165,7 @@ def test_bfloat16_is_for_the_products_only(tmp_path):
     assert not torch.equal(a, b) and torch.allclose(a, b, rtol=0.02)
 
 
-def test_testing_switches_to_eval_and_training_goes_on_in_training_mode(toy):
+def test_testing_switches_to_eval(toy):
     """Drop path would make the answers random; BatchNorm would look at the test batch."""
     files = data.list_videos(toy, "val")
     cfg = finetune.Config(model="videomae", frames=4, stride=1, sampling="dense", img_size=16, workers=0, device="cpu")
@@ -254,8 +255,7 @@ def test_flags_of_the_other_scripts_reach_their_data(toy, monkeypatch, tmp_path)
     assert math.isclose(net.encoder.blocks[-1].drop_path, 0.2, rel_tol=1e-6)
 
 
-def test_configs_of_the_scripts_share_the_meaning_of_common_flags():
-    """A flag that several scripts have is of one type in all of them."""
+def test_a_flag_that_several_scripts_have_is_of_one_type():
     kinds = {}
     for module in (mae_image, mae_video, omni, multimae, finetune):
         for field in dataclasses.fields(module.Config):

@@ -275,7 +275,7 @@ def test_maps_become_inputs_and_depth_keeps_its_16_bits(tmp_path):
 
 def test_wrong_maps_are_named(tmp_path):
     write_maps(tmp_path)
-    with pytest.raises(InputError, match=r"has class 5: --classes 4 allows 0 to 3"):
+    with pytest.raises(InputError, match=r"has class 5, the model 0 to 3: --classes"):
         open_maps(tmp_path, False, classes=4)[0, 0]
     (tmp_path / "depth/train/0.png").unlink()
     with pytest.raises(InputError, match="has no counterpart in .*depth"):
@@ -378,13 +378,13 @@ def test_street_scenes_train(real, run, tmp_path):
         tar.extractall(tmp_path, filter="data")
     flags = ["--data", "camvid128", "--modalities", "rgb,semseg", "--classes", 12, "--ignore", 11]
     assert "done: " in run("multimae.py", *TINY, *flags, "--smoke")
-    assert "allows 0 to 5" in run("multimae.py", *TINY, *flags, "--classes", 6, "--ignore", -1, "--out", "x", code=2)
+    assert "the model 0 to 5" in run("multimae.py", *TINY, *flags, "--classes", 6, "--ignore", -1, "--out", "x", code=2)
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--modalities", "rgb,flow"], "unknown modality flow"), (["--modalities", ","], "is empty"), (["--img-size", 60], "use --img-size 56 or 64"),
     (["--patch", 2, "--img-size", 16], "is not a multiple of the stride of class maps 4"), (["--decoder-heads", 5], "multiple of 5 heads"),
-    (["--data", "."], "has no folder rgb/"), (["--classes", 3], "allows 0 to 2"), (["--ignore", 6], "--classes 6 allows 0 to 5"), (["--visible", 1.0], "must be"), (["--visible", 0.999], "lower --visible"), (["--batch", 1000], "do not fill"),
+    (["--data", "."], "has no folder rgb/"), (["--classes", 3], "the model 0 to 2"), (["--ignore", 6], "--classes 6 allows 0 to 5"), (["--visible", 1.0], "must be"), (["--visible", 0.999], "lower --visible"), (["--batch", 1000], "do not fill"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
     assert message in refused(multimae, *([] if "--data" in flags else ["--data", toy]), "--workers", 0, *flags)
@@ -432,9 +432,10 @@ def test_a_map_with_other_classes_than_in_pretraining_is_painted_and_broken_file
     text = run("finetune.py", *flags, "--maps", 21, "--out", "ft")
     assert f"test: 15 files, 1 files unreadable and left out: {bad[0].relative_to(tmp_path)}" in text
     assert json.loads((tmp_path / "ft/results.json").read_text())["unreadable"] == 1
-    assert "finetune.py: --maps) 6 allows 0 to 5" in run("finetune.py", *flags, "--out", "x", code=1)
+    assert "the model 0 to 5: --classes, in finetune.py --maps" in run("finetune.py", *flags, "--out", "x", code=1)
     said = refused(finetune, *flags[:-2], "--inputs", "rgb,semseg", "--maps", 21, "--out", "x")
     assert "--maps 21: the model in pre/checkpoint.pt has 6" in said
     for path in bad:
         path.write_bytes(b"no image")
-    run("finetune.py", *flags, "--maps", 21, "--out", "none", code=2)
+    said = run("finetune.py", *flags, "--maps", 21, "--out", "none", code=2)
+    assert "not one test file could be read" in said
