@@ -201,8 +201,14 @@ def path_key(path):
 
 
 def walk(folder, kinds):
-    """All regular files of these kinds below folder, sorted, so that every machine sees the same order."""
-    for parent, folders, names in os.walk(folder):
+    """All regular files of these kinds below folder, sorted, so that every machine sees the same order.
+
+    Raises InputError for a folder that may not be listed."""
+
+    def fail(error):
+        raise InputError(f"cannot list {error.filename}: {error.strerror}")
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(kinds) and not name.startswith(".") and os.path.isfile(os.path.join(parent, name)):
@@ -464,7 +470,9 @@ def read_clips(path, choose):
 
 
 def read_image(path):
-    """-> uint8 (H, W, 3), whatever the file holds: grey, palette, RGBA, CMYK, 16 bits; turned as EXIF says."""
+    """-> uint8 (H, W, 3), whatever the file holds: grey, palette, RGBA, CMYK, 16 bits; turned as EXIF says.
+
+    Raises BrokenFile, also for pixels of more than 16 bits or with a decimal point, whose range is not known."""
     try:
         path = str(path)  # numpy's strings show their type in error messages
         if not os.path.isfile(path):
@@ -473,8 +481,11 @@ def read_image(path):
             warnings.simplefilter("ignore")  # Pillow's doubts about a damaged file: an error says it, or none matters
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip all above 255 to white
-                    image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+                if image.mode[0] in "IF":  # 16 bits a pixel: convert() would clip all above 255 to white
+                    x = np.asarray(image)
+                    if image.mode == "F" or not 0 <= x.min() <= x.max() < 65536:
+                        raise BrokenFile(f"pixels {x.min():g} to {x.max():g} ({x.dtype}): save it with 8 or 16 bits")
+                    image = Image.fromarray((x / 257).astype(np.uint8))
                 return np.array(image.convert("RGB"))
     except Exception as error:
         raise BrokenFile(one_line(error)) from None
@@ -492,7 +503,7 @@ def multi_scale_crop(H, W, generator):
     of 13 places on a grid of quarters: the four corners, the centre, and eight between them.
     """
     pick = lambda n: int(torch.randint(n, (1,), generator=generator))
-    sides = [int(min(H, W) * s) for s in (1, 0.875, 0.75, 0.66)]
+    sides = [max(1, int(min(H, W) * s)) for s in (1, 0.875, 0.75, 0.66)]
     pairs = [(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1]
     h, w = pairs[pick(len(pairs))]
     places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
@@ -885,7 +896,9 @@ def call(job):
 
 
 def write_video(path, frames, rate, codec="libx264"):
-    """uint8 frames (H, W, 3), all of one even-sided size, -> a video file. H.264, or MPEG-4 where PyAV lacks it."""
+    """uint8 frames (H, W, 3), all of one even-sided size, -> a video file. H.264, or MPEG-4 where PyAV lacks it.
+
+    -> how many frames there were"""
     codec = codec if codec in av.codecs_available else "mpeg4"
     options = {"crf": "18", "preset": "veryfast", "g": "12"} if codec == "libx264" else {}
     with av.open(os.path.abspath(path), "w") as container:
@@ -901,6 +914,7 @@ def write_video(path, frames, rate, codec="libx264"):
         if not count:
             raise BrokenFile("no frame can be decoded")
         container.mux(stream.encode())
+    return count
 
 
 # ============================================================================================================
@@ -943,11 +957,14 @@ def check_file(path):
         found, n = grab(path, np.array([0, promised // 2, 10**9]))  # from the first frame to the end
         if n == 0:
             raise BrokenFile("no frame can be decoded")
-        # B-frames at either end may be lost, so one or two frames less than promised is common and harmless
-        reason = f"the header says {promised} frames, {n} can be decoded" if n < 0.9 * promised - 2 else ""
-        return reason, thumbnail(found[max(found)])
+        return cut_short(promised, n), thumbnail(found[max(found)])
     except Exception as error:
         return one_line(error), None
+
+
+def cut_short(promised, n):
+    """-> reason, or "": at either end B-frames may be lost, so one or two frames less is common and harmless."""
+    return f"the header says {promised} frames, {n} can be decoded" if n < 0.9 * promised - 2 else ""
 
 
 def thumbnail(pixels, size=96):
@@ -994,7 +1011,9 @@ def check(root, sheet):
 
 
 def shrink_file(job):
-    """Re-encode one video with a smaller short side and a key frame every 12 frames -> reason if broken."""
+    """Re-encode one video with a smaller short side and a key frame every 12 frames.
+
+    -> reason if it is broken and left out, else "", reason if it is cut short, else "" """
     source, target, short = job
     partial = target.with_name("." + target.name)  # walk() does not see it, should the work be cut off
     try:
@@ -1004,19 +1023,19 @@ def shrink_file(job):
             scale = min(1, short / min(W, H))
             W, H = max(2, round(W * scale / 2) * 2), max(2, round(H * scale / 2) * 2)
             if target.exists() and sorted(size_of(target)) == sorted((W, H)):  # done in an earlier call
-                return ""
+                return "", ""
             rate = Fraction(stream.average_rate or stream.guessed_rate or 25).limit_denominator(1001)
             rate = rate if rate.numerator < 2**16 else Fraction(round(rate))  # MPEG-4 holds no more
             convert = av.video.reformatter.VideoReformatter()
             frames = (upright(convert.reformat(f, W, H, "rgb24", interpolation="AREA"), f)
                       for f in container.decode(stream))  # fmt: skip
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_video(partial, frames, rate, "mpeg4")
+            less = cut_short(stream.frames, write_video(partial, frames, rate, "mpeg4"))
         os.replace(partial, target)
-        return ""
+        return "", less
     except Exception as error:
         partial.unlink(missing_ok=True)
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return one_line(error), ""
 
 
 def size_of(path):
@@ -1065,10 +1084,13 @@ def shrink(source, target, short):
     except OSError as error:
         raise InputError(f"cannot write to {target}: {error}") from None
     broken = 0
-    for (reason, error), (path, _, _) in zip(in_parallel(shrink_file, jobs, f"shrinking into {target}"), jobs):
-        if reason or error:
+    for (result, error), (path, _, _) in zip(in_parallel(shrink_file, jobs, f"shrinking into {target}"), jobs):
+        reason, short = result or (str(error), "")
+        if reason:
             broken += 1
-            print(f"broken, left out: {path}: {reason or error}")
+            print(f"broken, left out: {path}: {reason}")
+        if short:  # of the copy, whose header is right, check could not tell
+            print(f"cut short: {path}: {short}")
     sizes = [sum(p.stat().st_size for p in walk(folder, VIDEO)) / 1e6 for folder in (source, target)]
     print(
         f"{len(videos) - broken} videos in {target}, {sizes[0]:.1f} MB before, {sizes[1]:.1f} MB after, {broken} broken"

@@ -26,8 +26,10 @@ Next    this is the last file. tests/ shows what was checked, and how.
 
 import contextlib
 import csv
+import io
 import json
 import math
+import os
 import re
 import time
 import typing
@@ -950,14 +952,19 @@ def top5(probabilities, classes):
     return [(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]
 
 
-@contextlib.contextmanager
-def writing_to(out, what):
-    """The folder --out, made if it is not there.   Raises InputError where something cannot be written."""
+def write(path, content):
+    """Bytes -> a file that takes the place of an older one when it is complete; its folder is made.
+
+    Raises InputError where that cannot be done."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        yield Path(out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"cannot write {what}to {out}: {error}") from None
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def without(broken):
@@ -977,19 +984,21 @@ def report(probabilities, files, classes, cfg, broken):
     print("  worst classes: " + ", ".join(f"{name} {a:.0%}" for a, name in worst))
     if scores["confused"]:
         print("  most confused: " + ", ".join(f"{a} taken for {b} {n}x" for a, b, n in scores["confused"]))
-    with writing_to(cfg.out, "the results ") as out:
-        (out / "results.json").write_text(json.dumps({**scores, "mode": cfg.mode, "init": cfg.init}, indent=1))
-        with open(out / "predictions.csv", "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["path", "label"] + [f"{what}{k}" for k in range(1, 6) for what in ("class", "score")])
-            for path, label, p in zip(files.paths, files.labels, probabilities.mean(dim=1)):
-                best = [(c, f"{s:.4f}") for c, s in top5(p, classes)] if p.isfinite().all() else [("unreadable", "")]
-                table.writerow([path, classes[label], *sum(best, ())])
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["path", "label"] + [f"{what}{k}" for k in range(1, 6) for what in ("class", "score")])
+    for path, label, p in zip(files.paths, files.labels, probabilities.mean(dim=1)):
+        best = [(c, f"{s:.4f}") for c, s in top5(p, classes)] if p.isfinite().all() else [("unreadable", "")]
+        table.writerow([path, classes[label], *sum(best, ())])
+    # surrogateescape: a name on a disk need not be valid text, and is written as it is
+    write(Path(cfg.out, "predictions.csv"), text.getvalue().encode("utf-8", "surrogateescape"))
+    numbers = json.dumps({**scores, "mode": cfg.mode, "init": cfg.init}, indent=1)
+    write(Path(cfg.out, "results.json"), numbers.encode())
     return f"top-1 {scores['top1']:.1%} (chance {scores['chance']:.1%})"
 
 
-def report_dense(answers, cfg, classes, broken=(), write=True):
-    """Print and write mean IoU or absolute depth error, beside a map that is the same for every picture.
+def report_dense(answers, cfg, classes, broken=(), last=True):
+    """Mean IoU or absolute depth error, beside a map that is the same for every picture; the last one is written.
 
     answers (files, 1, 2 * values), see DenseHead.answers.   -> the line for the log"""
     guess, truth = answers[answers[:, 0, 0].isfinite(), 0].chunk(2, dim=1)  # each (files, values)
@@ -1010,11 +1019,10 @@ def report_dense(answers, cfg, classes, broken=(), write=True):
         most = torch.stack([((truth == c) & counted).sum(dim=0) for c in range(classes)]).argmax(dim=0)
         name, score, map_of_all = "mean IoU", mean_iou, most.to(truth)
     ours, constant = score(guess), score(map_of_all.expand_as(truth))
-    if write:
+    if last:
         print(f"test: {len(guess)} files{without(broken)}")
         scores = {"task": cfg.dense, name: ours, "constant map": constant, "unreadable": len(broken)}
-        with writing_to(cfg.out, "the results ") as out:
-            (out / "results.json").write_text(json.dumps(scores))
+        write(Path(cfg.out, "results.json"), json.dumps(scores).encode())
     task = name if cfg.dense == "depth" else f"semseg {name}"
     return f"{task} {ours:.3f} (the same map for all: {constant:.3f})"
 
@@ -1111,7 +1119,7 @@ def main():
     def look(model):
         results, _ = test(1, 1)
         if cfg.dense:
-            return report_dense(results, cfg, cfg.maps, write=False)
+            return report_dense(results, cfg, cfg.maps, last=False)
         return f"test, one view: top-1 {summarise(results, torch.from_numpy(test_files.labels))['top1']:.1%}"
 
     run, finished, result = None, True, ""
@@ -1145,8 +1153,8 @@ def save_features(cfg, rank, splits):
         return
     arrays = {f"{name}_{what}": np.asarray(value)[x.isfinite().all(dim=1).numpy()] for name, (x, files) in
               splits.items() for what, value in (("features", x), ("labels", files.labels), ("paths", files.paths))}
-    with writing_to(cfg.out, "") as out:
-        np.savez(out / "features.npz", **arrays)
+    np.savez(file := io.BytesIO(), **arrays)
+    write(Path(cfg.out, "features.npz"), file.getvalue())
     print(f"done: {', '.join(f'{k} {v.shape}' for k, v in arrays.items())} in {cfg.out}/features.npz")
 
 

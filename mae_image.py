@@ -21,6 +21,7 @@ Next    mae_video.py: what changes when the image gets a time axis.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import inspect
 import json
 import math
@@ -509,10 +510,10 @@ def load_file(path):
         # weights_only refuses pickles that would run code; a Namespace of flags, common in public files, is harmless
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        inside = f"; did you mean {path}/checkpoint.pt?" if os.path.isdir(path) else ""
-        raise InputError(f"cannot read checkpoint {path}: {error.strerror}{inside}") from None
     except Exception as error:  # torch raises many kinds on a damaged file
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # that is a file cut off
+            inside = f"; did you mean {path}/checkpoint.pt?" if os.path.isdir(path) else ""
+            raise InputError(f"cannot read checkpoint {path}: {error.strerror}{inside}") from None
         code = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
         why = "it holds Python code besides numbers, which could do anything" if code else "it is damaged or cut off"
         raise InputError(f"checkpoint {path} is refused: {why}, or no checkpoint at all") from None

@@ -22,6 +22,7 @@ Next  data.py: from a file on disk to a batch.
 
 import argparse
 import difflib
+import errno
 import sys
 
 import numpy as np
@@ -234,13 +235,17 @@ def restore(vis, mask, token):
 
 
 def run_script(main):
-    """Call main(); an InputError becomes one line and exit code 2, a traceback is for our own mistakes only."""
+    """Call main(); an InputError, or a path that the system refuses, becomes one line and exit code 2.
+
+    A traceback is for our own mistakes only."""
     for stream in (sys.stdout, sys.stderr):  # a file name need not be valid in the terminal's encoding
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if not isinstance(error, InputError) and error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            raise
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {last_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -340,7 +340,7 @@ def test_a_flip_mirrors_and_can_be_switched_off():
 def test_multi_scale_crops_stay_inside_and_use_all_places():
     boxes = {data.multi_scale_crop(240, 320, seeded(i)) for i in range(800)}
     assert all(0 <= top and top + h <= 240 and 0 <= left and left + w <= 320 for top, left, h, w in boxes)
-    assert {h for _, _, h, _ in boxes} == {240, 210, 180, 158}
+    assert {h for _, _, h, _ in boxes} == {240, 210, 180, 158} and min(data.multi_scale_crop(1, 900, seeded())[2:]) == 1
     assert len({(top, left) for top, left, h, w in boxes if h == w == 158}) == 13
 
 
@@ -463,6 +463,28 @@ def test_images_of_every_kind_become_rgb(tmp_path, mode):
     assert pixels.shape == (48, 64, 3) and pixels.dtype == np.uint8
     if mode != "1":
         assert np.abs(pixels[..., 0].astype(int) - grey).max() <= 3
+
+
+def test_pixels_of_no_known_range_are_not_taken_for_a_picture(tmp_path):
+    for i, x in enumerate((np.random.default_rng(0).random((8, 8), np.float32), np.full((8, 8), 70000, np.int32))):
+        Image.fromarray(x).save(tmp_path / f"{i}.tif")
+        with pytest.raises(data.BrokenFile, match="save it with 8 or 16 bits"):
+            data.read_image(tmp_path / f"{i}.tif")
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a/locked").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a/0.png")
+    real = os.scandir  # the tests may run as root, who may list everything
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match="cannot list .*locked: Permission denied"):
+        list(data.walk(tmp_path, data.IMAGE))
 
 
 def test_photographs_are_turned_as_their_exif_says(tmp_path):
@@ -616,6 +638,10 @@ def test_shrink_takes_slow_motion_another_size_and_odd_names_and_refuses_two_of_
         assert data.read_clips(tmp_path / "out/10:30.mp4", lambda n: np.arange(n)[None]).shape[:3] == (1, 6, side)
     (tmp_path / "out/10:30.mp4").write_bytes(b"cut off")  # so is a damaged copy
     assert "1 videos in out" in run("data.py", "shrink", "in", "out", "--short-side", 16)
+    data.write_video(tmp_path / "in/cut.avi", frames.repeat(5, 0), 25, "mpeg4")
+    content = (tmp_path / "in/cut.avi").read_bytes()
+    (tmp_path / "in/cut.avi").write_bytes(content[: len(content) // 2])
+    assert "cut short: in/cut.avi: the header says 30 frames" in run("data.py", "shrink", "in", "out", "--short-side", 16)
     for name in ("same.mpg", "same.mp4"):
         shutil.copy(tmp_path / "in/10:30.mp4", tmp_path / "in" / name)
     assert "would both become" in run("data.py", "shrink", "in", "other", code=2)

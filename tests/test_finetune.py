@@ -225,7 +225,7 @@ def test_a_network_that_answers_nan_is_not_a_broken_file(toy):
 def test_mean_iou_is_that_of_a_loop_and_void_counts_neither_as_truth_nor_as_a_class():
     g = torch.Generator().manual_seed(0)
     guess, truth = (torch.randint(0, 4, (6, 50), generator=g) for _ in range(2))  # class 2 is void
-    said = finetune.report_dense(torch.cat([guess, truth], 1)[:, None].float(), Config(dense="semseg", ignore=2), 4, write=False)
+    said = finetune.report_dense(torch.cat([guess, truth], 1)[:, None].float(), Config(dense="semseg", ignore=2), 4, last=False)
     known = truth != 2
 
     def loop(x):
@@ -581,6 +581,21 @@ def test_a_classifier_is_not_tested_on_classes_of_other_names(tuned, toy, refuse
         (tmp_path / "other" / f"class{i}").symlink_to(folder)
     said = refused(finetune, "--eval-only", "--init", tuned, "--data", "other", "--out", "e")
     assert f"the classes of other (class0, class1, class2 ...) are not those of {tuned}" in said
+
+
+def test_names_that_are_no_text_are_written_as_they_are_and_a_full_disk_leaves_the_older_file(pretrained, toy, run, refused):
+    videos = sorted((toy / "videos").rglob("*_c01.mp4"))[:8]
+    for i, path in enumerate(videos):
+        name = os.fsdecode(b"odd/%s/%s/caf\xe9_%d.mp4" % (b"train" if i < 4 else b"val", b"ab"[i % 2 : i % 2 + 1], i))
+        (pretrained / name).parent.mkdir(parents=True, exist_ok=True)
+        (pretrained / name).symlink_to(path)
+    flags = ["--data", "odd", "--mode", "knn", "--workers", 0, "--out", "o"]
+    run("finetune.py", *flags, cwd=pretrained)
+    assert (pretrained / "o/predictions.csv").read_bytes().count(b"caf\xe9") == 4
+    before = (pretrained / "o/results.json").read_bytes()
+    (pretrained / "o/results.json.tmp").mkdir()  # so that the new one cannot be written
+    assert "cannot write o/results.json: Is a directory" in run("finetune.py", *flags, cwd=pretrained, code=2)
+    assert (pretrained / "o/results.json").read_bytes() == before
 
 
 def test_two_processes_test_every_video_once(pretrained, run, toy):

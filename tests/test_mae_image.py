@@ -516,7 +516,7 @@ def test_starting_from_a_public_file_without_training_draws_its_picture(toy, run
     (["--mask-ratio", 1], "outside [0, 1)"), (["--mask-ratio", 0.999], "hides all"), (["--mask-ratio", 0], "hides nothing"),
     (["--mask-ration", 0.5], "did you mean --mask-ratio"), (["--size", "giant"], "use one of nano"), (["--mask", "tube"], "invalid choice"),
     (["--batch", 10, "--accum", 3], "use a multiple of 3"), (["--batch", 1000], "do not fill one update"),
-    (["--init", "no.pth"], "cannot read checkpoint no.pth"), (["--resume"], "holds no run to go on with"), (["--device", "cuda:9"], "cannot be used"),
+    (["--init", "no.pth"], "cannot read checkpoint no.pth"), (["--init", "x" * 300], "File name too long"), (["--out", "x" * 300], "File name too long"), (["--resume"], "holds no run to go on with"), (["--device", "cuda:9"], "cannot be used"),
     (["--out", "/proc/x"], "cannot write the run folder"), (["--preset", "x"], "invalid choice"), (["--lr"], "expected one argument"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
