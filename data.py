@@ -253,7 +253,7 @@ def list_folder(folder, kinds, classes=None):
     if classes and set(found) - set(classes):
         raise InputError(f"{folder} has a class that the training split lacks: {sorted(set(found) - set(classes))[0]}")
     classes = found if classes is None else classes
-    pairs = [(p, i) for i, c in enumerate(classes) for p in walk(folder / c, kinds)]
+    pairs = [(p, i) for i, c in enumerate(classes) if c in found for p in walk(folder / c, kinds)]
     if not found:  # as ImageNet's val/ when it is downloaded
         pairs = [(p, -1) for p in walk(folder, kinds)]
     if not pairs:

@@ -4,7 +4,6 @@ What the loops add for the user (log, checkpoints, processes) is left out here; 
 clipping, augmentation and the optimiser's steps must give the same weights. And what a script's flags reach.
 """
 
-import dataclasses
 import math
 import sys
 
@@ -253,11 +252,3 @@ def test_flags_of_the_other_scripts_reach_their_data(toy, monkeypatch, tmp_path)
     assert (inner.min_crop, inner.flip, inner.repeat, inner.sampling, inner.frames) == (0.7, False, 2, "segments", 4)
     assert train.augment is not None and len(train) == 18 and net.dropout.p == 0.3
     assert math.isclose(net.encoder.blocks[-1].drop_path, 0.2, rel_tol=1e-6)
-
-
-def test_a_flag_that_several_scripts_have_is_of_one_type():
-    kinds = {}
-    for module in (mae_image, mae_video, omni, multimae, finetune):
-        for field in dataclasses.fields(module.Config):
-            kinds.setdefault(field.name, set()).add(field.type if field.type in (int, float, bool, str) else "choice")
-    assert {name: k for name, k in kinds.items() if len(k) > 1} == {}
