@@ -454,7 +454,7 @@ class Config:
     frames: int = 0  # frames per clip; 0: as in pretraining
     stride: int = 0  # frames from one to the next; 0: as in pretraining
     img_size: int = 0  # side of the square that the model sees; 0: as in pretraining; else positions are resized
-    sampling: typing.Literal["auto", "dense", "linspace", "segments"] = "auto"  # auto: as in pretraining
+    sampling: typing.Literal["auto", "dense", "linspace", "segments"] = "auto"  # auto: as in pretraining; toy: segments
     workers: int = 2  # processes that load data
     # augmentation
     min_crop: float = 0.8  # smallest share of the frame that a random crop takes; the public codes have 0.08
@@ -688,6 +688,8 @@ def settle(cfg, found):
             continue
         if (encoder_size(given) != encoder_size(there)) if name == "size" else given != there:
             raise InputError(f"--{name} {given}: the model in {cfg.init} has {there}; leave the flag out")
+    if cfg.data == "toy" and cfg.sampling == "auto" and not only_tests(cfg):
+        cfg = replace(cfg, sampling="segments")  # which motion it is shows in the whole video
     left_open = lambda k: k == "class_width" or (k in LAPTOP and getattr(cfg, k) in (0, "auto"))
     cfg = replace(cfg, **{k: v for k, v in settings.items() if left_open(k)})
     if cfg.images and cfg.model != "omni":

@@ -686,6 +686,12 @@ def test_scratch_takes_what_is_asked_for_and_the_rest_from_the_file(pretrained):
     assert (cfg.size, cfg.img_size, cfg.model) == ("nano", 64, "mae_st")
 
 
+def test_the_toy_world_is_looked_at_as_a_whole_unless_told_otherwise(pretrained):
+    found = finetune.read_init(pretrained / "runs/mae_video/checkpoint.pt")
+    settled = [finetune.settle(Config(**x), found).sampling for x in ({}, dict(sampling="dense"), dict(data="UCF101"))]
+    assert settled == ["segments", "dense", "dense"]
+
+
 def test_a_probe_has_its_own_rate_whatever_the_preset():
     settings = lambda *flags: Config(**mae_image.parse_config(Config, finetune.PRESETS, "", flags, finetune.for_mode))
     probe, tuned = settings("--preset", "ucf101", "--mode", "linear"), settings("--preset", "ucf101")
