@@ -152,7 +152,7 @@ CLAIMS = {
                  "pretrained, a quarter": Arm("", QUARTER)},
                 (("pretrained, all", "scratch, all"), ("pretrained, a quarter", "scratch, a quarter"))),
     "V8": Claim("VideoMAE Table 3", "frozen features are weak, fine-tuning is strong", "linear 38.9, fine-tuned 69.6",
-                ("toy", "lips20", "gestures10", "sprites5"),
+                ("toy", "lips20", "gestures10", "sprites5", "weizmann4"),
                 {"kNN": Arm("", "--mode knn"), "linear": Arm("", PROBE), "fine-tuned": PRETRAINED},
                 (("fine-tuned", "linear"),)),
     "V3": Claim("VideoMAE Table 1(b), MAE-ST Table 2(a)", "which mask kind gives the best features",
