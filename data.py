@@ -254,7 +254,7 @@ def list_folder(folder, kinds, classes=None):
         raise InputError(f"{folder} has a class that the training split lacks: {sorted(set(found) - set(classes))[0]}")
     classes = found if classes is None else classes
     pairs = [(p, i) for i, c in enumerate(classes) if c in found for p in walk(folder / c, kinds)]
-    if not found:  # as ImageNet's val/ when it is downloaded
+    if not found:  # no class folders: a plain folder, or ImageNet's val/ as it is downloaded
         pairs = [(p, -1) for p in walk(folder, kinds)]
     if not pairs:
         other = next(walk(folder, VIDEO + IMAGE), None)
@@ -1085,12 +1085,12 @@ def shrink(source, target, short):
         raise InputError(f"cannot write to {target}: {error}") from None
     broken = 0
     for (result, error), (path, _, _) in zip(in_parallel(shrink_file, jobs, f"shrinking into {target}"), jobs):
-        reason, short = result or (str(error), "")
+        reason, less = result or (str(error), "")
         if reason:
             broken += 1
             print(f"broken, left out: {path}: {reason}")
-        if short:  # of the copy, whose header is right, check could not tell
-            print(f"cut short: {path}: {short}")
+        if less:  # of the copy, whose header is right, check could not tell
+            print(f"cut short: {path}: {less}")
     sizes = [sum(p.stat().st_size for p in walk(folder, VIDEO)) / 1e6 for folder in (source, target)]
     print(
         f"{len(videos) - broken} videos in {target}, {sizes[0]:.1f} MB before, {sizes[1]:.1f} MB after, {broken} broken"

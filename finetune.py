@@ -29,7 +29,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 import time
 import typing
@@ -48,7 +47,7 @@ import data
 from data import BrokenFile, make_crop, read_clips, read_image, seeded, views_of
 from mae_image import (DECODER, ENCODERS, MAE, Batches, Run, StopOnSignal, agree, check_divides, choose_precision,
                        encoder_size, load_file, lr_at, open_loader, public_tensors, read_config, shuffled, sincos_2d,
-                       start_processes)  # fmt: skip
+                       start_processes, write_whole)  # fmt: skip
 from mae_video import MAEST, VideoMAE, resize_table
 from masking import InputError, run_script
 from multimae import MODALITIES, STRIDE, AlignedDataset, MultiMAE, list_aligned, parse_modalities
@@ -955,18 +954,12 @@ def top5(probabilities, classes):
 
 
 def write(path, content):
-    """Bytes -> a file that takes the place of an older one when it is complete; its folder is made.
-
-    Raises InputError where that cannot be done."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Bytes -> a file, whose folder is made.   Raises InputError where that cannot be done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_whole(path, lambda file: file.write(content))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+        raise InputError(str(error) if not error.errno else f"cannot write {path}: {error.strerror}") from None
 
 
 def without(broken):

@@ -489,19 +489,25 @@ def read_config(Config, presets, doc, script, argv=None, limits=(), may_change=(
 
 
 def save_checkpoint(path, state):
-    """Write to a temporary name, then rename: a crash or a full disk leaves the previous file as it was.
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def write_whole(path, fill):
+    """fill(file) under a temporary name, then rename: a crash or a full disk leaves the previous file as it was.
 
     Raises OSError when it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}".splitlines()[0]) from None
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"cannot write {path}: {reason}") from None
 
 
 def load_file(path):
