@@ -50,17 +50,18 @@ IMAGE = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".pp
 
 
 def seeded(*numbers):
-    """A generator that is a function of whole numbers: what ran before has no part in it.
+    """A generator that depends on these whole numbers alone, not on what was drawn before.
 
-    The number after the seed names the use: 0 items, 1 masks, 2 held-out masks, 3 what replaces a broken file, and so
-    on; the order of an epoch has (seed, epoch) alone. important: numpy fills up to four numbers with zeros, so (s, 1)
-    and (s, 1, 0) are one stream. Whoever copies this should number the uses from 1 and put the use last.
+    The first is the seed, the second says what for: 0 items, 1 masks, 2 held-out masks, 3 what replaces a broken file,
+    and so on; only the order of an epoch is (seed, epoch). important: numpy fills up to four numbers with zeros, so
+    (s, 1) and (s, 1, 0) are one stream, here the order of epoch 1 and the masks of update 0. That does no harm, but in
+    a new project number the uses from 1 and put the use last.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 # ============================================================================================================
-#  PART 1: which files, with which labels                                      (needs: VIDEO, IMAGE, InputError)
+#  PART 1: which files, with which labels     (needs: numpy, torchvision, VIDEO, IMAGE; masking.py InputError)
 # ============================================================================================================
 
 
@@ -134,7 +135,7 @@ def find_official(root):
 
 
 def read_official(name, lists, videos, split, fold, allow_missing):
-    """One fold of the official lists.   Traps: see the comments."""
+    """One fold of the official lists, whose traps the comments name."""
     if fold not in (1, 2, 3):
         raise InputError(f"--fold {fold}: {name} has the folds 1, 2 and 3")
     wanted = []  # (path in the list, label)
@@ -185,7 +186,7 @@ def resolve(wanted, classes, folder, source, kinds, allow_missing):
         name = Path(path)
         file = there.get(name)
         if file is None and path.lower().endswith(kinds) and os.path.isfile(folder / name):
-            file = folder / name  # which the walk does not meet: absolute, outside of the folder or through a link
+            file = folder / name  # not met by the walk: absolute, outside of the folder or through a link
         found.append((file or alike.get(path_key(name)), label))
     missing = [path for (path, _), (file, _) in zip(wanted, found) if file is None]
     if len(missing) == len(wanted) or (missing and not allow_missing):
@@ -280,14 +281,19 @@ def read_list(path, kinds, allow_missing):
     return resolve(wanted, [str(i) for i in range(labels)], path.parent, path, kinds, allow_missing)
 
 
+def select(files, keep):
+    """Some of the files.   keep: their numbers, or a bool for each file"""
+    pixels = None if files.pixels is None else files.pixels[keep]
+    return Files(files.paths[keep], files.labels[keep], files.classes, pixels)
+
+
 def hold_out(files, split):
     """Every 20th file is "val", where a data set brings no split of its own."""
     if split == "all" or len(files.paths) == 1:
         return files
     val = np.arange(len(files.paths)) % 20 == 19
     val[-1] |= not val.any()
-    use = val if split == "val" else ~val
-    return Files(files.paths[use], files.labels[use], files.classes)
+    return select(files, val if split == "val" else ~val)
 
 
 def load_torchvision(name, split):
@@ -307,7 +313,7 @@ def load_torchvision(name, split):
 
 
 # ============================================================================================================
-#  PART 2: which frames                                                                    (needs: numpy, torch)
+#  PART 2: which frames                                                                  (needs: numpy, torch)
 #
 #  n is the number of frames of the video. Every function returns int (T,) frame numbers in [0, n); a video that
 #  is too short gives its last frames several times.
@@ -375,7 +381,7 @@ def views_of(sampling, n, length, stride, views):
 
 
 # ============================================================================================================
-#  PART 3: decoding                                                                        (needs: av, pillow)
+#  PART 3: decoding                                                                 (needs: numpy, av, pillow)
 # ============================================================================================================
 
 
@@ -433,12 +439,13 @@ def grab(path, wanted):
         i = 0
         rate, base, usual = stream.average_rate, stream.time_base, stream.guessed_rate
         if first > LONG and rate and base and usual and abs(rate / usual - 1) < 1e-3:
-            begin = stream.start_time or 0
-            container.seek(begin + int(first / rate / base), stream=stream)
-            frame = next(container.decode(stream), None)
+            begin, goal = stream.start_time or 0, int(first / rate / base)
+            container.seek(begin + goal, stream=stream)
+            frame = next(container.decode(stream), None)  # the key frame that it landed on: which number has it?
             i = round(float((frame.pts - begin) * base * rate)) if frame and frame.pts is not None else last + 1
-            container.seek(begin + int(first / rate / base) if i <= first else 0, stream=stream)
-            i = i if i <= first else 0
+            before = i <= first
+            container.seek(begin + goal if before else 0, stream=stream)
+            i = i if before else 0
         for frame in container.decode(stream):
             if i in wanted:
                 found[i] = upright(convert.reformat(frame, format="rgb24", threads=1), frame)
@@ -492,7 +499,7 @@ def read_image(path):
 
 
 # ============================================================================================================
-#  PART 4: one crop and one flip for all frames of a clip                                  (needs: torchvision)
+#  PART 4: one crop and one flip for all frames of a clip                          (needs: torch, torchvision)
 # ============================================================================================================
 
 
@@ -549,7 +556,7 @@ def random_box(x, scale, generator):
 
 
 # ============================================================================================================
-#  PART 5: datasets and the loader                                                             (needs: the above)
+#  PART 5: datasets and the loader             (needs: numpy, torch, seeded, parts 2-4; masking.py InputError)
 # ============================================================================================================
 
 
@@ -645,7 +652,9 @@ def leave_ctrl_c_to_the_parent(worker):
 
 
 # ============================================================================================================
-#  PART 6: the toy world                                              (needs: numpy, pillow, av; in_parallel below)
+#  PART 6: the toy world
+#  (needs: numpy, torch, av, pillow, BrokenFile, in_parallel, one_thread,
+#   leave_ctrl_c_to_the_parent; masking.py InputError)
 #
 #  A room with a patterned floor and wall, an object that matters and some that do not, seen by a camera that
 #  drifts sideways. Rays are cast through every pixel, so depth and class maps are exact. Units are metres.
@@ -766,10 +775,10 @@ def intersect(thing, eye, ray):
     if thing["kind"] == "Box":
         return hit_box(o, ray, 0.8 * r, thing["turn"])
     if thing["kind"] == "Ball":
-        hit = hit_quadric(dot(ray, ray), dot(o, ray), dot(o, o) - r**2, np.ones_like)
+        hit = hit_quadric(dot(ray, ray), dot(o, ray), dot(o, o) - r**2, lambda t: True)
         return hit, unit(o + np.where(np.isfinite(hit), hit, 0)[..., None] * ray)
     # a cone or a post: radius low + lean * (height above the foot), between foot and top
-    low, lean = (r, -r / (2 * r)) if thing["kind"] == "Cone" else (0.45 * r, np.float32(0))
+    low, lean = (r, np.float32(-0.5)) if thing["kind"] == "Cone" else (0.45 * r, np.float32(0))  # to a point at 2 r
     foot = low + lean * (o[..., 1] + r)
     a = ray[..., 0] ** 2 + ray[..., 2] ** 2 - (lean * ray[..., 1]) ** 2
     b = o[..., 0] * ray[..., 0] + o[..., 2] * ray[..., 2] - lean * foot * ray[..., 1]
@@ -790,7 +799,7 @@ def hit_quadric(a, b, c, valid):
     root = np.sqrt(np.maximum(b * b - a * c, 0))
     hit = np.full(b.shape, np.inf, np.float32)
     for t in ((-b + root) / a, (-b - root) / a):
-        hit = np.where((b * b >= a * c) & (t > 0) & (t < hit) & (valid(t) > 0), t, hit)
+        hit = np.where((b * b >= a * c) & (t > 0) & (t < hit) & valid(t), t, hit)
     return hit
 
 
@@ -883,7 +892,7 @@ def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400))
     return True
 
 
-def make_toy_if_asked(name, rank=0, world=1):
+def make_toy_if_asked(name, rank, world):
     """The scripts' default, --data toy: written by the first process while the others wait."""
     if name == "toy" and rank == 0:
         make_toy(name)
@@ -967,8 +976,8 @@ def cut_short(promised, n):
     return f"the header says {promised} frames, {n} can be decoded" if n < 0.9 * promised - 2 else ""
 
 
-def thumbnail(pixels, size=96):
-    return np.asarray(ImageOps.pad(Image.fromarray(pixels), (size, size)))
+def thumbnail(pixels):
+    return np.asarray(ImageOps.pad(Image.fromarray(pixels), (96, 96)))
 
 
 def check(root, sheet):

@@ -3,11 +3,13 @@
 Papers  MAE 2111.06377 (App. A.1), VideoMAE 2203.12602 (App. 7), MAE-ST 2205.09113 (Sec. 4), all on arXiv
 Covers  MAE App. A.1 "End-to-end fine-tuning", Table 9    Classifier, layer_groups, mix, Augmented; --mode finetune
         MAE App. A.1 "Linear probing", Table 10           Classifier(frozen=True), LARS; --mode linear
-        VideoMAE Table 2 "from scratch"                   --mode scratch: the same recipe, no weights (there longer)
+        VideoMAE Table 2 "from scratch"                   --mode scratch: the same recipe, no weights (paper: longer)
         MAE-ST Sec. 4 "Settings", VideoMAE App. 7         ViewDataset, summarise: clips x crops views of every video
         MAE-ST App. A, last paragraph (image -> video)    inflate
         MultiMAE, dense transfers                         DenseHead, a plain linear layer; --dense
-        not in the papers                                 --mode knn: nearest neighbours of frozen features
+        random erasing (arXiv 1708.04896)                 erase
+        not in the papers                                 nearest_neighbours of frozen features; --mode knn
+        public files of all five papers, HuggingFace's    read_init, recognise, from_huggingface
 Not     detection; MAE's segmentation (App. A.4), recipe from scratch (App. A.2) and partial fine-tuning (Fig. 9);
         VideoMAE's probe (SGD, Table 11).
 
@@ -44,20 +46,21 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from data import BrokenFile, make_crop, read_clips, read_image, seeded, views_of
+from data import BrokenFile, make_crop, read_clips, read_image, seeded, select, views_of
 from mae_image import (DECODER, ENCODERS, MAE, Batches, Run, StopOnSignal, agree, check_divides, choose_precision,
-                       encoder_size, load_file, lr_at, open_loader, public_tensors, read_config, shuffled, sincos_2d,
-                       start_processes, write_whole)  # fmt: skip
+                       encoder_size, load_file, lr_at, open_loader, pieces_of, public_tensors, read_config, shuffled,
+                       sincos_2d, start_processes, write_whole)  # fmt: skip
 from mae_video import MAEST, VideoMAE, resize_table
 from masking import InputError, run_script
-from multimae import MODALITIES, STRIDE, AlignedDataset, MultiMAE, list_aligned, parse_modalities
+from multimae import MODALITIES, PLANES, STRIDE, AlignedDataset, MultiMAE, list_aligned, parse_modalities
 from omni import OmniMAE
 
 MODELS = {"mae": MAE, "videomae": VideoMAE, "mae_st": MAEST, "omni": OmniMAE, "multimae": MultiMAE}
 
 
 # ============================================================================================================
-#  THE PAPERS, part 1: a classifier around the encoder                    (needs: torch; a model with `encode`)
+#  THE PAPERS, part 1: a classifier around the encoder
+#  (needs: torch; mae_image.py DECODER, part 3; mae_video.py resize_table, part 3; multimae.py STRIDE)
 # ============================================================================================================
 
 
@@ -216,7 +219,7 @@ def change_grid(encoder, new):
 
 
 # ============================================================================================================
-#  THE PAPERS, part 2: the recipe                                                  (needs: torch, torchvision)
+#  THE PAPERS, part 2: the recipe          (needs: torch, torchvision; data.py seeded, torchvision_draws_from)
 # ============================================================================================================
 
 
@@ -294,21 +297,22 @@ class Augmented(Dataset):
     def __init__(self, dataset, operations, magnitude):
         self.dataset, self.repeat = dataset, dataset.repeat
         self.paths, self.labels, self.classes = dataset.paths, dataset.labels, dataset.classes
-        self.augment = v2.RandAugment(operations, magnitude, num_magnitude_bins=11) if magnitude else None
+        self.augment = v2.RandAugment(operations, magnitude, num_magnitude_bins=11)
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, key):
         pixels, number, broken = self.dataset[key]
-        if self.augment:
-            with data.torchvision_draws_from(seeded(self.dataset.seed, 5, *key)):
-                pixels = torch.stack([self.augment(x.movedim(-1, -3)).movedim(-3, -1) for x in pixels])
+        with data.torchvision_draws_from(seeded(self.dataset.seed, 5, *key)):
+            pixels = torch.stack([self.augment(x.movedim(-1, -3)).movedim(-3, -1) for x in pixels])
         return pixels, number, broken
 
 
 # ============================================================================================================
-#  THE PAPERS, part 3: testing                                                      (needs: data.py parts 1-4)
+#  THE PAPERS, part 3: testing
+#  (needs: torch, torchvision, is_video, planes_of, open_aligned; data.py parts 2-5; mae_image.py choose_precision,
+#   start_processes; multimae.py MODALITIES, PLANES, parse_modalities, part 4; masking.py InputError)
 # ============================================================================================================
 
 
@@ -356,15 +360,15 @@ class ViewDataset(Dataset):
             return make_crop(pixels[None], size, "center", 1, False, None, bicubic=True), i, []
         except BrokenFile as error:
             frames = (self.clips * self.crops, self.cfg.frames) if is_video(self.cfg) else (1,)
-            planes = sum({"rgb": 3, "depth": 2, "semseg": 1}[m] for m in planes_of(self.cfg))
+            planes = sum(PLANES[m] for m in planes_of(self.cfg))
             return torch.zeros(*frames, size, size, planes, dtype=torch.uint8), i, [(str(path), str(error))]
 
 
-def run_views(model, files, cfg, clips, crops, device, output):
+def run_views(model, files, cfg, clips, crops, output):
     """output(x), a method of the model, of every view of every file -> (files, views, width), broken files.
 
     Each process takes every world-th file, so each is done exactly once, whatever the number of files."""
-    rank, world, _ = start_processes(cfg)
+    rank, world, device = start_processes(cfg)
     own, views = range(rank, len(files.paths), world), clips * crops if is_video(cfg) else 1
     size = max(cfg.batch // (world * cfg.accum), 1)  # of a forward pass, as in training
     at_once = max(size // views, 1)  # files
@@ -442,7 +446,7 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
 class Config:
     # what to do
     mode: typing.Literal["finetune", "linear", "scratch", "knn", "features"] = "finetune"  # features: one vector a file
-    init: str = "auto"  # pretrained file, ours or a public one; auto: the run of --model's script, to test: of this one
+    init: str = "auto"  # pretrained file, ours or a public one; auto: run of --model's script; for tests of this one
     eval_only: bool = False  # no training: test the classifier in --init
     predict: str = ""  # no training: what the classifier in --init says about this one file
     # data
@@ -457,7 +461,7 @@ class Config:
     workers: int = 2  # processes that load data
     # augmentation
     min_crop: float = 0.8  # smallest share of the frame that a random crop takes; the public codes have 0.08
-    flip: bool = True  # mirror half of the samples; off where left and right are classes
+    flip: bool = True  # mirror half of the samples; --no-flip where left and right are classes
     repeat: int = 1  # clips of every decoded video: repeated augmentation
     rand_augment: int = 0  # magnitude 0 to 10 of RandAugment, 0: off; the papers' is 9, video codes' 7
     rand_ops: int = 2  # operations of RandAugment; VideoMAE's code has 4
@@ -469,7 +473,7 @@ class Config:
     model: typing.Literal["auto", *MODELS] = "auto"  # auto: that of --init; from scratch videomae
     images: bool = False  # --model omni: classify images, else videos
     inputs: str = "rgb"  # --model multimae: what the classifier sees, any of rgb,depth,semseg
-    dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: paint this map, a linear layer on each patch
+    dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: predict this map, linearly from each patch
     ignore: int = -1  # --dense semseg: class that does not count (void), -1: none
     maps: int = 0  # --model multimae: classes of the semantic maps; 0: those of --init, else 6 (the toy world)
     class_width: int = 16  # --model multimae: width of a class's learned vector; that of --init, if given
@@ -477,7 +481,7 @@ class Config:
     patch: int = 0  # side of a patch or cube in pixels; 0: that of --init
     tubelet: int = 0  # frames in a cube; 0: that of --init
     pool: typing.Literal["auto", "mean", "first"] = "auto"  # auto: mean; of a frozen MAE the class token
-    drop_path: float = 0.0  # chance that a sample skips a half of the last block, less in those below (papers: 0.1-0.2)
+    drop_path: float = 0.0  # chance to skip attention or MLP of the last block, lower in earlier ones; papers 0.1-0.2
     dropout: float = 0.0  # before the head
     # optimiser
     epochs: int = 40  # passes over the training files; each gives --repeat samples
@@ -487,7 +491,7 @@ class Config:
     min_lr: float = 0.0  # base rate at the end of the cosine
     warmup: float = 3  # epochs of linear warm-up
     weight_decay: float = 0.05  # of matrices; --mode linear has none (MAE Table 10)
-    layer_decay: float = 0.9  # how much slower each layer learns than the one above (papers: 0.7-0.75); scratch: 1
+    layer_decay: float = 0.9  # each layer learns this times as fast as the one above it; papers 0.7-0.75; scratch 1
     clip: float = 0.0  # largest norm of the gradient, 0: no clipping
     # test
     clips: int = 5  # clips of every test video (images, knn, features: 1); with sampling "segments" 2 is the paper's
@@ -556,7 +560,7 @@ def is_video(cfg):
 
 
 # ============================================================================================================
-#  THE RUN, part 2: pretrained files from anywhere                                           (needs: mae_image.py)
+#  THE RUN, part 2: pretrained files from anywhere
 # ============================================================================================================
 
 
@@ -680,8 +684,8 @@ def settle(cfg, found):
         if fresh:
             return settle(cfg, None)
         raise InputError(f"--model {cfg.model}: {cfg.init} holds a {found.model}; only an image MAE can become another")
-    compared = ["size", "patch", "tubelet"] + ["maps"] * ("semseg" in cfg.inputs)
-    for name in compared if found and not fresh else ():
+    compared = ["size", "patch", "tubelet"] + ["maps"] * ("semseg" in cfg.inputs) if found and not fresh else []
+    for name in compared:
         given, there = getattr(cfg, name), settings[name]
         if given in (0, "auto") or (name == "tubelet" and inflated):
             continue
@@ -691,16 +695,7 @@ def settle(cfg, found):
         cfg = replace(cfg, sampling="segments")  # which motion it is shows in the whole video
     left_open = lambda k: k == "class_width" or (k in LAPTOP and getattr(cfg, k) in (0, "auto"))
     cfg = replace(cfg, **{k: v for k, v in settings.items() if left_open(k)})
-    if cfg.images and cfg.model != "omni":
-        raise InputError(f"--images is for OmniMAE, which takes both: {cfg.model} takes only one kind")
-    if cfg.inputs != "rgb" and cfg.model != "multimae":
-        raise InputError(f"--inputs {cfg.inputs} is for --model multimae: {cfg.model} sees RGB")
-    if cfg.repeat > 1 and not is_video(cfg) and not only_tests(cfg) and cfg.mode not in ("knn", "features"):
-        raise InputError(f"--repeat {cfg.repeat} takes several clips of a video: images have none")
-    if cfg.dense and (cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch") or only_tests(cfg)):
-        raise InputError("--dense is for --model multimae and --mode finetune or scratch, and has no --eval-only")
-    if cfg.ignore >= cfg.maps:
-        raise InputError(f"--ignore {cfg.ignore}: classes of the maps are 0 to {cfg.maps - 1}, -1 is none")
+    check_combinations(cfg)
     if only_tests(cfg) and (dense := settings.get("dense")):
         raise InputError(f"{cfg.init} paints {dense} maps and is no classifier: --eval-only and --predict need one")
     if only_tests(cfg):  # a classifier is tested as it was built
@@ -714,6 +709,20 @@ def settle(cfg, found):
     if not cfg.lr:
         cfg = replace(cfg, lr=100.0 if cfg.mode == "linear" else 5e-2)
     return cfg
+
+
+def check_combinations(cfg):
+    """Raises InputError for settings that mean nothing together."""
+    if cfg.images and cfg.model != "omni":
+        raise InputError(f"--images is for OmniMAE, which takes both: {cfg.model} takes only one kind")
+    if cfg.inputs != "rgb" and cfg.model != "multimae":
+        raise InputError(f"--inputs {cfg.inputs} is for --model multimae: {cfg.model} sees RGB")
+    if cfg.repeat > 1 and not is_video(cfg) and not only_tests(cfg) and cfg.mode not in ("knn", "features"):
+        raise InputError(f"--repeat {cfg.repeat} takes several clips of a video: images have none")
+    if cfg.dense and (cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch") or only_tests(cfg)):
+        raise InputError("--dense is for --model multimae and --mode finetune or scratch, and has no --eval-only")
+    if cfg.ignore >= cfg.maps:
+        raise InputError(f"--ignore {cfg.ignore}: classes of the maps are 0 to {cfg.maps - 1}, -1 is none")
 
 
 def grid_of(cfg):
@@ -782,21 +791,21 @@ def inflate(state, encoder, side):
 
 
 def load(model, state, cfg, fresh_norm):
-    """Copy what fits, and say what was used, what is left over as it should be, and what starts fresh.
+    """Copy what fits. Each tensor of the file is used, left over as it should be, or wrong; the report says which.
 
     Raises InputError for anything else: a tensor that is unknown, missing or of another shape is never passed over.
     """
     own, tested = model.state_dict(), only_tests(cfg)
     norms = ("fc_norm.", "norm.") if tested else () if fresh_norm else ("norm.", "fc_norm.")
-    norm = next((n for n in norms if n + "weight" in state), "-")  # which one becomes the norm before our head
+    norm = next((n for n in norms if n + "weight" in state), "-")  # becomes the norm before our head; "-": none does
     unneeded = (*DECODER, "norm.", "fc_norm.") + (() if tested else ("head.",))
     seen = parse_modalities(cfg.inputs, "--inputs")  # the map of --dense is painted, not seen
     unneeded += tuple(f"input_adapters.{m}." for m in MODALITIES if m not in seen)
     used, left, wrong = {}, [], []
     for key, value in state.items():
-        last = key.startswith(norm)
-        ours = key.removeprefix("fc_") if last else key if key.startswith("head.") else f"encoder.{key}"
-        if key.startswith(unneeded) and not last:
+        is_norm = key.startswith(norm)
+        ours = key.removeprefix("fc_") if is_norm else key if key.startswith("head.") else f"encoder.{key}"
+        if key.startswith(unneeded) and not is_norm:
             left.append(key)
         elif ours not in own:
             wrong.append(f"unknown {key}")
@@ -819,7 +828,7 @@ def load(model, state, cfg, fresh_norm):
 
 
 # ============================================================================================================
-#  THE RUN, part 3: the training loop                                            (needs: mae_image.py, its loop)
+#  THE RUN, part 3: the training loop
 # ============================================================================================================
 
 
@@ -831,10 +840,7 @@ def train_classifier(model, train, look, cfg, extra):
     returns  run (mae_image.Run), whether all updates were done (else Ctrl-C was pressed)
     """
     rank, world, device = start_processes(cfg)
-    pieces = world * cfg.accum
-    if cfg.batch % (pieces * train.repeat):
-        raise InputError(f"--batch {cfg.batch} cannot be shared by {world} processes x --accum {cfg.accum} x "
-                         f"{train.repeat} clips of one video: use a multiple of {pieces * train.repeat}")  # fmt: skip
+    pieces = pieces_of(cfg, world, train.repeat)
     if cfg.mode == "linear" and cfg.batch == pieces:
         raise InputError(f"--mode linear has a BatchNorm, which needs two samples at a time: raise --batch {cfg.batch}")
     plan = lambda epoch: shuffled(cfg.seed, epoch, len(train), cfg.batch // train.repeat)
@@ -874,7 +880,7 @@ def train_classifier(model, train, look, cfg, extra):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             # drop path, Mixup and erasing draw from torch's global generator: a function of (seed, step, process)
-            torch.manual_seed(int(seeded(cfg.seed, 6, step, rank).initial_seed()))
+            torch.manual_seed(seeded(cfg.seed, 6, step, rank).initial_seed())
             update_loss, names = 0.0, []
             for a in range(cfg.accum):
                 batch, index = run.next_batch(loader, step)
@@ -905,8 +911,9 @@ def train_classifier(model, train, look, cfg, extra):
                 run.clock, run.mark, run.wait = time.perf_counter(), done, 0.0  # the look is not training time
             if ending:
                 break
-    for buffer in model.buffers() if world > 1 else ():  # BatchNorm's statistics: the ones that are saved
-        torch.distributed.broadcast(buffer, 0)
+    if world > 1:
+        for buffer in model.buffers():  # BatchNorm's statistics: the ones that are saved
+            torch.distributed.broadcast(buffer, 0)
     return run, done == total
 
 
@@ -942,9 +949,7 @@ def take_share(files, share, seed):
         own = np.flatnonzero(np.maximum(files.labels, 0) == label)
         order = torch.randperm(len(own), generator=seeded(seed, 7, label)).numpy()
         keep += own[order[: max(1, round(share * len(own)))]].tolist()
-    keep = sorted(keep)
-    pixels = None if files.pixels is None else files.pixels[keep]
-    return replace(files, paths=files.paths[keep], labels=files.labels[keep], pixels=pixels)
+    return select(files, sorted(keep))
 
 
 def top5(probabilities, classes):
@@ -1060,16 +1065,20 @@ def open_data(cfg):
     """-> dataset for training, files for training, files for testing."""
     if cfg.model == "multimae" and max(cfg.rand_augment, cfg.erase, cfg.mixup, cfg.cutmix) > 0:
         raise InputError("--rand-augment, --erase, --mixup and --cutmix are for RGB alone: set them to 0 for multimae")
-    listed = [list_aligned(cfg.data, split, planes_of(cfg)) if cfg.model == "multimae" else
-              data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing) if is_video(cfg)
-              else data.list_images(cfg.data, split, cfg.allow_missing) for split in ("train", "val")]  # fmt: skip
-    if listed[0].pixels is not None:  # STL-10: images without a label are for pretraining
-        known = listed[0].labels >= 0
-        listed[0] = replace(listed[0], paths=listed[0].paths[known], labels=listed[0].labels[known],
-                            pixels=listed[0].pixels[known])  # fmt: skip
+
+    def open_files(split):
+        if cfg.model == "multimae":
+            return list_aligned(cfg.data, split, planes_of(cfg))
+        if is_video(cfg):
+            return data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
+        return data.list_images(cfg.data, split, cfg.allow_missing)
+
+    train, test = open_files("train"), open_files("val")
+    if train.pixels is not None:  # STL-10: images without a label are for pretraining
+        train = select(train, train.labels >= 0)
     if not (cfg.dense or cfg.mode == "features"):
-        check_labels(*listed, cfg)
-    train, test = take_share(listed[0], cfg.share, cfg.seed), listed[1]
+        check_labels(train, test, cfg)
+    train = take_share(train, cfg.share, cfg.seed)
     if cfg.model == "multimae":
         dataset = open_aligned(train, cfg, train=True)
     elif is_video(cfg):
@@ -1077,7 +1086,9 @@ def open_data(cfg):
                                    cfg.min_crop, cfg.flip, cfg.repeat)  # fmt: skip
     else:
         dataset = data.ImageDataset(train, cfg.img_size, cfg.seed, cfg.min_crop, cfg.flip)
-    return Augmented(dataset, cfg.rand_ops, cfg.rand_augment), train, test
+    if cfg.rand_augment:
+        dataset = Augmented(dataset, cfg.rand_ops, cfg.rand_augment)
+    return dataset, train, test
 
 
 def main():
@@ -1109,7 +1120,7 @@ def main():
         if (empty := len(classes) - len(set(test_files.labels.tolist()))) > 0:
             print(f"warning: {empty} of {len(classes)} classes have no test file: make folders train/ and val/")
     model.to(device)
-    test = lambda clips, crops: run_views(model, test_files, cfg, clips, crops, device, model.answers)
+    test = lambda clips, crops: run_views(model, test_files, cfg, clips, crops, model.answers)
 
     def look(model):
         results, _ = test(1, 1)
@@ -1119,10 +1130,11 @@ def main():
 
     run, finished, result = None, True, ""
     if cfg.mode in ("knn", "features"):
-        (a, lost), (b, broken) = (run_views(model, files, cfg, 1, 1, device, model.features)
-                               for files in (train_files, test_files))  # fmt: skip
-        for path, reason in lost + broken if rank == 0 else ():
-            print(f"left out, unreadable: {path}: {reason}")
+        both = (train_files, test_files)
+        (a, lost), (b, broken) = (run_views(model, files, cfg, 1, 1, model.features) for files in both)
+        if rank == 0:
+            for path, reason in lost + broken:
+                print(f"left out, unreadable: {path}: {reason}")
         if cfg.mode == "features":
             return save_features(cfg, rank, {"train": (a[:, 0], train_files), "test": (b[:, 0], test_files)})
         known = a[:, 0, 0].isfinite()
@@ -1146,8 +1158,11 @@ def save_features(cfg, rank, splits):
     """features.npz: for train and test the vectors (N, D) float32, labels (N,) and paths (N,) of readable files."""
     if rank:
         return
-    arrays = {f"{name}_{what}": np.asarray(value)[x.isfinite().all(dim=1).numpy()] for name, (x, files) in
-              splits.items() for what, value in (("features", x), ("labels", files.labels), ("paths", files.paths))}
+    arrays = {}
+    for name, (vectors, files) in splits.items():
+        readable = vectors.isfinite().all(dim=1).numpy()
+        for what, value in (("features", vectors), ("labels", files.labels), ("paths", files.paths)):
+            arrays[f"{name}_{what}"] = np.asarray(value)[readable]
     np.savez(file := io.BytesIO(), **arrays)
     write(Path(cfg.out, "features.npz"), file.getvalue())
     print(f"done: {', '.join(f'{k} {v.shape}' for k, v in arrays.items())} in {cfg.out}/features.npz")
@@ -1163,7 +1178,7 @@ def predict(cfg, found, device):
     classes = found.classes if len(found.classes) == rows else [f"class {i}" for i in range(rows)]
     model = build(cfg, rows, found)[0].to(device)
     files, here = data.Files(np.array([cfg.predict]), np.array([-1]), classes), replace(cfg, workers=0)
-    probabilities, broken = run_views(model, files, here, cfg.clips, cfg.crops, device, model.answers)
+    probabilities, broken = run_views(model, files, here, cfg.clips, cfg.crops, model.answers)
     if broken:
         raise InputError(f"cannot read {cfg.predict}: {broken[0][1]}")
     for name, p in top5(probabilities[0].mean(dim=0), classes):

@@ -60,7 +60,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ============================================================================================================
-#  THE PAPER, part 1: from pixels to patches and back                               (needs: torch, InputError)
+#  THE PAPER, part 1: from pixels to patches and back                    (needs: torch; masking.py InputError)
 # ============================================================================================================
 
 
@@ -129,7 +129,7 @@ def sincos_2d(width, h, w):
 
 
 # ============================================================================================================
-#  THE PAPER, part 2: the Transformer block (ViT, arXiv 2010.11929)                 (needs: torch, InputError)
+#  THE PAPER, part 2: the Transformer block (ViT, arXiv 2010.11929)      (needs: torch; masking.py InputError)
 # ============================================================================================================
 
 
@@ -188,7 +188,8 @@ def init_weights(module):
 
 
 # ============================================================================================================
-#  THE PAPER, part 3: the model                (needs: ENCODERS, IMAGENET_*, parts 1 and 2, masking.py part 3)
+#  THE PAPER, part 3: the model
+#  (needs: torch, ENCODERS, IMAGENET_*, parts 1, 2; masking.py InputError, part 3)
 # ============================================================================================================
 
 
@@ -332,7 +333,7 @@ def to_unit_range(x, mean, std):
 
 
 # ============================================================================================================
-#  THE PAPER, part 4: how it is trained (App. A.1, Table 8)                                      (needs: torch)
+#  THE PAPER, part 4: how it is trained (App. A.1, Table 8)                                   (needs: nothing)
 # ============================================================================================================
 
 
@@ -361,7 +362,7 @@ def param_groups(model, weight_decay):
 
 
 # ============================================================================================================
-#  THE RUN, part 1: settings from the command line                                         (needs: masking.py)
+#  THE RUN, part 1: settings from the command line
 # ============================================================================================================
 
 
@@ -401,7 +402,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 5  # how many times pictures are drawn after the beginning, at even distances, the last at the end
+    pictures: int = 5  # how often pictures are drawn, evenly over the run, the last at its end; before it once more
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
@@ -418,11 +419,11 @@ PRESETS = {
 }  # fmt: skip
 
 
-def parse_config(Config, presets, doc, argv=None, adapt=lambda preset, given: preset):
+def parse_config(Config, presets, doc, argv=None, adapt=None):
     """Command line -> settings. Every field is a flag; the comment behind a field is its --help text.
 
     Returns {field: value} of what the user gave. Precedence: default < preset < flag.
-    adapt(preset, flags) -> what of the preset suits these flags.
+    adapt  (preset, flags) -> what of the preset suits these flags; None: all of it
     """
     as_flag = lambda k, v: f"--{'no-' * (v is False)}{k.replace('_', '-')}" + ("" if isinstance(v, bool) else f" {v}")
     epilog = "presets:\n" + "\n".join(f"  {name}: {' '.join(as_flag(k, v) for k, v in preset.items())}"
@@ -442,8 +443,8 @@ def parse_config(Config, presets, doc, argv=None, adapt=lambda preset, given: pr
             parser.add_argument(flag, type=field.type, metavar=field.type.__name__.upper(), **options)
     given = vars(parser.parse_args(argv))
     given = {k: os.path.expanduser(v) if isinstance(v, str) else v for k, v in given.items()}  # --out=~/runs
-    name = given.pop("preset")
-    return {**(adapt(presets[name], given) if name else {}), **given}
+    preset = presets.get(given.pop("preset"), {})
+    return {**(adapt(preset, given) if adapt else preset), **given}
 
 
 # What a number may be, for all scripts. Sizes that must divide each other are checked where they meet.
@@ -457,11 +458,11 @@ LIMITS = [(n, 1, BIG) for n in AT_LEAST_1.split()] + [(n, 0, BIG) for n in AT_LE
 MAY_CHANGE = ("out", "resume", "workers", "device", "compile", "log_every", "accum", "pictures")
 
 
-def read_config(Config, presets, doc, script, argv=None, limits=(), may_change=(), **options):
+def read_config(Config, presets, doc, script, limits=(), may_change=(), adapt=None):
     """The config of this run: from the flags or, with --resume, from the checkpoint that it goes on with.
 
-    limits, may_change: what a script adds to LIMITS (or has otherwise) and to MAY_CHANGE; options: of parse_config."""
-    given = parse_config(Config, presets, doc, argv, **options)
+    limits, may_change: what a script adds to LIMITS (or has otherwise) and to MAY_CHANGE; adapt: see parse_config."""
+    given = parse_config(Config, presets, doc, adapt=adapt)
     cfg = Config(**given)
     for name, (low, high) in {name: bounds for name, *bounds in [*LIMITS, *limits]}.items():
         if not low <= getattr(cfg, name, low) <= high:
@@ -481,6 +482,15 @@ def read_config(Config, presets, doc, script, argv=None, limits=(), may_change=(
             raise InputError(f"{flag} {value}: the run in {cfg.out} has {saved[name]}, and a resumed run must keep it; "
                              f"a new one may start with --init {cfg.out}/checkpoint.pt")  # fmt: skip
     return Config(**{**saved, "out": cfg.out, **{k: v for k, v in given.items() if k in may_change}})
+
+
+def encoder_size(size):
+    """--size, a name in ENCODERS or numbers as in 128x4x4 -> (width, blocks, heads)."""
+    if size in ENCODERS:
+        return ENCODERS[size]
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", size):
+        raise InputError(f"--size {size} is unknown: use one of {', '.join(ENCODERS)}, or WIDTHxBLOCKSxHEADS")
+    return tuple(int(n) for n in size.split("x"))
 
 
 # ============================================================================================================
@@ -517,7 +527,7 @@ def load_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a damaged file
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # that is a file cut off
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # those two: cut off
             inside = f"; did you mean {path}/checkpoint.pt?" if os.path.isdir(path) else ""
             raise InputError(f"cannot read checkpoint {path}: {error.strerror}{inside}") from None
         code = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
@@ -639,6 +649,15 @@ class Batches:
                 yield [(epoch, item) for item in updates[i][piece * size : (piece + 1) * size]]
 
 
+def pieces_of(cfg, world, repeat):
+    """Forward-backward passes of an update, over all processes.   Raises InputError if they cannot be of one size."""
+    pieces = world * cfg.accum
+    if cfg.batch % (pieces * repeat):
+        raise InputError(f"--batch {cfg.batch} cannot be shared by {world} processes x --accum {cfg.accum} x "
+                         f"{repeat} clips of one video: use a multiple of {pieces * repeat}")  # fmt: skip
+    return pieces
+
+
 def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
     """Masked pretraining: the only such loop of the project.
 
@@ -654,10 +673,7 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
     accumulation pieces, and a stopped run goes on as if nothing had happened.
     """
     rank, world, device = start_processes(cfg)
-    pieces = world * cfg.accum
-    if min(cfg.batch, cfg.accum) < 1 or cfg.batch % (pieces * train.repeat):
-        raise InputError(f"--batch {cfg.batch} cannot be shared by {world} processes x --accum {cfg.accum} x "
-                         f"{train.repeat} clips of one video: use a multiple of {pieces * train.repeat}")  # fmt: skip
+    pieces = pieces_of(cfg, world, train.repeat)
     items = cfg.batch // train.repeat
     plan = plan or (lambda epoch: shuffled(cfg.seed, epoch, len(train), items))
     per_epoch = len(plan(0))
@@ -726,7 +742,8 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
 
 
 def open_loader(train, batches, workers, device):
-    """The loader, begun. A killed worker is noticed in next(), where the state can be saved, not wherever we are."""
+    """Start the loader. torch's signal handler would raise at any line when a worker is killed; without it next()
+    raises, and there Run.next_batch saves."""
     loader = iter(data.make_loader(train, batches, workers, device))
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -745,7 +762,7 @@ def agree(flag, world, device):
 def average_over_processes(losses, world, device):
     """Losses of this process (tensors or numbers) -> numbers, averaged over all processes."""
     values = torch.tensor([float(x) for x in losses], dtype=torch.float64)
-    if world > 1 and len(losses):
+    if world > 1:
         values = values.float().to(device)  # some accelerators have no float64
         torch.distributed.all_reduce(values)
         values = values.cpu().double() / world
@@ -981,8 +998,7 @@ def reconstruct(model, imgs, mask):
     loss, pred = model.forward(imgs, mask)
     patches = model.target_patches(imgs)  # (B, N, P)
     target = model.forward_target(hidden(patches, mask))  # (B, M, P)
-    fill = lambda painted: model.to_pictures(restore(visible(patches, mask), mask, patches.new_zeros(1))
-                                             + restore(painted, ~mask, patches.new_zeros(1)))  # fmt: skip
+    fill = lambda painted: model.to_pictures(restore(painted, ~mask, patches))  # the rest as it is
     original = model.to_pictures(patches)
     # 1 where hidden, in picture form: paint the hidden patches in two ways and see what changes
     hole = (fill(torch.zeros_like(pred)) - fill(torch.ones_like(pred))).abs() > 1e-3
@@ -1024,8 +1040,9 @@ def held_out(val, draw_mask, seed, count, what="held-out"):
     """The same few samples under the same masks every time.   -> uint8 batch, mask"""
     chosen = np.linspace(0, len(val) - 1, min(len(val), count)).astype(int)  # over all classes
     items = [val[0, int(i)] for i in chosen]
-    for path, reason in dict(sum((broken for _, _, broken in items), [])).items() if is_first() else ():
-        print(f"broken {what} file, another one taken: {path}: {reason}")
+    if is_first():
+        for path, reason in dict.fromkeys(one for _, _, broken in items for one in broken):
+            print(f"broken {what} file, another one taken: {path}: {reason}")
     batch = torch.cat([pixels for pixels, _, _ in items])
     return batch, draw_mask(batch, len(batch), seeded(seed, 2))
 
@@ -1047,6 +1064,14 @@ def save_picture(image, path):
 # ============================================================================================================
 
 
+def check_mask(mask, what="", hint="raise the mask ratio"):
+    """Complain now about a ratio that hides nothing or everything, not after the data is read; say what it hides."""
+    if not mask.any():
+        raise InputError(f"{what}this mask hides nothing, so there is nothing to learn: {hint}")
+    if is_first():  # whole slots, or odd sides: not always the share that was asked for
+        print(f"{what}{int(mask.sum())} of {mask.shape[1]} tokens hidden")
+
+
 def main():
     cfg = read_config(Config, PRESETS, __doc__, "mae_image")
     rank, world, device = start_processes(cfg)
@@ -1056,13 +1081,15 @@ def main():
     model = MAE(cfg.img_size, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)
     draw = grid_mask if cfg.mask == "grid" else MASKS[cfg.mask]
     draw_mask = lambda batch, rows, generator: draw(rows, model.grid, cfg.mask_ratio, generator)
-    check_mask(draw_mask)
+    check_mask(draw_mask(None, 1, torch.Generator()))
 
     open_split = lambda split: data.list_images(cfg.data, split, cfg.allow_missing)
     train = data.ImageDataset(open_split("train"), cfg.img_size, cfg.seed, min_crop=cfg.min_crop, flip=cfg.flip)
     val = data.ImageDataset(open_split("val"), cfg.img_size, cfg.seed, train=False)
     if cfg.init and not cfg.resume:
-        print(load_weights(model, cfg.init, "mae_image"))
+        said = load_weights(model, cfg.init, "mae_image")
+        if rank == 0:
+            print(said)
     batch, mask = held_out(val, draw_mask, cfg.seed, 64)
 
     def validate(model, path):
@@ -1073,24 +1100,6 @@ def main():
         return {"val_loss": loss, "chance": chance}
 
     pretrain(model, train, draw_mask, validate, cfg, "mae_image")
-
-
-def encoder_size(size):
-    """--size, a name in ENCODERS or numbers as in 128x4x4 -> (width, blocks, heads)."""
-    if size in ENCODERS:
-        return ENCODERS[size]
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", size):
-        raise InputError(f"--size {size} is unknown: use one of {', '.join(ENCODERS)}, or WIDTHxBLOCKSxHEADS")
-    return tuple(int(n) for n in size.split("x"))
-
-
-def check_mask(draw_mask, what="", hint="raise the mask ratio"):
-    """Complain now about a ratio that hides nothing or everything, not after the data is read; say what it hides."""
-    mask = draw_mask(None, 1, torch.Generator())
-    if not mask.any():
-        raise InputError(f"{what}this mask hides nothing, so there is nothing to learn: {hint}")
-    if is_first():  # whole slots, or odd sides: not always the share that was asked for
-        print(f"{what}{int(mask.sum())} of {mask.shape[1]} tokens hidden")
 
 
 if __name__ == "__main__":

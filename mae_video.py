@@ -41,34 +41,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from mae_image import (
-    ENCODERS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    LEAK_NOTE,
-    MAE,
-    Block,
-    PatchEmbed,
-    check_divides,
-    check_grid,
-    check_mask,
-    encoder_size,
-    held_out,
-    init_weights,
-    load_weights,
-    normalize,
-    picture_table,
-    pretrain,
-    read_config,
-    reconstruct,
-    save_picture,
-    start_processes,
-    to_unit_range,
-)
+from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LEAK_NOTE, MAE, Block, PatchEmbed, check_divides,
+                       check_grid, check_mask, encoder_size, held_out, init_weights, load_weights, normalize,
+                       picture_table, pretrain, read_config, reconstruct, save_picture, start_processes,
+                       to_unit_range)  # fmt: skip
 from masking import MASKS, InputError, hidden, restore, run_script, visible
 
 # ============================================================================================================
-#  THE PAPERS, part 1: from frames to cubes and back, and one sine over everything      (needs: check_divides)
+#  THE PAPERS, part 1: from frames to cubes and back, positions, the target
+#  (needs: torch; mae_image.py check_divides; masking.py InputError)
 # ============================================================================================================
 
 
@@ -124,8 +105,25 @@ def resize_table(table, old, new, mode="bicubic"):
     return x.permute(0, 2, 3, 1).reshape(1, -1, D)
 
 
+def standardise_channels(patches, deviation):
+    """Each cube by its own mean and standard deviation, each channel by itself.
+
+    patches    (B, M, P) -> target, mean, std, each (B, M, P)
+    deviation  unbiased variance -> standard deviation: where the epsilon goes, inside the root or outside
+    """
+    B, M, P = patches.shape
+    per_channel = lambda v: v.expand(B, M, P // 3, 3).reshape(B, M, P)
+    mean = per_channel(patches.reshape(B, M, P // 3, 3).mean(dim=2, keepdim=True))
+    x = patches - mean
+    # torch's var takes four times as long as this where the channels come last
+    var = x.reshape(B, M, P // 3, 3).square().sum(dim=2, keepdim=True) / (P // 3 - 1)  # (B, M, 1, 3)
+    std = per_channel(deviation(var))
+    return x / std, mean, std
+
+
 # ============================================================================================================
-#  THE PAPERS, part 2: VideoMAE   (needs: part 1; mae_image.py ENCODERS, IMAGENET_*, parts 1-3; masking.py part 3)
+#  THE PAPERS, part 2: VideoMAE
+#  (needs: torch, part 1; mae_image.py ENCODERS, IMAGENET_*, parts 1-3; masking.py InputError, part 3)
 # ============================================================================================================
 
 
@@ -214,18 +212,8 @@ class VideoMAE(nn.Module):
         return patchify(to_unit_range(clips.float(), self.MEAN, self.STD), self.tubelet, self.patch)
 
     def standardise(self, patches):
-        """Each cube by its own mean and standard deviation, each channel by itself.
-
-        patches (B, M, P) -> target, mean, std, each (B, M, P).   Unbiased; epsilon outside the root (MAE: inside)
-        """
-        B, M, P = patches.shape
-        per_channel = lambda v: v.expand(B, M, P // 3, 3).reshape(B, M, P)
-        mean = per_channel(patches.reshape(B, M, P // 3, 3).mean(dim=2, keepdim=True))
-        x = patches - mean
-        # torch's var takes four times as long as this where the channels come last
-        var = x.reshape(B, M, P // 3, 3).square().sum(dim=2, keepdim=True) / (P // 3 - 1)  # (B, M, 1, 3)
-        std = per_channel(var.sqrt() + 1e-6)
-        return x / std, mean, std
+        """standardise_channels with the epsilon outside the root (MAE: inside)."""
+        return standardise_channels(patches, lambda var: var.sqrt() + 1e-6)
 
     @torch.no_grad()
     def forward_target(self, patches):
@@ -263,7 +251,8 @@ class VideoMAE(nn.Module):
 
 
 # ============================================================================================================
-#  THE PAPERS, part 3: MAE-ST     (needs: part 1; mae_image.py ENCODERS, IMAGENET_*, parts 1-3; masking.py part 3)
+#  THE PAPERS, part 3: MAE-ST
+#  (needs: torch, parts 1, 2; mae_image.py ENCODERS, parts 1-3; masking.py InputError, part 3)
 # ============================================================================================================
 
 
@@ -319,11 +308,10 @@ class MAEST(nn.Module):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
             self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, E))
         for prefix, width in (("", D), ("decoder_", E)):
-            tables = {"spatial": h * w, "temporal": t, "class": int(cls)} if separable else {"": t * h * w + cls}
+            tables = {"_spatial": h * w, "_temporal": t, "_class": int(cls)} if separable else {"": t * h * w + cls}
             for part, rows in tables.items():
                 if rows:
-                    table = nn.Parameter(torch.zeros(1, rows, width))
-                    self.register_parameter(f"{prefix}pos_embed" + f"_{part}" * bool(part), table)
+                    self.register_parameter(f"{prefix}pos_embed{part}", nn.Parameter(torch.zeros(1, rows, width)))
 
         self.apply(init_weights)
         for block in [*self.blocks, *self.decoder_blocks]:  # the official q, k, v are three matrices: so is the bound
@@ -334,10 +322,6 @@ class MAEST(nn.Module):
         for name, parameter in self.named_parameters():  # the decoder's class token stays zero
             if "pos_embed" in name or name == "cls_token":
                 nn.init.trunc_normal_(parameter, std=0.02)
-
-    def normalize(self, clips):
-        """Batch from the loader, uint8 (B, T, H, W, 3) -> (B, 3, T, H, W) float32."""
-        return normalize(clips, self.MEAN, self.STD)
 
     def positions(self, prefix=""):
         """-> table of the tokens (1, N, D), row of the class token (1, 1, D) or None; width E for the decoder's."""
@@ -384,17 +368,7 @@ class MAEST(nn.Module):
         return patchify(clips.float()[:, :, self.frame_index], len(self.frame_index) // self.grid[0], self.patch)
 
     standardise = MAE.standardise  # each cube by its own mean and variance, over all channels together
-
-    @torch.no_grad()
-    def forward_target(self, patches):
-        """Hidden cubes -> what pred is compared with, float32 (B, M, P)."""
-        return self.standardise(patches)[0] if self.norm_pix else patches
-
-    def forward_loss(self, clips, pred, mask):
-        """Mean squared error on hidden cubes only."""
-        if pred.shape[1] == 0:
-            return pred.float().sum()  # nothing hidden: 0, not 0 / 0
-        return F.mse_loss(pred.float(), self.forward_target(hidden(self.target_patches(clips), mask)))
+    normalize, forward_target, forward_loss = VideoMAE.normalize, VideoMAE.forward_target, VideoMAE.forward_loss
 
     def encode(self, clips):
         """Every token, no mask: fine-tuning, probing, features.   (B, 3, T, H, W) -> (B, 1+N, D)"""
@@ -452,7 +426,7 @@ class Config:
     img_size: int = 64  # side of the square that the model sees, in pixels
     crop: typing.Literal["random", "multiscale", "center"] = "random"  # multiscale: VideoMAE's
     min_crop: float = 0.5  # smallest share of the frame that a random crop takes (only --crop random)
-    flip: bool = True  # mirror half of the clips (not with --crop center); off where left and right are classes
+    flip: bool = True  # mirror half of the clips (not with --crop center); --no-flip where left and right are classes
     repeat: int = 1  # clips taken from every decoded video: repeated sampling
     workers: int = 2  # processes that load data
     # model
@@ -463,7 +437,7 @@ class Config:
     decoder_width: int = 64  # VideoMAE: half of the encoder; MAE-ST: 512
     decoder_depth: int = 1  # blocks; both papers have 4 (VideoMAE large and huge 12)
     decoder_heads: int = 2  # VideoMAE: decoder width / 64 (huge: / 80); MAE-ST: 16
-    mask: typing.Literal["auto", "tube", "random", "frame", "block", "causal"] = "auto"  # auto: the paper's
+    mask: typing.Literal["auto", "tube", "random", "frame", "block", "causal"] = "auto"  # videomae tube, mae_st random
     mask_ratio: float = 0.75  # share of cubes that are hidden; the papers: 0.9, on UCF101 and HMDB51 0.75
     norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as the papers do
     # optimiser
@@ -484,7 +458,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 5  # how many times pictures are drawn after the beginning, at even distances, the last at the end
+    pictures: int = 5  # how often pictures are drawn, evenly over the run, the last at its end; before it once more
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
@@ -500,10 +474,10 @@ PRESETS = {
     # VideoMAE App. 7 "UCF101" and "HMDB51" (8 GPUs); no flip and the end of the cosine as in the public code
     "ucf101_paper": dict(_paper, stride=4, epochs=3200, out="runs/ucf101_paper"),
     "hmdb51_paper": dict(_paper, stride=2, epochs=4800, out="runs/hmdb51_paper"),
-    # MAE-ST Sec. 4: 800 epochs are 200 passes x 4 clips. Passes and warm-up from SlowFast's configuration, rate and
-    # clipping from mae_st's PRETRAIN.md, where 1.6e-3 is for 256 videos, that is 1024 clips, and here for 256 clips:
-    # so a quarter. Whether the paper's batch of 512 counts videos or clips was not seen, here clips; of its Table 5
-    # only the warm-up is known, 120 effective epochs
+    # MAE-ST Sec. 4: 800 epochs are 200 passes x 4 clips. Passes from SlowFast's configuration; warm-up 30 passes, the
+    # 120 epochs of Table 5. Rate and clipping from mae_st's PRETRAIN.md, where 1.6e-3 is for 256 videos, that is 1024
+    # clips; here it is for 256 clips, so a quarter. not verified: whether the paper's batch of 512 counts clips, as
+    # here, or videos
     "mae_st_paper": dict(model="mae_st", frames=16, stride=4, sampling="linspace", img_size=224, patch=16, size="large",
                          decoder_width=512, decoder_depth=4, decoder_heads=16, mask_ratio=0.9, norm_pix=True, repeat=4,
                          batch=512, lr=4e-4, clip=0.02, epochs=200, warmup=30, workers=16, out="runs/mae_st"),
@@ -515,10 +489,11 @@ def write_strips(pictures, titles, path, note):
 
     pictures (clips, kinds, frames, 3, H, W) in [0, 1]"""
     columns = torch.linspace(0, pictures.shape[2] - 1, min(8, pictures.shape[2])).round().long()
+    # from the second quarter on: the first clips of the toy world stand still
     pictures = pictures[torch.linspace(len(pictures) // 4, len(pictures) - 1, min(3, len(pictures))).long()]
     rows = pictures[:, :, columns].flatten(0, 1)  # (3 * kinds, frames, 3, H, W)
     save_picture(picture_table(rows, [", ".join(titles)], note), f"{path}.png")
-    # in the video clips are below each other and kinds side by side
+    # the film: a row per clip, a column per kind of picture; three times over, or it would last a second
     frames = [picture_table(pictures[:, :, f], titles, note) for f in range(pictures.shape[2])]
     even = [np.asarray(f)[: f.height // 2 * 2, : f.width // 2 * 2] for f in frames]
     try:
@@ -537,9 +512,11 @@ def main():
                               cfg.norm_pix)  # fmt: skip
     kind = {"videomae": "tube", "mae_st": "random"}[cfg.model] if cfg.mask == "auto" else cfg.mask
     draw_mask = lambda batch, rows, generator: MASKS[kind](rows, model.grid, cfg.mask_ratio, generator)
-    check_mask(draw_mask)
+    check_mask(draw_mask(None, 1, torch.Generator()))
     if cfg.init and not cfg.resume:
-        print(load_weights(model, cfg.init, "mae_video"))
+        said = load_weights(model, cfg.init, "mae_video")
+        if rank == 0:
+            print(said)
 
     def open_clips(split):
         files = data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)

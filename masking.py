@@ -7,7 +7,7 @@ autoencoder hides most of them and asks a network to paint them back. The five p
     MAE       He et al. 2021, arXiv 2111.06377         random 75 %                    random_mask
     VideoMAE  Tong et al. 2022, arXiv 2203.12602       tubes 90 %  (small sets 75 %)  tube_mask
     MAE-ST    Feichtenhofer et al. 2022, 2205.09113    random in space-time 90 %      random_mask
-    OmniMAE   Girdhar et al. 2022, arXiv 2206.08356    images 90 %, videos 95 %       random_mask (code: causal_mask)
+    OmniMAE   Girdhar et al. 2022, arXiv 2206.08356    images 90 %, videos 95 %       random_mask
     MultiMAE  Bachmann et al. 2022, arXiv 2204.01678   1/6 visible over modalities    dirichlet_mask
     ablations MAE Fig. 6, MAE-ST Fig. 4, VideoMAE Table 1(b)                          block_mask, grid_mask, frame_mask
 
@@ -34,7 +34,7 @@ class InputError(ValueError):
 
 
 # ============================================================================================================
-#  THE PAPER, part 1: how many tokens are hidden                                          (needs: InputError)
+#  THE PAPER, part 1: how many tokens are hidden                                           (needs: InputError)
 # ============================================================================================================
 
 
@@ -108,14 +108,14 @@ def causal_mask(batch, grid, ratio, generator=None):
     return hide_largest(torch.arange(t * h * w).repeat(batch, 1), num_hidden(t * h * w, ratio, "hide"))
 
 
-def block_mask(batch, grid, ratio, generator, rule="keep"):
+def block_mask(batch, grid, ratio, generator):
     """Large boxes in space-time, until the count is reached: MAE Fig. 6 "block", MAE-ST Fig. 4 "block-wise".
 
     DIFFERS from the official code (BEiT's): box sides are drawn uniformly, a quarter to a half of the grid's
     side (in time: 1 to t slots), and the last box loses a random part, so that every row hides the same number.
     """
     t, h, w = grid
-    count = num_hidden(t * h * w, ratio, rule)
+    count = num_hidden(t * h * w, ratio, "keep")
     draw = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=generator))
     rows = []
     for _ in range(batch):
@@ -151,7 +151,8 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
     sizes         tokens of each modality, e.g. [196, 196, 196] for RGB, depth, classes
     num_visible   tokens that stay visible over all modalities, in every row (MultiMAE: 98, 1/6 of 588)
     alpha         symmetric Dirichlet: 1 = every split equally likely, small = one modality takes all
-    subset_first  choose a non-empty subset of the modalities first, then share among these only
+    subset_first  choose a non-empty subset of the modalities first, then share among these only (an option of the
+                  public code that no script here uses)
     returns       mask (B, sum(sizes)) bool; `mask.split(sizes, dim=1)` gives one per modality
     """
     total, modalities = sum(sizes), len(sizes)
@@ -188,7 +189,7 @@ MASKS = {"random": random_mask, "tube": tube_mask, "frame": frame_mask, "block":
 
 
 # ============================================================================================================
-#  THE PAPER, part 3: to obey a mask                                                (needs: torch, InputError)
+#  THE PAPER, part 3: to obey a mask                                                       (needs: InputError)
 #
 #  The only gather and scatter of the project. Masks may lie on the CPU while x is on a GPU, and better do:
 #  counting the visible tokens of a mask on the GPU would make the CPU wait for it.
@@ -311,8 +312,8 @@ def main():
     masks = {name: draw_one(1, grid, args.ratio, generator)[0] for name, draw_one in MASKS.items()}
     if args.ratio == 0.75:
         masks["grid"] = grid_mask(1, grid)[0]
-    sixth = max(1, n // 2)  # MultiMAE shows 1/6 of its three grids, whatever the ratio of the others
-    for name, part in zip(("RGB", "depth", "classes"), dirichlet_mask(1, [n] * 3, sixth, generator)[0].split(n)):
+    count = max(1, n // 2)  # MultiMAE shows 1/6 of the 3 n tokens, whatever the ratio of the others
+    for name, part in zip(("RGB", "depth", "classes"), dirichlet_mask(1, [n] * 3, count, generator)[0].split(n)):
         masks[f"dirichlet, {name}"] = part
 
     for name, mask in masks.items():

@@ -56,11 +56,12 @@ from masking import InputError, dirichlet_mask, restore, run_script, visible
 
 MODALITIES = ("rgb", "depth", "semseg")  # their order is that of the tokens
 CHANNELS = {"rgb": 3, "depth": 1}
+PLANES = {"rgb": 3, "depth": 2, "semseg": 1}  # bytes of a pixel in a batch: depth has a high and a low one
 STRIDE = 4  # class maps have a quarter of the resolution, so their patch has a quarter of the pixels
 
 
 # ============================================================================================================
-#  THE PAPER, part 1: from modalities to tokens     (needs: torch, the three constants above, mae_image.py part 1)
+#  THE PAPER, part 1: from modalities to tokens                            (needs: torch; mae_image.py part 1)
 # ============================================================================================================
 
 
@@ -102,7 +103,7 @@ def channels_first(patches, channels):
 
 
 # ============================================================================================================
-#  THE PAPER, part 2: one decoder per task         (needs: part 1, mae_image.py parts 1, 2; masking.py part 3)
+#  THE PAPER, part 2: one decoder per task  (needs: torch; mae_image.py part 2; masking.py InputError, part 3)
 # ============================================================================================================
 
 
@@ -170,7 +171,9 @@ class Decoder(nn.Module):
 
 
 # ============================================================================================================
-#  THE PAPER, part 3: the model  (needs: parts 1, 2; mae_image.py before THE RUN; mae_video.py resize_table; masking.py)
+#  THE PAPER, part 3: the model
+#  (needs: torch, MODALITIES, CHANNELS, PLANES, STRIDE, parts 1, 2; mae_image.py ENCODERS, IMAGENET_*,
+#   parts 1-3; mae_video.py resize_table; masking.py InputError, part 3)
 # ============================================================================================================
 
 
@@ -234,17 +237,14 @@ class MultiMAE(nn.Module):
 
     def normalize(self, batch):
         """Batch from the loader, uint8 (B, H, W, planes), see AlignedDataset -> the dict of inputs."""
-        inputs, plane = {}, 0
-        for m in self.modalities:
+        inputs = {}
+        for m, x in zip(self.modalities, batch.split([PLANES[m] for m in self.modalities], dim=-1)):
             if m == "rgb":
-                inputs[m] = normalize(batch[..., plane : plane + 3], self.MEAN, self.STD)
-                plane += 3
-            elif m == "depth":  # 16 bits in two planes
-                high, low = batch[..., plane].float(), batch[..., plane + 1].float()
-                inputs[m] = standardise((high * 256 + low)[:, None] / 65536)
-                plane += 2
-            else:
-                inputs[m] = batch[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE, plane].long()
+                inputs[m] = normalize(x, self.MEAN, self.STD)
+            elif m == "depth":
+                inputs[m] = standardise((x[..., 0].float() * 256 + x[..., 1].float())[:, None] / 65536)
+            else:  # one pixel of every 4 x 4
+                inputs[m] = x[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE, 0].long()
         return inputs
 
     def patches(self, m, x):
@@ -362,7 +362,8 @@ def masked_mean(error, count):
 
 
 # ============================================================================================================
-#  THE PAPER, part 4: aligned files                                                           (needs: data.py)
+#  THE PAPER, part 4: aligned files
+#  (needs: numpy, torch, torchvision, pillow; data.py IMAGE, parts 1, 3-5; masking.py InputError)
 # ============================================================================================================
 
 
@@ -499,7 +500,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 3  # how many times pictures are drawn after the beginning, at even distances, the last at the end
+    pictures: int = 3  # how often pictures are drawn, evenly over the run, the last at its end; before it once more
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
@@ -547,19 +548,23 @@ def constant_maps(model, reference):
     return maps
 
 
+def paint_from(model, source, x):
+    """All tasks from one modality alone, every patch of it visible.   x its input -> preds"""
+    mask = torch.zeros(len(x), math.prod(model.grid), dtype=torch.bool)
+    return model.forward_decoder(model.forward_encoder({source: x}, mask), {source: x}, mask)
+
+
 @torch.no_grad()
 def cross_modal(model, inputs, source, constant):
-    """All other modalities from one alone, every patch of it visible.   -> preds, {name: numbers}
+    """How well all other modalities are painted from one alone.   -> {name: numbers}
 
     For depth the mean absolute error (standardised), for classes the share of right ones among the pixels where the
     constant map is wrong: in the toy world those of objects. (Most pixels are floor and wall, which a constant gets
     right.) Each for the model, the constant map, and the model given another sample's input: that gap is what was
     really read from it.
     """
-    alone = {source: inputs[source]}
-    mask = torch.zeros(len(inputs[source]), math.prod(model.grid), dtype=torch.bool)
-    guess = lambda alone: model.forward_decoder(model.forward_encoder(alone, mask), alone, mask)
-    preds, shuffled, numbers = guess(alone), guess({source: inputs[source].roll(1, 0)}), {}
+    preds, shuffled = (paint_from(model, source, x) for x in (inputs[source], inputs[source].roll(1, 0)))
+    numbers = {}
     if "depth" in inputs and source != "depth":
         target = model.target("depth", inputs["depth"])
         error = lambda x: (x["depth"] - target).abs().mean().item()
@@ -570,7 +575,7 @@ def cross_modal(model, inputs, source, constant):
         count = (target != classes(constant)) & (target != model.ignore)
         recall = lambda x: (classes(x) == target)[count].float().mean().item()
         numbers["object recall"] = (recall(preds), 0.0, recall(shuffled))
-    return preds, numbers
+    return numbers
 
 
 PALETTE = torch.tensor([[90, 130, 90], [120, 140, 190], [220, 70, 60], [240, 180, 50], [150, 80, 190], [60, 190, 200]])
@@ -590,7 +595,7 @@ def to_pictures(model, task, values):
     return to_unit_range(x, model.MEAN, model.STD).clamp(0, 1)
 
 
-def draw(model, inputs, mask, preds, constant, path, count=4):
+def draw(model, inputs, mask, preds, path):
     """One PNG: a row per sample; per modality original, what is visible, painted; then each from one other alone."""
     columns, titles = [], []
     values = lambda m, pred: pred.unflatten(2, (model.classes, -1)).argmax(dim=2) if m == "semseg" else pred.float()
@@ -601,16 +606,14 @@ def draw(model, inputs, mask, preds, constant, path, count=4):
         hole = hide.reshape(-1, 1, h, w).repeat_interleave(model.patch, 2).repeat_interleave(model.patch, 3)
         columns += [original, torch.where(hole, 0.75, original), torch.where(hole, painted, original)]
         titles += [m, "visible", "painted"]
-    for source, goals in (("rgb", ("depth", "semseg")), ("depth", ("rgb",)), ("semseg", ("rgb",))):
-        for goal in goals if source in inputs else ():
-            if goal in inputs and len(titles) < 3 * len(model.modalities) + 3:
-                alone, _ = cross_modal(model, inputs, source, constant)
-                columns.append(to_pictures(model, goal, values(goal, alone[goal])))
-                titles.append(f"{source}>{goal}")
-    some = torch.linspace(0, len(mask) - 1, min(count, len(mask))).long()  # over all classes
-    cells = torch.stack([c[some] for c in columns], dim=1)  # (count, columns, 3, H, W)
-    several = len(titles) > 3 * len(model.modalities)
-    note = "the last columns are painted from one whole other modality alone" if several else ""
+    pairs = [("rgb", "depth"), ("rgb", "semseg"), ("depth", "rgb"), ("semseg", "rgb")]
+    pairs = [pair for pair in pairs if all(m in inputs for m in pair)][:3]  # as many as fit beside the others
+    for source, goal in pairs:
+        columns.append(to_pictures(model, goal, values(goal, paint_from(model, source, inputs[source])[goal])))
+        titles.append(f"{source}>{goal}")
+    some = torch.linspace(0, len(mask) - 1, min(4, len(mask))).long()  # over all classes
+    cells = torch.stack([c[some] for c in columns], dim=1)  # (4, columns, 3, H, W)
+    note = "the last columns are painted from one whole other modality alone" if pairs else ""
     save_picture(picture_table(cells, titles, note), path)
 
 
@@ -628,9 +631,11 @@ def main():
     sizes = [math.prod(model.grid)] * len(modalities)
     count = max(1, round(cfg.visible * sum(sizes)))
     draw_mask = lambda batch, rows, generator: dirichlet_mask(rows, sizes, count, generator, cfg.alpha)
-    check_mask(draw_mask, hint="lower --visible")
+    check_mask(draw_mask(None, 1, torch.Generator()), hint="lower --visible")
     if cfg.init and not cfg.resume:
-        print(load_weights(model, cfg.init, "multimae"))
+        said = load_weights(model, cfg.init, "multimae")
+        if rank == 0:
+            print(said)
     files = {split: list_aligned(cfg.data, split, modalities) for split in ("train", "val")}
     options = (modalities, cfg.img_size, cfg.classes, cfg.seed, cfg.min_crop, cfg.flip)
     open_files = lambda split, train: AlignedDataset(cfg.data, files[split], *options, train)
@@ -649,11 +654,11 @@ def main():
         print("held-out " + ", ".join(f"{t} {x:.3f} (constant {chance[t]:.3f})" for t, x in losses.items()))
         record = {f"{t}_{k}": float(v[t]) for t in losses for k, v in (("loss", losses), ("constant", chance))}
         if len(modalities) > 1:
-            for name, numbers in cross_modal(model, inputs, modalities[0], constant)[1].items():
+            for name, numbers in cross_modal(model, inputs, modalities[0], constant).items():
                 print(f"  {modalities[0]} alone: {name} {numbers[0]:.3f} (constant map {numbers[1]:.3f}, another's "
                       f"{modalities[0]} {numbers[2]:.3f})")  # fmt: skip
                 record |= {f"{name} {k}": v for k, v in zip(("alone", "constant", "shuffled"), numbers)}
-        draw(model, inputs, mask, preds, constant, f"{path}.png")
+        draw(model, inputs, mask, preds, f"{path}.png")
         return {"val_loss": sum(losses.values()).item(), "chance": sum(chance.values()).item(), **record}
 
     pretrain(model, train, draw_mask, validate, cfg, "multimae")

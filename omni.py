@@ -45,11 +45,11 @@ from data import seeded
 from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LEAK_NOTE, Block, PatchEmbed, check_mask, encoder_size,
                        held_out, init_weights, load_weights, normalize, picture_table, pretrain, read_config,
                        reconstruct, save_picture, shuffled, start_processes, to_unit_range)  # fmt: skip
-from mae_video import check_clip, patchify, sinusoid, unpatchify
+from mae_video import VideoMAE, check_clip, patchify, sinusoid, standardise_channels, unpatchify
 from masking import MASKS, InputError, hidden, restore, run_script, visible
 
 # ============================================================================================================
-#  THE PAPER, part 1: images and clips in one pass                                (needs: torch, mae_image.py)
+#  THE PAPER, part 1: images and clips in one pass                                              (needs: torch)
 # ============================================================================================================
 
 
@@ -84,7 +84,9 @@ def run_blocks(blocks, groups):
 
 
 # ============================================================================================================
-#  THE PAPER, part 2: the model   (needs: part 1; mae_image.py before THE RUN; mae_video.py part 1; masking.py)
+#  THE PAPER, part 2: the model
+#  (needs: torch, part 1; mae_image.py ENCODERS, IMAGENET_*, parts 1-3; mae_video.py parts 1, 2;
+#   masking.py InputError, part 3)
 # ============================================================================================================
 
 
@@ -98,7 +100,7 @@ class OmniMAE(nn.Module):
     size      name in ENCODERS, or (width, blocks, heads)
     decoder   (width, blocks, heads); published: base (384, 4, 16), large (512, 4, 16), huge (512, 8, 16)
     decoder_bias  True: q, k and v of the decoder have a bias, as in the training recipe. False: a zero bias that
-              does not learn, as in the code that reads the released files (its flag does not reach the layer)
+              does not learn: so the code that reads the released files builds it, whatever its flag says
     raises    InputError if frames or sides cannot be cut evenly, or a width by its heads
     """
 
@@ -131,8 +133,9 @@ class OmniMAE(nn.Module):
         self.apply(init_weights)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.trunc_normal_(self.decoder_pred.weight, std=0.02)
-        for block in self.decoder_blocks if not decoder_bias else ():
-            block.attn.qkv.bias.requires_grad_(False)
+        if not decoder_bias:
+            for block in self.decoder_blocks:
+                block.attn.qkv.bias.requires_grad_(False)
 
     def normalize(self, batch):
         """Batch from the loader, uint8 images (B, H, W, 3), clips (B, T, H, W, 3) or rows of both -> float32."""
@@ -198,27 +201,11 @@ class OmniMAE(nn.Module):
         return patchify(pixels, self.tubelet, self.patch)
 
     def standardise(self, patches):
-        """Each cube by its own mean and variance, each channel by itself, as in VideoMAE but for the epsilon.
+        """standardise_channels with the epsilon inside the root (VideoMAE: outside)."""
+        return standardise_channels(patches, lambda var: (var + 1e-6).sqrt())
 
-        patches (B, M, P) -> target, mean, std, each (B, M, P).   Unbiased; epsilon inside the root"""
-        B, M, P = patches.shape
-        per_channel = lambda v: v.expand(B, M, P // 3, 3).reshape(B, M, P)
-        mean = per_channel(patches.reshape(B, M, P // 3, 3).mean(dim=2, keepdim=True))
-        x = patches - mean
-        var = x.reshape(B, M, P // 3, 3).square().sum(dim=2, keepdim=True) / (P // 3 - 1)  # (B, M, 1, 3)
-        std = per_channel((var + 1e-6).sqrt())
-        return x / std, mean, std
-
-    @torch.no_grad()
-    def forward_target(self, patches):
-        """Hidden cubes -> what pred is compared with, float32 (B, M, P)."""
-        return self.standardise(patches)[0] if self.norm_pix else patches
-
-    def forward_loss(self, x, pred, mask):
-        """Mean squared error on hidden cubes only, no weight for either modality."""
-        if pred.shape[1] == 0:
-            return pred.float().sum()  # nothing hidden: 0, not 0 / 0
-        return F.mse_loss(pred.float(), self.forward_target(hidden(self.target_patches(x), mask)))
+    # mean squared error on hidden cubes only, as in VideoMAE; no weight for either modality
+    forward_target, forward_loss = VideoMAE.forward_target, VideoMAE.forward_loss
 
     def encode(self, x):
         """Every token, no mask.   images (B, 3, H, W) -> (B, h*w, D); clips (B, 3, T, H, W) -> (B, t*h*w, D)"""
@@ -252,7 +239,7 @@ class OmniMAE(nn.Module):
 
 
 # ============================================================================================================
-#  THE PAPER, part 3: joint batches                                  (needs: data.py; mae_image.py shuffled)
+#  THE PAPER, part 3: joint batches                      (needs: torch; data.py seeded; mae_image.py shuffled)
 # ============================================================================================================
 
 
@@ -358,7 +345,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 5  # how many times pictures are drawn after the beginning, at even distances, the last at the end
+    pictures: int = 5  # how often pictures are drawn, evenly over the run, the last at its end; before it once more
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
@@ -378,6 +365,7 @@ PRESETS = {
 def draw_masks(model, cfg):
     """-> draw_mask(batch, rows, generator) for pretrain(): by its dimensions a batch is of images, clips or both."""
     t, h, w = model.grid
+    # OmniMAE's code counts the hidden tokens ("hide"), where MAE's counts the visible ones
     image = lambda rows, g: MASKS["random"](rows, (1, h, w), cfg.mask_ratio_image, g, "hide")
     options = ("hide",) if cfg.mask == "random" else ()
     clip = lambda rows, g: MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, g, *options)
@@ -402,11 +390,13 @@ def main():
     model = OmniMAE(cfg.frames, cfg.img_size, cfg.tubelet, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)
     draw_mask = draw_masks(model, cfg)
     for what, batch in (("images: ", torch.empty(0, 0, 0, 0)), ("clips: ", torch.empty(0, 0, 0, 0, 0))):
-        check_mask(lambda _, rows, generator: draw_mask(batch, rows, generator), what)
+        check_mask(draw_mask(batch, 1, torch.Generator()), what)
     if max(cfg.image_share, cfg.video_share) == 0:
         raise InputError("--image-share 0 and --video-share 0 leave nothing to train on")
     if cfg.init and not cfg.resume:
-        print(load_weights(model, cfg.init, "omni"))
+        said = load_weights(model, cfg.init, "omni")
+        if rank == 0:
+            print(said)
 
     def open_videos(split):
         files = data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)

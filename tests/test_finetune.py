@@ -205,7 +205,7 @@ def test_the_mean_over_views_is_that_of_views_done_one_by_one(toy):
     cfg = Config(model="videomae", frames=8, stride=1, sampling="dense", img_size=32, batch=5, workers=0, device="cpu")
     model = tiny().eval()
     torch.nn.init.normal_(model.head.weight)
-    together, broken = finetune.run_views(model, files, cfg, 3, 2, torch.device("cpu"), model.answers)
+    together, broken = finetune.run_views(model, files, cfg, 3, 2, model.answers)
     assert together.shape == (len(files.paths), 6, 5) and not broken
     views = finetune.ViewDataset(files, cfg, 3, 2)
     for i in (0, 5, len(files.paths) - 1):
@@ -219,7 +219,7 @@ def test_a_network_that_answers_nan_is_not_a_broken_file(toy):
     model = tiny().eval()
     model.head.bias.data.fill_(float("nan"))
     with pytest.raises(InputError, match="answers are not finite"):
-        finetune.run_views(model, files, cfg, 1, 1, torch.device("cpu"), model.answers)
+        finetune.run_views(model, files, cfg, 1, 1, model.answers)
 
 
 def test_mean_iou_is_that_of_a_loop_and_void_counts_neither_as_truth_nor_as_a_class():

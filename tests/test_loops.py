@@ -171,8 +171,8 @@ def test_testing_switches_to_eval(toy):
     for options in (dict(drop_path=0.9), dict(frozen=True, fresh_norm=False)):
         model = video_classifier(**options)
         torch.nn.init.normal_([p for p in model.head.parameters() if p.ndim > 1][0])
-        answers = [finetune.run_views(model.train(), files, cfg, 1, 1, torch.device("cpu"), model.answers)[0]]
-        answers += [finetune.run_views(model.eval(), files, cfg, 1, 1, torch.device("cpu"), model.answers)[0]]
+        answers = [finetune.run_views(model.train(), files, cfg, 1, 1, model.answers)[0]]
+        answers += [finetune.run_views(model.eval(), files, cfg, 1, 1, model.answers)[0]]
         assert torch.equal(*answers)
 
 

@@ -320,7 +320,7 @@ def test_what_one_modality_tells_of_the_others_is_counted_as_in_a_loop(monkeypat
     """Where the constant map is right, and where it is void, does not count; shuffled: the next sample's input."""
     model, x = tiny(ignore=5), inputs(4)
     constant = multimae.constant_maps(model, x)
-    preds, numbers = multimae.cross_modal(model, x, "rgb", constant)
+    preds, numbers = multimae.paint_from(model, "rgb", x["rgb"]), multimae.cross_modal(model, x, "rgb", constant)
     alone = lambda rgb: model.forward_decoder(model.forward_encoder({"rgb": rgb}, torch.zeros(4, 16, dtype=torch.bool)),
                                               {"rgb": rgb}, torch.zeros(4, 16, dtype=torch.bool))  # fmt: skip
     other = alone(x["rgb"][[3, 0, 1, 2]])
@@ -332,7 +332,7 @@ def test_what_one_modality_tells_of_the_others_is_counted_as_in_a_loop(monkeypat
     where = [i for i in np.ndindex(4, 16, 4) if truth[i] != 5 and truth[i] != named(constant)[i]]
     recall = [np.mean([bool(named(a)[i] == truth[i]) for i in where]) for a in (preds, other)]
     assert np.allclose(numbers["object recall"], [recall[0], 0, recall[1]]) and len(where) > 50
-    assert set(multimae.cross_modal(model, x, "depth", constant)[1]) == {"object recall"}
+    assert set(multimae.cross_modal(model, x, "depth", constant)) == {"object recall"}
 
 
 def test_the_dense_head_averages_the_tokens_at_one_place_and_leaves_the_global_one_out():
