@@ -913,7 +913,8 @@ class Run:
         tick = time.perf_counter()
         try:
             batch, index, broken = next(loader)
-        except (RuntimeError, InputError) as error:  # a worker was killed, or too many files in a row are broken
+        # a worker was killed (OSError or EOFError: while it handed a batch over), or too many files in a row are broken
+        except (RuntimeError, OSError, EOFError, InputError) as error:
             if step > self.step:
                 self.losses = [float(x) for x in self.losses]
                 self.save(step, must=True)

@@ -256,7 +256,8 @@ def run_script(main):
 
 def last_line(error):
     """What an error says to people. From a worker of a loader it brings a whole traceback along, and ends with that."""
-    return str(error).strip().splitlines()[-1].removeprefix("masking.InputError: ")
+    text = str(error).strip() or type(error).__name__  # an EOFError has no words of its own
+    return text.splitlines()[-1].removeprefix("masking.InputError: ")
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -569,6 +569,28 @@ def test_a_log_that_a_crash_cut_off_does_not_hinder_resuming(straight, run, tmp_
     assert losses(out) == losses(reference)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError(), RuntimeError("a\nb")])
+def test_a_worker_that_is_killed_while_it_hands_a_batch_over_ends_the_run_too(error, tmp_path):
+    """A matter of milliseconds: torch passes these errors on as they are, not as its own RuntimeError."""
+
+    def loader():
+        yield torch.zeros(1), [0], []
+        raise error
+
+    cfg = mae_image.Config(out=str(tmp_path / "run"))
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = mae_image.Run(tmp_path / "run", cfg, "mae_image", model, optimizer, torch.amp.GradScaler("cpu", enabled=False), True)
+    run.open()
+    run.begin(0, 5, 1, 1, torch.device("cpu"))
+    batches = loader()
+    run.next_batch(batches, 0)
+    run.after_update(1, torch.tensor(0.5), ["a"], 0.1, False)
+    with pytest.raises(SystemExit, match="the loader failed: .+; go on with --resume"):
+        run.next_batch(batches, 1)
+    assert weights(tmp_path / "run")["step"] == 1
+
+
 def test_a_killed_worker_ends_the_run_with_one_line_and_a_checkpoint(toy, tmp_path):
     flags = [*TINY_IMAGE, "--data", toy, "--epochs", 5000, "--workers", 1]
     process = subprocess.Popen([sys.executable, ROOT / "mae_image.py", *map(str, flags)], cwd=tmp_path, text=True,
