@@ -51,7 +51,7 @@ from mae_image import (DECODER, ENCODERS, MAE, Batches, Run, StopOnSignal, agree
                        encoder_size, load_file, lr_at, open_loader, pieces_of, public_tensors, read_config, shuffled,
                        sincos_2d, start_processes, write_whole)  # fmt: skip
 from mae_video import MAEST, VideoMAE, resize_table
-from masking import InputError, run_script
+from masking import InputError, last_line, run_script
 from multimae import MODALITIES, PLANES, STRIDE, AlignedDataset, MultiMAE, list_aligned, parse_modalities
 from omni import OmniMAE
 
@@ -312,7 +312,7 @@ class Augmented(Dataset):
 # ============================================================================================================
 #  THE PAPERS, part 3: testing
 #  (needs: torch, torchvision, is_video, planes_of, open_aligned; data.py parts 2-5; mae_image.py choose_precision,
-#   start_processes; multimae.py MODALITIES, PLANES, parse_modalities, part 4; masking.py InputError)
+#   start_processes; multimae.py MODALITIES, PLANES, parse_modalities, part 4; masking.py InputError, last_line)
 # ============================================================================================================
 
 
@@ -364,6 +364,14 @@ class ViewDataset(Dataset):
             return torch.zeros(*frames, size, size, planes, dtype=torch.uint8), i, [(str(path), str(error))]
 
 
+def deliver(loader):
+    """The batches of a loader.   Raises InputError where it cannot deliver: a worker was killed (out of memory?)"""
+    try:
+        yield from loader
+    except (RuntimeError, OSError, EOFError) as error:
+        raise InputError(f"the loader failed: {last_line(error)}") from None
+
+
 def run_views(model, files, cfg, clips, crops, output):
     """output(x), a method of the model, of every view of every file -> (files, views, width), broken files.
 
@@ -378,7 +386,7 @@ def run_views(model, files, cfg, clips, crops, output):
     shown = start = time.perf_counter()
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for done, (pixels, _, errors) in enumerate(loader, 1):
+        for done, (pixels, _, errors) in enumerate(deliver(loader), 1):
             broken += errors
             outputs += [output(model.encoder.normalize(p.to(device))).float() for p in pixels.split(size)]
             now = time.perf_counter()

@@ -222,6 +222,15 @@ def test_a_network_that_answers_nan_is_not_a_broken_file(toy):
         finetune.run_views(model, files, cfg, 1, 1, model.answers)
 
 
+def test_a_worker_killed_while_testing_is_one_line(toy, monkeypatch):
+    files = data.list_videos(toy, "val")
+    cfg = Config(model="videomae", frames=8, stride=1, sampling="dense", img_size=32, workers=1, device="cpu")
+    monkeypatch.setattr(finetune.ViewDataset, "__getitem__", lambda self, i: os.kill(os.getpid(), signal.SIGKILL))
+    model = tiny()
+    with pytest.raises(InputError, match="the loader failed: .*(killed|exited)"):
+        finetune.run_views(model, files, cfg, 1, 1, model.answers)
+
+
 def test_mean_iou_is_that_of_a_loop_and_void_counts_neither_as_truth_nor_as_a_class():
     g = torch.Generator().manual_seed(0)
     guess, truth = (torch.randint(0, 4, (6, 50), generator=g) for _ in range(2))  # class 2 is void
