@@ -339,6 +339,8 @@ def benchmark_levers(quick, device):
         runs[name] = Contestant(model, loss, device, dtype)
     runs["AdamW not fused"] = Contestant(model, runs["as it is"].loss, device, dtype)
     runs["AdamW not fused"].optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    runs[f"in {other}".replace("torch.", "")] = Contestant(model, runs["as it is"].loss, device, other)
     dense = lambda m: dense_loss(m, mae_video.patchify(x, 2, patch), x, mask)
     runs["nothing dropped"] = Contestant(model, dense, device, dtype)
     table(f"levers: VideoMAE {size}, {B} clips of {frames} x {side} px", runs, rounds)
