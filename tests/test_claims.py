@@ -35,7 +35,7 @@ def test_a_tiny_run_ends_in_verdicts_and_is_not_repeated(run, toy, tmp_path):
     flags = ["--quick", "--only", "M7,V1", "--sets", "toy,toy-images", "--work", "work"]
     text = run("tests/claims.py", *flags)
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 8 and "| toy | pretrained - scratch |" in text and "| toy-images | block - random |" in text
+    assert len(rows) == 5 + 3 + 3 and "| toy | pretrained - scratch |" in text and "| toy-images | block - random |" in text
     again = run("tests/claims.py", *flags)
     assert rows == [line for line in again.splitlines() if line.startswith("|")] and " min\n" not in again
 
