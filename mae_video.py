@@ -5,7 +5,7 @@ Papers  VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Super
         MAE-ST: Masked Autoencoders As Spatiotemporal Learners. Feichtenhofer, Fan, Li, He, 2022, arXiv 2205.09113
 Covers  VideoMAE Sec. 3.3 "cube embedding", Table 8      patchify, PatchEmbed with a kernel (u, p, p)
         VideoMAE Sec. 3.3 "tube masking"                 masking.tube_mask
-        VideoMAE Eq. (1); per channel: public code       VideoMAE.standardise
+        VideoMAE Eq. (1); per channel: public code       VideoMAE.forward_loss, standardise_channels
         MAE-ST Sec. 3 "Masking", Fig. 4                  masking.random_mask, block_mask, frame_mask
         MAE-ST Sec. 3 "Autoencoding", one frame a cube   MAEST.target_patches, target_frames
         MAE-ST Sec. 4 "Architecture", separable tables   MAEST.positions
