@@ -54,8 +54,8 @@ def seeded(*numbers):
 
     The first is the seed, the second says what for: 0 items, 1 masks, 2 held-out masks, 3 what replaces a broken file,
     and so on; only the order of an epoch is (seed, epoch). important: numpy fills up to four numbers with zeros, so
-    (s, 1) and (s, 1, 0) are one stream, here the order of epoch 1 and the masks of update 0. That does no harm, but in
-    a new project number the uses from 1 and put the use last.
+    (s, 1) and (s, 1, 0) are one stream: among others the order of epoch 1 and the masks of update 0. That does no harm,
+    but in a new project number the uses from 1 and put the use last.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
@@ -441,7 +441,7 @@ def grab(path, wanted):
         if first > LONG and rate and base and usual and abs(rate / usual - 1) < 1e-3:
             begin, goal = stream.start_time or 0, int(first / rate / base)
             container.seek(begin + goal, stream=stream)
-            frame = next(container.decode(stream), None)  # the key frame that it landed on: which number has it?
+            frame = next(container.decode(stream), None)  # the key frame it landed on: its time tells its number
             i = round(float((frame.pts - begin) * base * rate)) if frame and frame.pts is not None else last + 1
             before = i <= first
             container.seek(begin + goal if before else 0, stream=stream)

@@ -311,8 +311,9 @@ class Augmented(Dataset):
 
 # ============================================================================================================
 #  THE PAPERS, part 3: testing
-#  (needs: torch, torchvision, is_video, planes_of, open_aligned; data.py parts 2-5; mae_image.py choose_precision,
-#   start_processes; multimae.py MODALITIES, PLANES, parse_modalities, part 4; masking.py InputError, last_line)
+#  (needs: torch, torchvision, is_video, planes_of, open_aligned; data.py parts 2-5;
+#   mae_image.py choose_precision, open_loader, start_processes;
+#   multimae.py MODALITIES, PLANES, parse_modalities, part 4; masking.py InputError, last_line)
 # ============================================================================================================
 
 
@@ -381,7 +382,7 @@ def run_views(model, files, cfg, clips, crops, output):
     size = max(cfg.batch // (world * cfg.accum), 1)  # of a forward pass, as in training
     at_once = max(size // views, 1)  # files
     batches = [own[i : i + at_once] for i in range(0, len(own), at_once)]
-    loader = data.make_loader(ViewDataset(files, cfg, clips, crops), batches, cfg.workers, device)
+    loader = open_loader(ViewDataset(files, cfg, clips, crops), batches, cfg.workers, device)
     dtype, outputs, broken = choose_precision(cfg, device), [], []
     shown = start = time.perf_counter()
     model.eval()
@@ -499,7 +500,7 @@ class Config:
     min_lr: float = 0.0  # base rate at the end of the cosine
     warmup: float = 3  # epochs of linear warm-up
     weight_decay: float = 0.05  # of matrices; --mode linear has none (MAE Table 10)
-    layer_decay: float = 0.9  # each layer learns this times as fast as the one above it; papers 0.7-0.75; scratch 1
+    layer_decay: float = 0.9  # rate of a layer: this times that of the one above; papers 0.7-0.75; scratch 1
     clip: float = 0.0  # largest norm of the gradient, 0: no clipping
     # test
     clips: int = 5  # clips of every test video (images, knn, features: 1); with sampling "segments" 2 is the paper's

@@ -333,7 +333,7 @@ def to_unit_range(x, mean, std):
 
 
 # ============================================================================================================
-#  THE PAPER, part 4: how it is trained (App. A.1, Table 8)                                   (needs: nothing)
+#  THE PAPER, part 4: how it is trained (App. A.1, Table 8)                                      (needs: math)
 # ============================================================================================================
 
 
@@ -743,7 +743,7 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
 
 def open_loader(train, batches, workers, device):
     """Start the loader. torch's signal handler would raise at any line when a worker is killed; without it next()
-    raises, and there Run.next_batch saves."""
+    raises, where Run.next_batch saves and finetune.deliver makes it one line."""
     loader = iter(data.make_loader(train, batches, workers, device))
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -1066,7 +1066,7 @@ def save_picture(image, path):
 
 
 def check_mask(mask, what="", hint="raise the mask ratio"):
-    """Complain now about a ratio that hides nothing or everything, not after the data is read; say what it hides."""
+    """Complain now about a mask (1, N) that hides nothing, not after the data is read; else say how much it hides."""
     if not mask.any():
         raise InputError(f"{what}this mask hides nothing, so there is nothing to learn: {hint}")
     if is_first():  # whole slots, or odd sides: not always the share that was asked for

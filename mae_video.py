@@ -437,7 +437,7 @@ class Config:
     decoder_width: int = 64  # VideoMAE: half of the encoder; MAE-ST: 512
     decoder_depth: int = 1  # blocks; both papers have 4 (VideoMAE large and huge 12)
     decoder_heads: int = 2  # VideoMAE: decoder width / 64 (huge: / 80); MAE-ST: 16
-    mask: typing.Literal["auto", "tube", "random", "frame", "block", "causal"] = "auto"  # videomae tube, mae_st random
+    mask: typing.Literal["auto", "tube", "random", "frame", "block", "causal"] = "auto"  # auto: tube; mae_st: random
     mask_ratio: float = 0.75  # share of cubes that are hidden; the papers: 0.9, on UCF101 and HMDB51 0.75
     norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as the papers do
     # optimiser

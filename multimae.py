@@ -9,7 +9,7 @@ Covers  Fig. 1, "1/6 of the patches visible over all modalities"    masking.diri
         public code, a cross-attention decoder for each task        Decoder
         public code, masked losses per sample                       MultiMAE.task_losses, masked_mean
         public code, robustly standardised depth                    standardise
-        Fig. 1, any input predicts any output                       cross_modal: RGB alone -> depth, classes
+        Fig. 1, any input predicts any output                       paint_from; cross_modal: how well from RGB alone
 Not     the uncertainty weighting of the losses; DPT and ConvNeXt heads (finetune.py has plain linear ones).
 
 What changes against mae_image.py:

@@ -100,7 +100,7 @@ class OmniMAE(nn.Module):
     size      name in ENCODERS, or (width, blocks, heads)
     decoder   (width, blocks, heads); published: base (384, 4, 16), large (512, 4, 16), huge (512, 8, 16)
     decoder_bias  True: q, k and v of the decoder have a bias, as in the training recipe. False: a zero bias that
-              does not learn: so the code that reads the released files builds it, whatever its flag says
+              does not learn, as the code that reads the released files builds it, whatever its flag says
     raises    InputError if frames or sides cannot be cut evenly, or a width by its heads
     """
 

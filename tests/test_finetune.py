@@ -223,12 +223,15 @@ def test_a_network_that_answers_nan_is_not_a_broken_file(toy):
 
 
 def test_a_worker_killed_while_testing_is_one_line(toy, monkeypatch):
-    files = data.list_videos(toy, "val")
-    cfg = Config(model="videomae", frames=8, stride=1, sampling="dense", img_size=32, workers=1, device="cpu")
-    monkeypatch.setattr(finetune.ViewDataset, "__getitem__", lambda self, i: os.kill(os.getpid(), signal.SIGKILL))
+    """Also while the network computes: torch's handler would raise right there."""
+    files, read = data.list_videos(toy, "val"), finetune.ViewDataset.__getitem__
+    cfg = Config(model="videomae", frames=8, stride=1, sampling="dense", img_size=32, batch=1, workers=1, device="cpu")
+    kill = lambda self, i: os.kill(os.getpid(), signal.SIGKILL) if i == 4 else read(self, i)  # asked for after batch 0
+    monkeypatch.setattr(finetune.ViewDataset, "__getitem__", kill)
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)  # as in a new process
     model = tiny()
     with pytest.raises(InputError, match="the loader failed: .*(killed|exited)"):
-        finetune.run_views(model, files, cfg, 1, 1, model.answers)
+        finetune.run_views(model, files, cfg, 1, 1, lambda x: (time.sleep(1), model.answers(x))[1])
 
 
 def test_mean_iou_is_that_of_a_loop_and_void_counts_neither_as_truth_nor_as_a_class():

@@ -61,7 +61,7 @@ def used_by(name, definition):
 
 
 def named(name, part):
-    """The banner of a part -> {(file, definition)} item by item, packages. "parts 1-3" of a file are three items."""
+    """The banner of a part -> (whether it is a whole part, {(file, definition)}) item by item, packages."""
     items, packages = [], set()
     for group in read(name)[1][part].split("; "):
         file, _, rest = group.partition(".py ") if ".py " in group else (name, "", group)
@@ -73,8 +73,8 @@ def named(name, part):
                 number = re.fullmatch(r"(?:part )?(\d)", item)
                 defined = read(file)[0]
                 inside = {d for d, (p, _) in defined.items() if number and p == f"part {number[1]}"}
-                items.append({(file, d) for d in inside or fnmatch.filter(defined, item)})
-                assert items[-1], f"{name}.py, {part}: its banner names {item}, which is not in {file}.py"
+                items.append((bool(number), {(file, d) for d in inside or fnmatch.filter(defined, item)}))
+                assert items[-1][1], f"{name}.py, {part}: its banner names {item}, which is not in {file}.py"
     return items, packages
 
 
@@ -86,11 +86,9 @@ def lift(name, part):
         done.add((file, one))
         defined = read(file)[0]
         found |= {(file, d) for d, (p, _) in defined.items() if p == one}
-        for item in named(file, one)[0]:
+        for whole, item in named(file, one)[0]:
             found |= item
-            parts = {(f, read(f)[0][d][0]) for f, d in item}
-            whole = {(f, p) for f, p in parts if len(item) > 1 and p.startswith("part")}
-            todo += whole - done
+            todo += {(f, read(f)[0][d][0]) for f, d in item if whole} - done
     return found
 
 
@@ -103,11 +101,12 @@ def test_a_banner_names_what_its_part_needs_and_nothing_else(name, part):
     own = {d for d, (p, _) in read(name)[0].items() if p == part}
     used = [used_by(name, d) for d in own]
     direct = set().union(*(ours for ours, _ in used)) - {(name, d) for d in own}
-    assert set().union(*(p for _, p in used)) <= packages
-    assert direct <= set().union(*items), direct - set().union(*items)
+    assert set().union(*(p for _, p in used)) == packages
+    told = set().union(*(item for _, item in items))
+    assert direct <= told, direct - told
     # a name that stands alone may be there for another one's sake
-    needed = direct | set().union(*(used_by(f, d)[0] for item in items if len(item) == 1 for f, d in item))
-    for item in items:
+    needed = direct | set().union(*(used_by(f, d)[0] for whole, item in items if not whole for f, d in item))
+    for _, item in items:
         assert item & needed, f"not needed: {sorted(item)}"
     everything = lift(name, part)
     for file, definition in everything:
