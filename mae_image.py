@@ -402,7 +402,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 5  # how often pictures are drawn, evenly over the run, the last at its end; before it once more
+    pictures: int = 5  # how often pictures are drawn, evenly over the run, the last at its end; and once before
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
@@ -527,7 +527,7 @@ def load_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a damaged file
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # those two: cut off
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # they mean cut off
             inside = f"; did you mean {path}/checkpoint.pt?" if os.path.isdir(path) else ""
             raise InputError(f"cannot read checkpoint {path}: {error.strerror}{inside}") from None
         code = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)

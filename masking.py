@@ -8,6 +8,7 @@ autoencoder hides most of them and asks a network to paint them back. The five p
     VideoMAE  Tong et al. 2022, arXiv 2203.12602       tubes 90 %  (small sets 75 %)  tube_mask
     MAE-ST    Feichtenhofer et al. 2022, 2205.09113    random in space-time 90 %      random_mask
     OmniMAE   Girdhar et al. 2022, arXiv 2206.08356    images 90 %, videos 95 %       random_mask
+              its public code has, too                                                causal_mask
     MultiMAE  Bachmann et al. 2022, arXiv 2204.01678   1/6 visible over modalities    dirichlet_mask
     ablations MAE Fig. 6, MAE-ST Fig. 4, VideoMAE Table 1(b)                          block_mask, grid_mask, frame_mask
 

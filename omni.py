@@ -345,7 +345,7 @@ class Config:
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
-    pictures: int = 5  # how often pictures are drawn, evenly over the run, the last at its end; before it once more
+    pictures: int = 5  # how often pictures are drawn, evenly over the run, the last at its end; and once before
     smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 

@@ -26,7 +26,7 @@ def test_every_command_of_a_claim_is_one_that_its_script_takes(number, tmp_path)
         for script, *flags in map(str.split, commands):
             module = importlib.import_module(scripts.get(script, script).removesuffix(".py"))
             mae_image.parse_config(module.Config, module.PRESETS, "", flags)
-    assert all(arm in claim.arms for pair in claim.pairs for arm in pair)
+    assert all(arm in claim.arms for pair in claim.pairs for side in pair for arm in side.split(" - "))
 
 
 def test_a_tiny_run_ends_in_verdicts_and_is_not_repeated(run, toy, tmp_path):
@@ -71,6 +71,14 @@ def test_a_verdict_compares_the_mean_difference_of_pairs_with_its_spread(tmp_pat
     rows = capsys.readouterr().out.splitlines()
     assert rows[2].startswith("| toy | a - b | ") and rows[2].endswith(f"{verdict} |"), rows
     assert f"| b | {100 * np.mean(list(worse.values())):.1f} ± " in rows[1] and f"2.5 min, then {len(gaps)} x 1.5 min" in rows[1]
+
+
+def test_two_gains_are_compared_run_by_run(tmp_path, capsys):
+    runs = {"a": (0.9, 0.8), "b": (0.5, 0.5), "c": (0.6, 0.7), "d": (0.4, 0.5)}
+    claim, after = made_up(tmp_path, {arm: {(1, seed): v for seed, v in enumerate(values)} for arm, values in runs.items()})
+    claim.pairs = (("a - b", "c - d"),)  # 0.4 - 0.2 and 0.3 - 0.2
+    claims.show("toy", claim, after, types.SimpleNamespace(work=tmp_path, quick=False, folds=3))
+    assert capsys.readouterr().out.splitlines()[-1] == "| toy | a - b - (c - d) | +15.0 ± 7.1, +10.0 to +20.0 | holds |"
 
 
 def test_ridge_regression_is_that_of_the_normal_equations_and_chooses_its_strength_on_training_files():

@@ -69,7 +69,7 @@ def named(name, part):
         for item in rest.replace("parts ", "part ").split(", "):
             if item in PACKAGES.values():
                 packages.add(item)
-            elif item not in ("math", "nothing"):
+            elif item != "math":
                 number = re.fullmatch(r"(?:part )?(\d)", item)
                 defined = read(file)[0]
                 inside = {d for d, (p, _) in defined.items() if number and p == f"part {number[1]}"}
