@@ -166,7 +166,9 @@ CLAIMS = {
                 (("tube, 90%", "random, 90%"), ("tube, 75%", "random, 75%"), ("tube, 75%", "frame, 75%"))),
     "S1": Claim("MAE-ST Fig. 6, VideoMAE Table 1(b)", "a very high masking ratio is best",
                 "MAE-ST: 90 % best, 75 and 50 % worse (a figure); VideoMAE, SSv2: tube 90 % 69.6, 75 % 68.0", ("lips20",),
-                {f"{r:.0%}": Arm(f"--mask tube --mask-ratio {r}") for r in (0.5, 0.75, 0.9)}, (("90%", "75%"), ("90%", "50%"))),
+                # 85 % is what VIDEO has, above: lips20 is pretrained so in the other claims
+                {"50%": Arm("--mask tube --mask-ratio 0.5"), "75%": Arm("--mask tube --mask-ratio 0.75"), "85%": PRETRAINED,
+                 "90%": Arm("--mask tube --mask-ratio 0.9")}, (("90%", "75%"), ("90%", "50%"))),
     "S8": Claim("MAE Table 1(d), MAE-ST Table 2(b)", "the normalised target is the better one", "+0.5, +0.6", ("lips20",),
                 {"raw": Arm("--no-norm-pix"), "normalised": PRETRAINED}, (("normalised", "raw"),)),
     "S4": Claim("MAE-ST Table 2(d)", "several clips of every decoded video: less time at as many samples, no loss", "1.8x, 3.0x faster",
