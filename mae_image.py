@@ -476,6 +476,9 @@ def read_config(Config, presets, doc, script, limits=(), may_change=(), adapt=No
     if content.get("script") != script:
         raise InputError(f"{cfg.out} holds a run of {content.get('script')}.py, not of {script}.py")
     saved, may_change = content["config"], (*MAY_CHANGE, *may_change)
+    if other := saved.keys() ^ {f.name for f in dataclasses.fields(Config)}:
+        raise InputError(f"the run in {cfg.out} was begun with another version of {script}.py, which differs in "
+                         f"{', '.join(sorted(other))}: go on with that, or --init {cfg.out}/checkpoint.pt")  # fmt: skip
     for name, value in given.items():
         if name not in may_change and value != saved[name]:
             flag = "--" + name.replace("_", "-")
@@ -527,7 +530,7 @@ def load_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a damaged file
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # they mean cut off
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # torch's own for a file cut off
             inside = f"; did you mean {path}/checkpoint.pt?" if os.path.isdir(path) else ""
             raise InputError(f"cannot read checkpoint {path}: {error.strerror}{inside}") from None
         code = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
@@ -576,6 +579,8 @@ def load_weights(model, path, script):
         wrong += [f"{theirs[k]} heads in {k}, here {heads[k]}" for k in heads if heads[k] != theirs[k]]
         if made.get("norm_pix", getattr(model, "norm_pix", None)) != getattr(model, "norm_pix", None):
             said = f"; its decoder was trained with --{'no-' * model.norm_pix}norm-pix"
+        if (side := made["img_size"] // made["patch"]) != (here := model.grid[1]):
+            said += f"; it was trained on {side} x {side} patches: the positions of {here} x {here} are new"
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         flags = " ".join(f"--{k.replace('_', '-')} {made[k]}" for k in SHAPES if k in made) or "its --size and --patch"
@@ -653,8 +658,9 @@ def pieces_of(cfg, world, repeat):
     """Forward-backward passes of an update, over all processes.   Raises InputError if they cannot be of one size."""
     pieces = world * cfg.accum
     if cfg.batch % (pieces * repeat):
-        raise InputError(f"--batch {cfg.batch} cannot be shared by {world} processes x --accum {cfg.accum} x "
-                         f"{repeat} clips of one video: use a multiple of {pieces * repeat}")  # fmt: skip
+        factors = ((world, "processes"), (cfg.accum, "pieces (--accum)"), (repeat, "clips of one video (--repeat)"))
+        shares = " x ".join(f"{n} {what}" for n, what in factors if n > 1)
+        raise InputError(f"--batch {cfg.batch} cannot be shared by {shares}: use a multiple of {pieces * repeat}")
     return pieces
 
 
@@ -798,7 +804,7 @@ class Run:
         self.extra = extra or {}  # what else a script wants to find in its checkpoint
         self.out, self.cfg, self.script, self.writes = out, cfg, script, writes
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.step, self.losses, self.scores = 0, [], {"chance": float("nan"), "val_loss": float("nan")}
+        self.saved_step, self.losses, self.scores = 0, [], {"chance": float("nan"), "val_loss": float("nan")}
         self.broken, self.began, self.save_seconds, self.saved_at, self.board = {}, time.perf_counter(), 0.0, 0.0, None
 
     def open(self):
@@ -809,7 +815,7 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            self.step, self.losses, self.scores = state["step"], state["losses"], state["scores"]
+            self.saved_step, self.losses, self.scores = state["step"], state["losses"], state["scores"]
         elif self.writes and checkpoint.exists() and not load_file(checkpoint).get("config", {}).get("smoke"):
             raise InputError(f"{self.out} already holds a run: --resume to go on with it, or another --out")
         if self.writes:
@@ -829,8 +835,8 @@ class Run:
 
                 self.board = SummaryWriter(self.out)
             if self.cfg.resume:
-                self.say(f"resumed {self.out} after update {self.step}")
-        return self.step
+                self.say(f"resumed {self.out} after update {self.saved_step}")
+        return self.saved_step
 
     def lock(self):
         """Two runs in one folder would overwrite each other. The lock ends with the process, however that ends."""
@@ -846,7 +852,7 @@ class Run:
     def belongs(self, line):
         """Whether a line of the log was written before the checkpoint; not one that a crash cut off."""
         try:
-            return json.loads(line)["step"] <= self.step
+            return json.loads(line)["step"] <= self.saved_step
         except (ValueError, KeyError):
             return False
 
@@ -915,10 +921,10 @@ class Run:
             batch, index, broken = next(loader)
         # a worker was killed (OSError or EOFError: while it handed a batch over), or too many files in a row are broken
         except (RuntimeError, OSError, EOFError, InputError) as error:
-            if step > self.step:
+            if step > self.saved_step:
                 self.losses = [float(x) for x in self.losses]
                 self.save(step, must=True)
-            hint = f"; go on with --resume --out {self.out}" if self.step else ""
+            hint = f"; go on with --resume --out {self.out}" if self.saved_step else ""
             sys.exit(f"{self.script}.py: the loader failed: {last_line(error)}{hint}")
         self.wait += time.perf_counter() - tick
         self.report_broken(broken)
@@ -951,9 +957,9 @@ class Run:
                 "script": self.script, "config": dataclasses.asdict(self.cfg), "step": done, "losses": self.losses,
                 "scores": self.scores, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), **self.extra})  # fmt: skip
-            self.step = done
+            self.saved_step = done
         except OSError as error:
-            self.say(f"warning: {error}; the checkpoint of update {self.step} stays")
+            self.say(f"warning: {error}; the checkpoint of update {self.saved_step} stays")
             if must:
                 sys.exit(1)
         self.saved_at = time.perf_counter()
@@ -965,8 +971,9 @@ class Run:
                      + ", ".join(sorted(self.broken)[:20]))  # fmt: skip
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        if self.writes and self.step < total:
-            print(f"stopped after update {self.step}; go on with: python {self.script}.py --resume --out {self.out}")
+        if self.writes and self.saved_step < total:
+            how = f"python {self.script}.py --resume --out {self.out}"
+            print(f"stopped after update {self.saved_step}; go on with: {how}")
             sys.exit(130)  # what a shell expects after Ctrl-C
         if total:
             self.say(f"weights in {self.out}/checkpoint.pt")

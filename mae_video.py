@@ -10,7 +10,7 @@ Covers  VideoMAE Sec. 3.3 "cube embedding", Table 8      patchify, PatchEmbed wi
         MAE-ST Sec. 3 "Autoencoding", one frame a cube   MAEST.target_patches, target_frames
         MAE-ST Sec. 4 "Architecture", separable tables   MAEST.positions
         MAE-ST Sec. 4 "Data pre-processing", Table 2(d)  --repeat (repeated sampling), data.ClipDataset
-Not     fine-tuning (finetune.py); MAE-ST's joint space-time table is there, its HOG and dVAE targets are not.
+Not     fine-tuning (finetune.py); MAE-ST's HOG and dVAE targets (Table 2(b)).
 
 What changes against mae_image.py, and where the two papers part:
                      MAE                     MAE-ST                            VideoMAE
@@ -94,7 +94,8 @@ def sinusoid(width, N):
 def resize_table(table, old, new, mode="bicubic"):
     """Positions of one token grid (t, h, w) for another: by `mode` over rows and columns, linear over time slots.
 
-    table (1, N, D) -> (1, N', D).   As public code resizes MAE's and MAE-ST's tables for fine-tuning.
+    table (1, N, D) -> (1, N', D).   Over space as MAE's public code does for
+    fine-tuning; linear over time is ours.
     """
     (t, h, w), D = old, table.shape[2]
     x = table.reshape(t, h, w, D).permute(0, 3, 1, 2)  # (t, D, h, w)
@@ -357,7 +358,7 @@ class MAEST(nn.Module):
         table, cls_row = self.positions("decoder_")
         vis = self.decoder_embed(latent[:, self.cls :])  # (B, K, E)
         x = restore(vis, mask, self.mask_token) + table  # (B, N, E)
-        if self.cls:  # DIFFERS from MAE: not the encoder's class token but the decoder's own
+        if self.cls:  # important: not the encoder's, as in MAE, but the decoder's own
             x = torch.cat([(self.decoder_cls_token + cls_row).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
@@ -444,7 +445,7 @@ class Config:
     epochs: int = 70  # passes over the videos; each gives --repeat clips
     batch: int = 16  # clips per update, over all processes, accumulation steps and repeats
     accum: int = 1  # forward-backward passes per update: raise it when memory runs out
-    lr: float = 8e-2  # base rate, for a batch of 256; papers and public codes: 1.5e-4 to 1.6e-3, for much longer runs
+    lr: float = 8e-2  # base rate, for a batch of 256; papers and public codes: 1.5e-4 to 4e-4, for much longer runs
     min_lr: float = 0.0  # base rate at the end of the cosine; VideoMAE: 1e-5
     warmup: float = 5  # epochs of linear warm-up
     weight_decay: float = 0.05  # of matrices; vectors have none

@@ -1,14 +1,14 @@
 """masking.py - which tokens does the encoder not get to see?
 
 An image or a clip becomes a grid of tokens, t time slots x h rows x w columns (t = 1 for an image). A masked
-autoencoder hides most of them and asks a network to paint them back. The five papers differ above all in
-*how the hidden ones are chosen*; this file holds every kind, and the gather / scatter that obeys a mask.
+autoencoder hides most of them and asks a network to paint them back. *How the hidden ones are chosen* is one
+thing in which papers differ; this file holds every kind, and the gather / scatter that obeys a mask.
 
     MAE       He et al. 2021, arXiv 2111.06377         random 75 %                    random_mask
     VideoMAE  Tong et al. 2022, arXiv 2203.12602       tubes 90 %  (small sets 75 %)  tube_mask
     MAE-ST    Feichtenhofer et al. 2022, 2205.09113    random in space-time 90 %      random_mask
     OmniMAE   Girdhar et al. 2022, arXiv 2206.08356    images 90 %, videos 95 %       random_mask
-              its public code has, too                                                causal_mask
+              also in its public code:           the last tokens in raster order       causal_mask
     MultiMAE  Bachmann et al. 2022, arXiv 2204.01678   1/6 visible over modalities    dirichlet_mask
     ablations MAE Fig. 6, MAE-ST Fig. 4, VideoMAE Table 1(b)                          block_mask, grid_mask, frame_mask
 
@@ -237,7 +237,7 @@ def restore(vis, mask, token):
 
 
 def run_script(main):
-    """Call main(); an InputError, or a path that the system refuses, becomes one line and exit code 2.
+    """Call main(); an InputError, a path that the system refuses or a full GPU becomes one line and exit code 2.
 
     A traceback is for our own mistakes only."""
     for stream in (sys.stdout, sys.stderr):  # a file name need not be valid in the terminal's encoding
@@ -249,6 +249,10 @@ def run_script(main):
         if not isinstance(error, InputError) and error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
             raise
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {last_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        what = "the memory of the GPU is full: raise --accum if the script has it, or lower --batch or the sizes"
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {what}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -8,7 +8,7 @@ Covers  Fig. 1, "1/6 of the patches visible over all modalities"    masking.diri
         public code, one encoder and one global token               MultiMAE.forward_encoder
         public code, a cross-attention decoder for each task        Decoder
         public code, masked losses per sample                       MultiMAE.task_losses, masked_mean
-        public code, robustly standardised depth                    standardise
+        public code, robustly standardised depth                    standardise_depth
         Fig. 1, any input predicts any output                       paint_from; cross_modal: how well from RGB alone
 Not     the uncertainty weighting of the losses; DPT and ConvNeXt heads (finetune.py has plain linear ones).
 
@@ -21,11 +21,11 @@ What changes against mae_image.py:
     extra token      class token, in front       global token, at the end, without position
     encoder's norm   at the end                  none
     decoder          self-attention on all       queries of one task look at the visible tokens of all modalities
-    patch values     (row, column, channel)      (channel, row, column)
+    predicted patch  (row, column, channel)      (channel, row, column)
     loss             mean over hidden patches    mean over hidden patches of each sample, then over samples
 
 Run     python multimae.py                                    (6 min on 2 CPU cores: the toy world's three maps)
-        python multimae.py --epochs 80 --alpha 0.3 --visible 0.33     (half an hour: also RGB alone -> depth, classes)
+        python multimae.py --epochs 80 --alpha 0.3 --visible 0.33     (half an hour: RGB alone gives depth and classes)
         python multimae.py --data FOLDER --modalities rgb,semseg --classes 12    (FOLDER/rgb, FOLDER/semseg)
         python multimae.py --resume                           (goes on where a run was stopped)
         It ends with "done: ... see runs/multimae".
@@ -84,7 +84,7 @@ class ClassEmbed(nn.Module):
         return F.linear(x, self.proj.weight.movedim(1, -1).flatten(1), self.proj.bias)
 
 
-def standardise(depth):
+def standardise_depth(depth):
     """Each depth map by mean and deviation of its middle 80 % of values: the public code.   (B, 1, H, W) -> the same
 
     The nearest and farthest tenth, often errors of a sensor, have no say; unbiased variance, epsilon inside the root.
@@ -187,7 +187,7 @@ class MultiMAE(nn.Module):
             number of visible tokens is the same in every row, its share of a modality is not
     loss    float32 scalar, the sum over tasks;   preds {task: (B, N, P)}, values (channel, row, col)
 
-    modalities  inputs that the model knows;   tasks: the same, and norm_rgb (patches normalised as MAE's) with rgb
+    modalities  inputs that the model knows. It paints the same, and with rgb also norm_rgb, patches normalised as MAE's
     size        name in ENCODERS, or (width, blocks, heads)
     decoder     (width, blocks, heads); published (256, 2, 8)
     ignore      class number that has no part in the loss (void), -1: none
@@ -242,7 +242,7 @@ class MultiMAE(nn.Module):
             if m == "rgb":
                 inputs[m] = normalize(x, self.MEAN, self.STD)
             elif m == "depth":
-                inputs[m] = standardise((x[..., 0].float() * 256 + x[..., 1].float())[:, None] / 65536)
+                inputs[m] = standardise_depth((x[..., 0].float() * 256 + x[..., 1].float())[:, None] / 65536)
             else:  # one pixel of every 4 x 4
                 inputs[m] = x[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE, 0].long()
         return inputs
@@ -294,7 +294,9 @@ class MultiMAE(nn.Module):
         return x
 
     def forward_decoder(self, latent, inputs, mask):
-        """Every task from the same latent.   -> {task: (B, N, P)}"""
+        """Every task from the same latent.   -> {task: (B, N, P)}
+
+        DIFFERS from the official code: there the decoder of the classes runs in float32, here as the others."""
         table = self.resize(self.decoder_pos_embed, inputs, "bilinear")
         return {t: d(latent, mask, self.given(inputs), table) for t, d in self.output_adapters.items()}
 
@@ -351,14 +353,12 @@ class MultiMAE(nn.Module):
 def masked_mean(error, count):
     """Mean over what counts in each sample, then over samples.   error (B, ...), count (B, ...) bool -> scalar
 
-    important: a sample in which nothing counts is left out before the division. The public code divides 0 by 0 and
-    drops the NaN afterwards, but its gradient has spread by then.
+    important: a sample in which nothing counts has the mean 0 and is not among those that are averaged. The public code
+    divides 0 by 0 and drops the NaN afterwards, but its gradient has spread by then.
     """
-    n = count.flatten(1).sum(dim=1)
-    if not n.any():
-        return error.sum() * 0
-    means = (error * count).flatten(1).sum(dim=1)[n > 0] / n[n > 0]
-    return means.mean()
+    n = count.flatten(1).sum(dim=1)  # (B,)
+    means = (error * count).flatten(1).sum(dim=1) / n.clamp(min=1)
+    return means.sum() / (n > 0).sum().clamp(min=1)
 
 
 # ============================================================================================================

@@ -1,10 +1,10 @@
-"""omni.py - one plain ViT for images and videos: an image is a clip of one cube.
+"""omni.py - one plain ViT for images and videos: an image is a clip that is one cube long.
 
 Paper   OmniMAE: Single Model Masked Pretraining on Images and Videos. Girdhar, El-Nouby, Singh, Alwala, Joulin,
         Misra, 2022, arXiv 2206.08356. Of the paper itself only the abstract, the start of the introduction and
         the caption of Fig. 1 were read: what goes beyond them follows the public code, and is named so.
 Covers  abstract, "90 % of image and 95 % of video patches"     random_mask on both, --mask-ratio-image, --mask-ratio
-        public code, images as clips of one cube                OmniMAE.as_clip, positions
+        public code, images as clips one cube long              OmniMAE.as_clip, positions
         public code, the decoder                                OmniMAE.forward_decoder
         public code, the target                                 OmniMAE.target_patches, standardise
         public code, joint training in pure batches             JointDataset, joint_plan
@@ -71,7 +71,7 @@ def run_blocks(blocks, groups):
     projections work token by token, so all tokens are packed into one tensor for them: one large matrix product
     instead of two small ones. The result is that of two separate passes (tested).
     """
-    if len(groups) == 1:
+    if len(groups) == 1:  # nothing to pack: the blocks themselves, which in finetune.py do more than the lines below
         for block in blocks:
             groups = [block(groups[0])]
         return groups
@@ -147,7 +147,7 @@ class OmniMAE(nn.Module):
         return normalize(batch, self.MEAN, self.STD)
 
     def as_clip(self, x):
-        """An image is repeated until it fills one cube.   (B, 3, H, W) -> (B, 3, u, H, W); clips stay"""
+        """An image is repeated until it is one cube long.   (B, 3, H, W) -> (B, 3, u, H, W); clips stay"""
         return x[:, :, None].expand(-1, -1, self.tubelet, -1, -1) if x.ndim == 4 else x
 
     def positions(self, N):

@@ -273,7 +273,7 @@ def replay_multimae_pretrain(r):
     depth = torch.from_numpy(a["depth_u8"].astype(np.float32)) / 255
     inputs = {
         "rgb": pixels(r, "rgb_u8"),
-        "depth": multimae.standardise(depth),
+        "depth": multimae.standardise_depth(depth),
         "semseg": torch.from_numpy(a["semseg"]).long(),
     }
     for name, table in (("pos_encoder", model.pos_embed), ("pos_decoder", model.decoder_pos_embed)):

@@ -208,6 +208,13 @@ def test_full_and_encoder_only_public_files_load(tmp_path):
     mae_image.load_weights(model, full, "mae_image")
 
 
+def test_a_checkpoint_of_another_grid_is_taken_and_named(tmp_path):
+    config = {"size": "32x2x4", "decoder_heads": 2, "img_size": 32, "patch": 8}
+    torch.save({"script": "mae_image", "model": tiny().state_dict(), "config": config}, tmp_path / "x.pt")
+    said = lambda side: mae_image.load_weights(MAE(side, 8, (32, 2, 4), (16, 1, 2)), tmp_path / "x.pt", "mae_image")
+    assert "trained on 4 x 4 patches: the positions of 8 x 8 are new" in said(64) and "trained on" not in said(32)
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch hacked",)
@@ -418,12 +425,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path, c
     assert not (tmp_path / "run/checkpoint.pt").exists()  # nothing was saved after it
 
 
-def test_a_run_is_not_overwritten_and_a_finished_one_says_so(straight, refused, run):
+def test_a_run_is_not_overwritten_and_a_finished_one_says_so(straight, refused, run, tmp_path):
     reference, flags = straight
     assert "already holds a run: --resume" in refused(mae_image, *flags, "--out", reference)
     assert "done: " in run("mae_image.py", "--resume", "--out", reference)
     assert "must keep it" in refused(mae_image, "--resume", "--out", reference, "--batch", 32)
     assert "not of mae_video.py" in refused(mae_video, "--resume", "--out", reference)
+    state = torch.load(reference / "checkpoint.pt")
+    state["config"]["colour"] = state["config"].pop("min_crop")
+    (tmp_path / "old").mkdir()
+    torch.save(state, tmp_path / "old/checkpoint.pt")
+    assert "another version of mae_image.py, which differs in colour, min_crop" in refused(
+        mae_image, "--resume", "--out", tmp_path / "old")  # fmt: skip
 
 
 def test_a_smoke_test_does_not_stand_in_the_way_of_the_run(toy, run, refused):

@@ -127,6 +127,15 @@ def test_impossible_ratios_are_named(ratio, message):
         masking.random_mask(1, (1, 4, 4), ratio, seeded())
 
 
+def test_a_full_gpu_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(SystemExit) as end:
+        masking.run_script(main)
+    assert end.value.code == 2 and "raise --accum" in capsys.readouterr().err
+
+
 def test_the_script_shows_and_draws_every_kind(run, tmp_path):
     text = run("masking.py", "--grid", 2, 4, 4)
     assert all(kind in text for kind in [*masking.MASKS, "dirichlet, depth"]) and text.endswith("wrote masks.png\n")

@@ -52,8 +52,8 @@ def test_depth_is_standardised_by_its_middle():
     values = sorted(depth[1].flatten().tolist())[10:90]
     mean = sum(values) / 80
     var = sum((v - mean) ** 2 for v in values) / 79
-    assert torch.allclose(multimae.standardise(depth)[1], (depth[1] - mean) / math.sqrt(var + 1e-6), atol=1e-4)
-    assert torch.isfinite(multimae.standardise(torch.ones(1, 1, 4, 4))).all()
+    assert torch.allclose(multimae.standardise_depth(depth)[1], (depth[1] - mean) / math.sqrt(var + 1e-6), atol=1e-4)
+    assert torch.isfinite(multimae.standardise_depth(torch.ones(1, 1, 4, 4))).all()
 
 
 def test_cross_attention_is_torchs_own():
@@ -268,7 +268,7 @@ def test_maps_become_inputs_and_depth_keeps_its_16_bits(tmp_path):
         "semseg": (1, 8, 8),
     }
     raw = (x[..., 3].float() * 256 + x[..., 4]) / 65536
-    assert torch.equal(got["depth"], multimae.standardise(raw[:, None])) and torch.equal(
+    assert torch.equal(got["depth"], multimae.standardise_depth(raw[:, None])) and torch.equal(
         got["semseg"], x[:, 2::4, 2::4, 5].long()
     )
 
