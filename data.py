@@ -209,7 +209,12 @@ def walk(folder, kinds):
     def fail(error):
         raise InputError(f"cannot list {error.filename}: {error.strerror}")
 
-    for parent, folders, names in os.walk(folder, onerror=fail):
+    seen = set()  # links to folders are followed, but not in circles
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (place := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(kinds) and not name.startswith(".") and os.path.isfile(os.path.join(parent, name)):
@@ -643,8 +648,8 @@ def collate(items):
 
 def make_loader(dataset, batch_sampler, workers, device):
     return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=workers, collate_fn=collate,
-                      worker_init_fn=leave_ctrl_c_to_the_parent, pin_memory=torch.device(device).type == "cuda",
-                      prefetch_factor=4 if workers else None)  # fmt: skip
+                      worker_init_fn=leave_ctrl_c_to_the_parent,
+                      pin_memory=torch.device(device).type == "cuda")  # fmt: skip
 
 
 def leave_ctrl_c_to_the_parent(worker):
@@ -892,10 +897,12 @@ def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400))
     return True
 
 
-def make_toy_if_asked(name, rank, world):
-    """The scripts' default, --data toy: written by the first process while the others wait."""
+def fetch(name, rank, world):
+    """Data that are made or downloaded (--data toy, the default; cifar10, stl10): by the first process, others wait."""
     if name == "toy" and rank == 0:
         make_toy(name)
+    if name.lower() in ("cifar10", "stl10") and rank == 0 and world > 1:
+        list_images(name, "val")  # one archive holds both splits
     if world > 1:
         torch.distributed.barrier()
 
@@ -981,7 +988,9 @@ def thumbnail(pixels):
 
 
 def check(root, sheet):
-    """Decode everything below root, list what is broken, draw a contact sheet. Exit code 1 if anything is broken."""
+    """Decode everything below root, list what is broken, draw a contact sheet.
+
+    Exit code 1 if anything is broken, or a file of the official lists is absent."""
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root} is no folder")
@@ -989,7 +998,7 @@ def check(root, sheet):
     if not paths:
         raise InputError(f"{root} holds no videos and no images")
     official = find_official(root)  # now: half a download should be named before hours of decoding
-    broken, pictures = [], []
+    broken, absent, pictures = [], False, []
     shown = set(np.linspace(0, len(paths) - 1, min(len(paths), 48)).round().astype(int).tolist())
     for i, ((report, error), path) in enumerate(zip(in_parallel(check_file, paths, f"checking {root}"), paths)):
         reason, picture = report or (str(error), None)
@@ -1004,6 +1013,7 @@ def check(root, sheet):
                 count = len(read_official(*official, split, fold, allow_missing=False).paths)
                 print(f"fold {fold} {split}: {count} files listed, all there")
             except InputError as error:
+                absent = True
                 print(f"fold {fold} {split}: {error}")
     if pictures:
         columns = min(8, len(pictures))
@@ -1016,7 +1026,7 @@ def check(root, sheet):
         except (OSError, ValueError) as error:
             raise InputError(f"cannot write {sheet}: {error}") from None
     print(f"{len(paths)} files decoded, {len(broken)} broken")
-    sys.exit(1 if broken else 0)
+    sys.exit(1 if broken or absent else 0)
 
 
 def shrink_file(job):

@@ -462,7 +462,7 @@ class Config:
     data: str = "toy"  # UCF101, HMDB51, a folder, a list file, cifar10 or stl10
     fold: int = 1  # of the official lists: 1, 2 or 3
     allow_missing: bool = False  # a list may name files that are not there: use the others
-    share: float = 1.0  # share of the training files of each class that is used, always the same ones
+    share: float = 1.0  # share of the training files of each class that is used, the same for a --seed
     frames: int = 0  # frames per clip; 0: as in pretraining
     stride: int = 0  # frames from one to the next; 0: as in pretraining
     img_size: int = 0  # side of the square that the model sees; 0: as in pretraining; else positions are resized
@@ -509,7 +509,7 @@ class Config:
     # run
     out: str = "runs/finetune"  # folder for checkpoint, log and predictions
     resume: bool = False  # go on with the run in --out
-    seed: int = 0  # of head, order, crops, drop path
+    seed: int = 0  # of head, order, crops, drop path, --share
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     compile: bool = False  # torch.compile: slow start, faster steps
@@ -593,7 +593,7 @@ def read_init(path):
     model = {"mae_image": "mae", "omni": "omni", "multimae": "multimae"}.get(script, config.get("model"))
     if model not in MODELS:
         raise InputError(f"checkpoint {path} was written by {script}.py, which this version does not know")
-    settings = {k: config[k] for k in LAPTOP if k in config and k != "model"}
+    settings = {k: config[k] for k in (*LAPTOP, "fold") if k in config and k != "model"}
     if script == "multimae":
         settings.update(maps=config["classes"], class_width=config["class_width"])
     if script == "finetune":
@@ -712,7 +712,9 @@ def settle(cfg, found):
         built = {"mode": "finetune", "pool": "mean" if mean else "first", **settings}
         if (cfg.images and not built.get("images", True)) or cfg.mode not in ("finetune", built["mode"]):
             raise InputError(f"--eval-only and --predict test what is in {cfg.init}: leave --images and --mode out")
-        cfg = replace(cfg, **{k: built[k] for k in ("mode", "pool", "images", "inputs") if k in built})
+        if cfg.fold not in (1, fold := built.get("fold", cfg.fold)):
+            raise InputError(f"--fold {cfg.fold}: {cfg.init} was trained on fold {fold}, test files of others among it")
+        cfg = replace(cfg, **{k: built[k] for k in ("mode", "pool", "images", "inputs", "fold") if k in built})
     if cfg.pool == "auto":
         cfg = replace(cfg, pool="first" if cfg.model == "mae" and cfg.mode in PROBES else "mean")
     if not cfg.lr:
@@ -1036,9 +1038,10 @@ def report_dense(answers, cfg, classes, broken=(), last=True):
     return f"{task} {ours:.3f} (the same map for all: {constant:.3f})"
 
 
-def find_init(cfg):
+def find_init(cfg, rank):
     """--init auto: the default run of this script for a test alone, else of mae_video.py (with --model mae: of
-    mae_image.py and so on); or nothing, and how to get it."""
+    mae_image.py and so on); or nothing, that is
+    from scratch, and how to get it."""
     if cfg.init != "auto":
         return cfg.init
     script = {"mae": "mae_image", "omni": "omni", "multimae": "multimae"}.get(cfg.model, "mae_video")
@@ -1046,8 +1049,8 @@ def find_init(cfg):
     path = Path("runs") / script / "checkpoint.pt"
     if path.exists():
         return str(path)
-    if cfg.mode != "scratch":
-        print(f"{path} is not there: run python {script}.py first (4 minutes), or name a file with --init")
+    if cfg.mode != "scratch" and rank == 0:
+        print(f"{path} is not there: run python {script}.py first, or name a file with --init")
     if only_tests(cfg):
         raise InputError("--eval-only and --predict need --init FILE: a checkpoint of this script, or a public "
                          "classifier")  # fmt: skip
@@ -1073,7 +1076,7 @@ def open_aligned(files, cfg, train):
 def open_data(cfg):
     """-> dataset for training, files for training, files for testing."""
     if cfg.model == "multimae" and max(cfg.rand_augment, cfg.erase, cfg.mixup, cfg.cutmix) > 0:
-        raise InputError("--rand-augment, --erase, --mixup and --cutmix are for RGB alone: set them to 0 for multimae")
+        raise InputError("--rand-augment, --erase, --mixup and --cutmix are not built for multimae: set them to 0")
 
     def open_files(split):
         if cfg.model == "multimae":
@@ -1106,13 +1109,18 @@ def main():
     if cfg.resume:  # the weights come later, with the optimiser; how MAE-ST was built is seen in the file alone
         found = read_init(Path(cfg.out) / "checkpoint.pt")
     else:
-        init = find_init(cfg)
+        init = find_init(cfg, rank)
         found = read_init(init) if init else None
+        if not init and cfg.mode == "finetune":
+            cfg = replace(cfg, mode="scratch")
         cfg = settle(replace(cfg, init=init), found)
+        seen = found.settings.get("fold", cfg.fold) if found and cfg.mode != "scratch" else cfg.fold
+        if seen != cfg.fold and rank == 0:
+            print(f"warning: {init} has seen fold {seen}: of the same data, that is test files of fold {cfg.fold}")
     torch.manual_seed(cfg.seed)
     if cfg.predict:
         return predict(cfg, found, device)
-    data.make_toy_if_asked(cfg.data, rank, world)
+    data.fetch(cfg.data, rank, world)
     train, train_files, test_files = open_data(cfg)
     classes = train.classes
     if cfg.eval_only and len(classes) != (known := classes_of(found, cfg.init)):
@@ -1153,7 +1161,12 @@ def main():
         if not cfg.eval_only:
             run, finished = train_classifier(model, train, look, cfg, {"classes": list(classes)})
         if finished:
-            results, broken = test(cfg.clips, cfg.crops)
+            try:
+                results, broken = test(cfg.clips, cfg.crops)
+            except (KeyboardInterrupt, InputError):
+                if run and rank == 0:
+                    print(f"\nthe training is saved, its test is not done: python finetune.py --resume --out {cfg.out}")
+                raise
     if finished and rank == 0:
         result = (report_dense(results, cfg, cfg.maps, broken) if cfg.dense else
                   report(results, test_files, classes, cfg, broken))  # fmt: skip

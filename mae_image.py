@@ -1083,7 +1083,7 @@ def check_mask(mask, what="", hint="raise the mask ratio"):
 def main():
     cfg = read_config(Config, PRESETS, __doc__, "mae_image")
     rank, world, device = start_processes(cfg)
-    data.make_toy_if_asked(cfg.data, rank, world)
+    data.fetch(cfg.data, rank, world)
     torch.manual_seed(cfg.seed)
     decoder = (cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
     model = MAE(cfg.img_size, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)

@@ -506,7 +506,7 @@ def write_strips(pictures, titles, path, note):
 def main():
     cfg = read_config(Config, PRESETS, __doc__, "mae_video")
     rank, world, device = start_processes(cfg)
-    data.make_toy_if_asked(cfg.data, rank, world)
+    data.fetch(cfg.data, rank, world)
     torch.manual_seed(cfg.seed)
     decoder = (cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
     model = MODELS[cfg.model](cfg.frames, cfg.img_size, cfg.tubelet, cfg.patch, encoder_size(cfg.size), decoder,

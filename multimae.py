@@ -623,7 +623,7 @@ def main():
     modalities = parse_modalities(cfg.modalities)
     if cfg.ignore >= cfg.classes:
         raise InputError(f"--ignore {cfg.ignore}: --classes {cfg.classes} allows 0 to {cfg.classes - 1}, -1 is none")
-    data.make_toy_if_asked(cfg.data, rank, world)
+    data.fetch(cfg.data, rank, world)
     torch.manual_seed(cfg.seed)
     decoder = (cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
     model = MultiMAE(cfg.img_size, cfg.patch, encoder_size(cfg.size), decoder, modalities, cfg.classes, cfg.class_width,

@@ -384,7 +384,7 @@ def main():
     cfg = read_config(Config, PRESETS, __doc__, "omni", limits=LIMITS)
     rank, world, device = start_processes(cfg)
     for name in sorted({cfg.data, cfg.images}):
-        data.make_toy_if_asked(name, rank, world)
+        data.fetch(name, rank, world)
     torch.manual_seed(cfg.seed)
     decoder = (cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
     model = OmniMAE(cfg.frames, cfg.img_size, cfg.tubelet, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)

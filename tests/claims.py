@@ -8,8 +8,8 @@
 A claim compares arms: each is a pretraining (or none) and a fine-tuning, run through the scripts' command lines for
 every split of the data and every seed. Pretraining sees the training files of the split, without labels, and is
 shared by the seeds of a split (except where its own loss is the result). What is reported is the last epoch on the
-test files. Runs that are done are kept in --work and not repeated, those that were cut off go on; after a change of
-SETS use a new --work. Real data: set MAE_TEST_DATA to a folder with lips20/, gestures10/, sprites5/ and others.
+test files. Runs that are done are kept in --work and not repeated; those that were cut off go on, and their minutes
+are of the last part; after a change of SETS use a new --work. Real data: set MAE_TEST_DATA to a folder with lips20/, gestures10/, sprites5/ and others.
 
 The verdict is by rule: "holds" if the difference is, on average, larger than its spread over splits and seeds and
 has the paper's sign; "does not hold here" if the sign is the other; else "cannot be seen at this size" or, where the
@@ -18,6 +18,7 @@ paper says "as good as", "no difference can be seen at this size".
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import shutil
@@ -278,7 +279,9 @@ def prepare(name, short, args):
     elif short:
         shutil.rmtree(part, ignore_errors=True)  # what an earlier call left
         command = [sys.executable, ROOT / "data.py", "shrink", source, part, "--short-side", str(short)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        with open(f"{folder}.log", "w") as log:
+            if subprocess.run(command, stdout=log).returncode not in (0, 1):  # 1: broken files are left out
+                raise SystemExit(f"{name} could not be shrunk: see {folder}.log")
         part.rename(folder)
     elif source.is_dir():
         folder.symlink_to(source)
@@ -314,6 +317,7 @@ def ridge(train, labels, test, classes, strengths=(1, 10, 100, 1000)):
     return fit(a, onehot, b, strengths[int(np.argmax(score))]).argmax(1)
 
 
+@functools.cache
 def trivial_baselines(folder, fold):
     """{name: accuracy} of what needs no network: a model below the best of these has learnt nothing about motion.
 

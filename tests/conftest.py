@@ -1,7 +1,8 @@
 """Helpers of the tests: a small toy world, and a way to run the scripts as a user does.
 
-Real data is optional: set MAE_TEST_DATA to a folder with gestures10/, real_clips/ucf101/ and real_clips/hmdb51/
-(the last two in the official layouts); tests that need it are skipped otherwise.
+Real data is optional: set MAE_TEST_DATA to a folder with gestures10/, real_clips/ucf101/ and real_clips/hmdb51/ (all
+three in the official layouts), camvid128.tar.gz and, if there, lips20/, sprites5/ and weizmann4/; tests that need it are
+skipped otherwise.
 """
 
 import os

@@ -487,6 +487,15 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
         list(data.walk(tmp_path, data.IMAGE))
 
 
+def test_linked_folders_are_walked_but_not_in_circles(tmp_path):
+    (tmp_path / "there").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "there/0.png")
+    (tmp_path / "root/a").mkdir(parents=True)
+    (tmp_path / "root/b").symlink_to(tmp_path / "there")
+    (tmp_path / "there/up").symlink_to(tmp_path / "root")
+    assert list(data.walk(tmp_path / "root", data.IMAGE)) == [tmp_path / "root/b/0.png"]
+
+
 def test_photographs_are_turned_as_their_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -605,6 +614,9 @@ def test_check_decodes_everything_and_lists_what_is_broken(run, tmp_path, ucf):
     (ucf / "UCF-101/ApplyLipstick/v_ApplyLipstick_g01_c01.avi").write_text("no video")
     text = run("data.py", "check", ucf, "--sheet", "a.png", code=1)
     assert "broken: " in text and "v_ApplyLipstick_g01_c01.avi" in text and "4 files decoded, 1 broken" in text
+    (ucf / "UCF-101/ApplyLipstick/v_ApplyLipstick_g01_c01.avi").unlink()
+    text = run("data.py", "check", ucf, code=1)
+    assert "3 files decoded, 0 broken" in text and "1 of 2 files listed" in text
 
 
 def test_shrink_keeps_names_lists_and_frames_and_can_go_on(run, tmp_path, ucf):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,10 +294,10 @@ def test_nearest_neighbours_are_those_of_a_loop():
         assert torch.allclose(vote, want / want.sum(), atol=1e-4)
 
 
-def test_training_and_test_files_never_share_a_group(toy, request):
-    sets = [toy] + [request.getfixturevalue("real") / n for n in ("gestures10", "lips20", "sprites5", "weizmann4")
-                    if os.environ.get("MAE_TEST_DATA")]  # fmt: skip
-    for root in sets:
+def test_training_and_test_files_never_share_a_group(toy):
+    real = Path(os.environ.get("MAE_TEST_DATA") or "nowhere")
+    names = [n for n in ("gestures10", "lips20", "sprites5", "weizmann4") if (real / n).is_dir()]
+    for root in [toy, *(real / n for n in names)]:
         for fold in (1, 2, 3):
             groups = [
                 {re.search(r"_g(\d+)_", p)[1] for p in data.list_videos(root, s, fold).paths} for s in ("train", "val")
@@ -585,6 +586,46 @@ def test_a_run_that_began_from_a_joint_table_of_mae_st_goes_on(pretrained, run, 
     run("finetune.py", *TINY, *flags, "--out", tmp_path / "j")
     text = run("finetune.py", "--resume", "--out", tmp_path / "j")
     assert "from scratch" not in text and "done: top-1" in text
+
+
+def test_a_classifier_is_tested_on_the_fold_it_was_trained_on(tmp_path):
+    model = tiny(classes=3)
+    config = {**vars(Config(mode="finetune", model="videomae", size="32x3x4", frames=8, img_size=32, patch=8, tubelet=2,
+                            fold=2, inputs="rgb"))}  # fmt: skip
+    torch.save({"script": "finetune", "model": model.state_dict(), "config": config}, tmp_path / "x.pt")
+    found = finetune.read_init(tmp_path / "x.pt")
+    settle = lambda **given: finetune.settle(Config(init="x.pt", **given), found)
+    assert settle(eval_only=True).fold == settle(eval_only=True, fold=2).fold == 2
+    with pytest.raises(InputError, match="was trained on fold 2"):
+        settle(eval_only=True, fold=3)
+    assert settle().fold == 1
+
+
+def test_a_start_that_has_seen_another_fold_is_named(pretrained, run):
+    warning = "has seen fold 1: of the same data, that is test files of fold 2"
+    flags = ["finetune.py", *TINY, "--smoke", "--fold", 2]
+    assert warning in run(*flags, "--out", "fold2", cwd=pretrained)
+    assert "has seen" not in run(*flags, "--mode", "scratch", "--out", "fold2s", cwd=pretrained)
+
+
+def test_without_a_pretrained_run_it_is_from_scratch_and_says_so(toy, run, tmp_path):
+    said = run("finetune.py", *TINY, "--smoke", "--data", toy)
+    assert "runs/mae_video/checkpoint.pt is not there" in said
+    assert json.loads((tmp_path / "runs/finetune/results.json").read_text())["mode"] == "scratch"
+
+
+def test_a_last_test_that_is_stopped_says_how_to_do_it_again(pretrained, run, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(pretrained)
+    monkeypatch.setattr(finetune, "run_views", stop)
+    flags = [*TINY, "--check-every", 0, "--out", "stopped"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main()
+    assert "its test is not done: python finetune.py --resume --out stopped" in capsys.readouterr().out
+    assert "done: top-1" in run("finetune.py", "--resume", "--out", "stopped", cwd=pretrained)
 
 
 def test_a_classifier_is_not_tested_on_classes_of_other_names(tuned, toy, refused, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import finetune
 import mae_image
 import mae_video
 import masking
@@ -170,6 +171,19 @@ def test_shape_comments_of_the_multimodal_model_are_true():
     letters = dict(B=2, C=3, H=16, W=16, N=4, K=5, D=36, E=20)
     checked = check_shapes(ROOT / "multimae.py", letters, lambda: model(inputs, mask))
     assert len(checked) >= 6, sorted(checked)
+
+
+def test_shape_comments_of_the_classifier_and_the_other_masks_are_true():
+    model = finetune.Classifier(mae_video.MAEST(6, (16, 24), 2, 4, (36, 1, 3), (20, 1, 4), cls=False), 5)
+    letters = dict(B=2, D=36, N=72, t=3, h=4, w=6)
+    checked = check_shapes(ROOT / "finetune.py", letters, lambda: model(torch.randn(2, 3, 6, 16, 24)))
+    assert len(checked) >= 2, sorted(checked)
+
+    for mask, grid, N in ((masking.tube_mask, (3, 4, 6), 24), (masking.frame_mask, (8, 4, 6), 8)):
+        letters = dict(B=2, N=N, t=8, h=4, w=6)  # N tokens are ranked: one for each tube, or for each frame
+        assert len(check_shapes(ROOT / "masking.py", letters, lambda: mask(2, grid, 0.75, torch.Generator()))) >= 3
+    draw = lambda: masking.dirichlet_mask(2, [24, 24, 24], 12, torch.Generator())
+    assert len(check_shapes(ROOT / "masking.py", dict(B=2, N=72, modalities=3, size=24), draw)) >= 4
 
 
 def test_a_stale_shape_comment_is_noticed(tmp_path):
