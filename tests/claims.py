@@ -9,7 +9,8 @@ A claim compares arms: each is a pretraining (or none) and a fine-tuning, run th
 every split of the data and every seed. Pretraining sees the training files of the split, without labels, and is
 shared by the seeds of a split (except where its own loss is the result). What is reported is the last epoch on the
 test files. Runs that are done are kept in --work and not repeated; those that were cut off go on, and their minutes
-are of the last part; after a change of SETS use a new --work. Real data: set MAE_TEST_DATA to a folder with lips20/, gestures10/, sprites5/ and others.
+are of the last part; after a change of SETS use a new --work. Real data: set MAE_TEST_DATA to a folder with lips20/,
+gestures10/, sprites5/ and others.
 
 The verdict is by rule: "holds" if the difference is, on average, larger than its spread over splits and seeds and
 has the paper's sign; "does not hold here" if the sign is the other; else "cannot be seen at this size" or, where the
@@ -50,7 +51,7 @@ class Set:
     script  of the pretraining;   folds: its splits;   short: side to which its videos are shrunk first, 0: as they are
     images  a second data set, of images, for omni.py
     scratch flags of training from scratch, which learns best at a rate of its own: for lips20 the best of a sweep, see
-            README; others have the same rate unswept, toy and gestures10 that of fine-tuning
+            claims.md; others have the same rate unswept, toy and gestures10 that of fine-tuning
     long    the same for as many epochs as pretraining and fine-tuning together; lips20 needs more augmentation then
     """
 
