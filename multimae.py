@@ -354,7 +354,8 @@ def masked_mean(error, count):
     """Mean over what counts in each sample, then over samples.   error (B, ...), count (B, ...) bool -> scalar
 
     important: a sample in which nothing counts has the mean 0 and is not among those that are averaged. The public code
-    divides 0 by 0 and drops the NaN afterwards, but its gradient has spread by then.
+    divides 0 by 0 and drops the NaN afterwards, but its gradient has spread by then. Samples of one forward pass are
+    averaged: where some are left out, --accum changes the result a little.
     """
     n = count.flatten(1).sum(dim=1)  # (B,)
     means = (error * count).flatten(1).sum(dim=1) / n.clamp(min=1)
