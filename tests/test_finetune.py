@@ -706,7 +706,7 @@ def test_two_processes_test_every_video_once(pretrained, run, toy):
     (["--mode", "scratch", "--size", "nano", "--img-size", 60], "use --img-size 56 or 64"), (["--mode", "scratch", "--frames", 7], "clip length 7"),
     (["--mode", "scratch", "--batch", 6, "--repeat", 4], "multiple of 4"), (["--mode", "scratch", "--share", 0.0], "--share 0.0: must be"),
     (["--mode", "scratch", "--batch", 1000], "do not fill one update"), (["--mode", "tune"], "invalid choice"), (["--mixupp", 1], "did you mean --mixup"),
-    (["--mode", "scratch", "--model", "multimae", "--mixup", 0.8], "are for RGB alone"), (["--mode", "scratch", "--model", "multimae", "--inputs", "rgb,flow"], "unknown modality flow"),
+    (["--mode", "scratch", "--model", "multimae", "--mixup", 0.8], "are not built for multimae"), (["--mode", "scratch", "--model", "multimae", "--inputs", "rgb,flow"], "unknown modality flow"),
     (["--mode", "scratch", "--model", "multimae", "--dense", "semseg", "--ignore", 6], "classes of the maps are 0 to 5"),
     (["--mode", "scratch", "--images"], "--images is for OmniMAE"), (["--mode", "scratch", "--inputs", "rgb,depth"], "is for --model multimae"),
     (["--mode", "scratch", "--model", "mae", "--repeat", 2], "images have none"),
