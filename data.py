@@ -658,7 +658,7 @@ def leave_ctrl_c_to_the_parent(worker):
 
 # ============================================================================================================
 #  PART 6: the toy world
-#  (needs: numpy, torch, av, pillow, BrokenFile, in_parallel, one_thread,
+#  (needs: numpy, av, pillow, BrokenFile, in_parallel, one_thread,
 #   leave_ctrl_c_to_the_parent; masking.py InputError)
 #
 #  A room with a patterned floor and wall, an object that matters and some that do not, seen by a camera that
@@ -897,16 +897,6 @@ def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400))
     return True
 
 
-def fetch(name, rank, world):
-    """Data that are made or downloaded (--data toy, the default; cifar10, stl10): by the first process, others wait."""
-    if name == "toy" and rank == 0:
-        make_toy(name)
-    if name.lower() in ("cifar10", "stl10") and rank == 0 and world > 1:
-        list_images(name, "val")  # one archive holds both splits
-    if world > 1:
-        torch.distributed.barrier()
-
-
 def call(job):
     return job()
 
@@ -934,8 +924,18 @@ def write_video(path, frames, rate, codec="libx264"):
 
 
 # ============================================================================================================
-#  THE RUN: toy, check, shrink
+#  THE RUN: data that are made or downloaded; the commands toy, check, shrink
 # ============================================================================================================
+
+
+def fetch(name, rank, world):
+    """Data that are made or downloaded (--data toy, the default; cifar10, stl10): by the first process, others wait."""
+    if name == "toy" and rank == 0:
+        make_toy(name)
+    if name.lower() in ("cifar10", "stl10") and rank == 0 and world > 1:
+        list_images(name, "val")  # one archive holds both splits
+    if world > 1:
+        torch.distributed.barrier()
 
 
 def in_parallel(work, jobs, what):
