@@ -658,8 +658,8 @@ def leave_ctrl_c_to_the_parent(worker):
 
 # ============================================================================================================
 #  PART 6: the toy world
-#  (needs: numpy, av, pillow, BrokenFile, in_parallel, one_thread,
-#   leave_ctrl_c_to_the_parent; masking.py InputError)
+#  (needs: numpy, av, pillow, BrokenFile, in_parallel, one_thread, leave_ctrl_c_to_the_parent;
+#   masking.py InputError)
 #
 #  A room with a patterned floor and wall, an object that matters and some that do not, seen by a camera that
 #  drifts sideways. Rays are cast through every pixel, so depth and class maps are exact. Units are metres.

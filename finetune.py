@@ -1040,8 +1040,7 @@ def report_dense(answers, cfg, classes, broken=(), last=True):
 
 def find_init(cfg, rank):
     """--init auto: the default run of this script for a test alone, else of mae_video.py (with --model mae: of
-    mae_image.py and so on); or nothing, that is
-    from scratch, and how to get it."""
+    mae_image.py and so on). Where that is not there, how to get it is printed and the answer is "": from scratch."""
     if cfg.init != "auto":
         return cfg.init
     script = {"mae": "mae_image", "omni": "omni", "multimae": "multimae"}.get(cfg.model, "mae_video")
