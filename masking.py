@@ -245,6 +245,8 @@ def run_script(main):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        if torch.distributed.is_initialized():  # its threads may abort a process that ends with them
+            torch.distributed.destroy_process_group()
     except (InputError, OSError) as error:
         if not isinstance(error, InputError) and error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
             raise

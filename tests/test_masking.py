@@ -136,6 +136,16 @@ def test_a_full_gpu_is_one_line(capsys):
     assert end.value.code == 2 and "raise --accum" in capsys.readouterr().err
 
 
+def test_a_script_leaves_no_process_group_open(tmp_path):
+    """Its threads abort one process in a dozen or so at the end (terminate called without an active exception)."""
+
+    def main():
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    masking.run_script(main)
+    assert not torch.distributed.is_initialized()
+
+
 def test_the_script_shows_and_draws_every_kind(run, tmp_path):
     text = run("masking.py", "--grid", 2, 4, 4)
     assert all(kind in text for kind in [*masking.MASKS, "dirichlet, depth"]) and text.endswith("wrote masks.png\n")
