@@ -22,6 +22,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import math
 import os
 import re
@@ -426,32 +427,34 @@ def upright(rgb, frame):
     return np.rot90(rgb.to_ndarray(), round(frame.rotation / 90))
 
 
-LONG = 600  # frames; before a clip that begins later than this the decoder jumps to a key frame
-
-
 def grab(path, wanted):
     """Decode the frames `wanted` -> {number: (H, W, 3) uint8}, number of frames met.
 
     Frames are counted: UCF101's and HMDB51's AVIs have no usable time stamps (packed B-frames). Only frames that
     are kept are converted, by one converter without threads of its own (with them it takes three times as long).
-    In a long video of constant frame rate the jump to a key frame does rely on time stamps, so a clip may begin a frame
-    or two beside the number asked for; where they are useless, it decodes from the beginning.
+    A clip that begins late in a video of constant frame rate is reached by a jump to a key frame before it, whose time
+    tells its number: exactly if there are no B-frames (shrink writes none). With B-frames only long videos are entered
+    so, and the clip may begin a frame or two beside the number asked for.
     """
     found, wanted, first = {}, set(wanted.tolist()), int(wanted.min())
     last, convert = max(wanted), av.video.reformatter.VideoReformatter()
     container, stream = open_video(path)
     with container:
-        i = 0
+        i, frames = 0, container.decode(stream)
         rate, base, usual = stream.average_rate, stream.time_base, stream.guessed_rate
-        if first > LONG and rate and base and usual and abs(rate / usual - 1) < 1e-3:
+        reordered = stream.codec_context.has_b_frames
+        if first > (600 if reordered else 24) and rate and base and usual and abs(rate / usual - 1) < 1e-3:
             begin, goal = stream.start_time or 0, int(first / rate / base)
             container.seek(begin + goal, stream=stream)
-            frame = next(container.decode(stream), None)  # the key frame it landed on: its time tells its number
-            i = round(float((frame.pts - begin) * base * rate)) if frame and frame.pts is not None else last + 1
-            before = i <= first
-            container.seek(begin + goal if before else 0, stream=stream)
-            i = i if before else 0
-        for frame in container.decode(stream):
+            frame = next(frames, None)  # the key frame it landed on
+            when = (frame.pts if reordered else frame.dts) if frame else None  # H.264 in AVI: pts begins at 1, dts at 0
+            i = last + 1 if when is None else round(float((when - begin) * base * rate))
+            if i <= first:
+                frames = itertools.chain([frame], frames)
+            else:  # the times are useless: from the beginning
+                container.seek(0, stream=stream)
+                i, frames = 0, container.decode(stream)
+        for frame in frames:
             if i in wanted:
                 found[i] = upright(convert.reformat(frame, format="rgb24", threads=1), frame)
             i += 1

@@ -15,7 +15,7 @@ def test_dropping_hidden_patches_saves_what_the_papers_say(row, dropped, dense):
 def test_the_benchmark_runs(run):
     text = run("tests/benchmark.py", "--quick")
     for row in (
-        "PyAV, decoding alone",
+        "PyAV, from the first frame, nothing else",
         "ours",
         "ours, 4 clips a video (per clip)",
         "MAE, ours",
