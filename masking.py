@@ -197,6 +197,7 @@ MASKS = {"random": random_mask, "tube": tube_mask, "frame": frame_mask, "block":
 # ============================================================================================================
 
 
+@torch.compiler.disable  # --compile compiles what stands before and after it: K is a number, not a tensor
 def token_order(mask, device):
     """Token numbers, visible ones first, each part in raster order, and how many are visible.
 
