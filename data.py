@@ -432,9 +432,9 @@ def grab(path, wanted):
 
     Frames are counted: UCF101's and HMDB51's AVIs have no usable time stamps (packed B-frames). Only frames that
     are kept are converted, by one converter without threads of its own (with them it takes three times as long).
-    A clip that begins late in a video of constant frame rate is reached by a jump to a key frame before it, whose time
-    tells its number: exactly if there are no B-frames (shrink writes none). With B-frames only long videos are entered
-    so, and the clip may begin a frame or two beside the number asked for.
+    Where the frame rate is constant, a clip that begins after frame 24 is reached by a jump to a key frame before it,
+    whose time tells its number: exactly, if there are no B-frames (shrink writes none). With B-frames it may be a
+    frame or two off, so there only a clip after frame 600 is.
     """
     found, wanted, first = {}, set(wanted.tolist()), int(wanted.min())
     last, convert = max(wanted), av.video.reformatter.VideoReformatter()
@@ -539,8 +539,7 @@ def make_crop(pixels, size, kind, min_crop, flip, generator, bicubic=False):
     elif kind == "multiscale":
         box = multi_scale_crop(*x.shape[-2:], generator)
     else:
-        side = min(x.shape[-2:])
-        box = (x.shape[-2] - side) // 2, (x.shape[-1] - side) // 2, side, side
+        box = center_box(x)
     x = TF.resized_crop(x, *box, [size, size], interpolation=how, antialias=True)
     if kind != "center" and flip and torch.rand(1, generator=generator) < 0.5:
         x = TF.horizontal_flip(x)
@@ -554,6 +553,13 @@ def torchvision_draws_from(generator):
         # not torch.manual_seed: it reaches for the GPUs too, and would take as long as the resize of a small clip
         torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         yield
+
+
+def center_box(x):
+    """The largest square in the middle.   (..., H, W) -> top, left, height, width"""
+    H, W = x.shape[-2:]
+    side = min(H, W)
+    return (H - side) // 2, (W - side) // 2, side, side
 
 
 def random_box(x, scale, generator):
@@ -575,7 +581,7 @@ class ClipDataset(Dataset):
     size             side of the square clips;   crop, min_crop, flip: see make_crop
     repeat           R clips of every decoded video, with their own position and crop: MAE-ST Sec. 4 "Data
                      pre-processing". Decoding is the slow part, so R clips cost little more than one.
-    train            False: the middle of the video, no randomness
+    train            False: one clip without randomness, of the middle of the video or of every segment; centre crop
     """
 
     def __init__(self, files, frames, stride, size, seed, sampling="dense", crop="random", min_crop=0.5, flip=True,

@@ -3,7 +3,7 @@
 Papers  MAE 2111.06377 (App. A.1), VideoMAE 2203.12602 (App. 7), MAE-ST 2205.09113 (Sec. 4), all on arXiv
 Covers  MAE App. A.1 "End-to-end fine-tuning", Table 9    Classifier, layer_groups, mix, Augmented; --mode finetune
         MAE App. A.1 "Linear probing", Table 10           Classifier(frozen=True), LARS; --mode linear
-        VideoMAE Table 2 "from scratch"                   --mode scratch: the same recipe, no weights (paper: longer)
+        VideoMAE Table 2 "from scratch"                   --mode scratch: no weights, no layer decay (paper: longer)
         MAE-ST Sec. 4 "Settings", VideoMAE App. 7         ViewDataset, summarise: clips x crops views of every video
         MAE-ST App. A, last paragraph (image -> video)    inflate
         MultiMAE, dense transfers                         DenseHead, a plain linear layer; --dense
@@ -409,7 +409,7 @@ def run_views(model, files, cfg, clips, crops, output):
 
 
 def summarise(probabilities, labels):
-    """Clip-level and video-level accuracy.   probabilities (N, views, classes), labels (N,) -> dict
+    """Accuracy of single views and of files.   probabilities (N, views, classes), labels (N,) -> dict
 
     important: the two are different numbers, and papers report the second: the softmax averaged over all views of
     a video. Comparing one with the other is the most common way not to reproduce a result.
@@ -429,8 +429,8 @@ def summarise(probabilities, labels):
     wrong = confusion.fill_diagonal_(0).flatten()
     pairs = [(int(i) // C, int(i) % C, int(wrong[i])) for i in wrong.argsort(descending=True)[:5] if wrong[i]]
     return {"files": N, "unreadable": int((~good).sum()), "views": V, "top1": right.mean().item(),
-            "top5": hits(video, labels, 5).mean().item(), "clip_top1": hits(clips, clip_labels, 1).mean().item(),
-            "clip_top5": hits(clips, clip_labels, 5).mean().item(), "class_mean": per_class.nanmean().item(),
+            "top5": hits(video, labels, 5).mean().item(), "view_top1": hits(clips, clip_labels, 1).mean().item(),
+            "view_top5": hits(clips, clip_labels, 5).mean().item(), "class_mean": per_class.nanmean().item(),
             "chance": (count.max() / N).item(), "per_class": per_class.tolist(), "confused": pairs}  # fmt: skip
 
 
@@ -550,7 +550,7 @@ PRESETS = {
 
 
 def for_mode(preset, given):
-    """Of a preset for fine-tuning a probe takes sizes, crops, smoothing and views, not rates and augmentations."""
+    """A linear probe leaves out the rates and augmentations of a preset for fine-tuning, and takes the rest."""
     own = ("lr", "min_lr", "clip", "dropout", "erase", "rand_augment", "mixup", "cutmix")
     probe = given.get("mode") == "linear" and "mode" not in preset
     return {k: v for k, v in preset.items() if not (probe and k in own)}
@@ -748,8 +748,8 @@ def grid_of(cfg):
 
 def build(cfg, classes, found=None):
     """-> Classifier, report. Without weights unless `found` has some for it."""
-    grown = found is not None and found.model != cfg.model  # an image model that becomes a video model
-    start = replace(cfg, **found.settings) if found and not grown else cfg  # its own token grid first, then ours
+    inflated = found is not None and found.model != cfg.model  # an image model that becomes a video model
+    start = replace(cfg, **found.settings) if found and not inflated else cfg  # its own token grid first, then ours
     shape, options = (encoder_size(start.size), (4, 0, 1)), {}  # the decoder will go: the smallest there is
     state = dict(found.state) if found else {}
     if cfg.model == "mae":
@@ -762,10 +762,10 @@ def build(cfg, classes, found=None):
         encoder = MODELS[cfg.model](start.frames, start.img_size, start.tubelet, start.patch, *shape, **options)
     if found and found.public:
         table = state.get("pos_embed") if found.model == "mae" else None
-        state = (MAE if grown else encoder).from_public(state)
-        if table is not None and not grown:  # MAE's table has a row for the class token, and may have been trained
+        state = (MAE if inflated else encoder).from_public(state)
+        if table is not None and not inflated:  # MAE's table has a row for the class token, and may have been trained
             state.update(pos_embed=table[:, 1:], cls_token=state["cls_token"] + table[:, :1])
-    if grown:
+    if inflated:
         state = inflate(state, encoder, found.settings["img_size"] // cfg.patch)
     frozen = cfg.mode in PROBES
     fresh_norm = cfg.model == "multimae" or not (frozen or cfg.model == "mae_st" or cfg.pool == "first")
@@ -989,7 +989,7 @@ def report(probabilities, files, classes, cfg, broken):
     scores["confused"] = [[classes[a], classes[b], n] for a, b, n in scores["confused"]]
     print(f"test: {scores['files']} files x {scores['views']} views{without(broken)}")
     print("  file level  top-1 {top1:.1%}  top-5 {top5:.1%}  mean over classes {class_mean:.1%}\n"
-          "  view level  top-1 {clip_top1:.1%}  top-5 {clip_top5:.1%}\n"
+          "  view level  top-1 {view_top1:.1%}  top-5 {view_top5:.1%}\n"
           "  chance      top-1 {chance:.1%}  (always the most frequent class)".format(**scores))  # fmt: skip
     worst = sorted((a, name) for name, a in scores["per_class"].items())[:5]
     print("  worst classes: " + ", ".join(f"{name} {a:.0%}" for a, name in worst))

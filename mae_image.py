@@ -569,10 +569,11 @@ def load_weights(model, path, script):
     missing = [k for k in own if k not in state]
     fresh = [k for k in missing if k.startswith(DECODER) and not any(s.startswith(DECODER) for s in state)]
     left = [k for k in state if k not in own]
-    shape = [f"{k} {tuple(v.shape)}, here {tuple(own[k].shape)}" for k, v in state.items()
+    misfits = [f"{k} {tuple(v.shape)}, here {tuple(own[k].shape)}" for k, v in state.items()
              if k in own and v.shape != own[k].shape]  # fmt: skip
-    wrong = [f"no {k}" for k in missing if k not in fresh] + [f"unknown {k}" for k in left] + shape
-    made, said = content["config"] if "script" in content else {}, ""
+    wrong = [f"no {k}" for k in missing if k not in fresh] + [f"unknown {k}" for k in left] + misfits
+    made = content["config"] if "script" in content else {}  # the settings of the run that wrote the file
+    said = ""
     if made:  # what no shape shows
         heads = {name.split(".")[0]: m.heads for name, m in model.named_modules() if hasattr(m, "heads")}
         theirs = {k: made["decoder_heads"] if k.startswith(DECODER) else encoder_size(made["size"])[2] for k in heads}
@@ -688,23 +689,25 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
     total = min(cfg.epochs * per_epoch, 3 if cfg.smoke else math.inf)
     peak = cfg.lr * cfg.batch / 256  # the linear scaling rule: App. A.1 "Pre-training"
 
+    said = load_weights(model, cfg.init, script) if cfg.init and not cfg.resume else ""
     model.to(device)
     dtype = choose_precision(cfg, device)
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), peak, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # or small gradients become 0
     run = Run(Path(cfg.out), cfg, script, model, optimizer, scaler, writes=rank == 0)
     start = run.open()
+    if said:
+        run.say(said)
     run.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {dtype} on {world} x {device}"
             f", {per_epoch} updates x {cfg.epochs} epochs".replace("torch.", ""))  # fmt: skip
     run.say(f"learning rate {cfg.lr:g} x batch {cfg.batch} / 256 = {peak:g}")
     if 0 < cfg.epochs <= cfg.warmup:
         run.say(f"warning: all {cfg.epochs} epochs are warm-up, the rate never reaches its peak: lower --warmup")
 
-    parallel = model
     if cfg.compile:
         model.compile()
-    if world > 1:
-        parallel = nn.parallel.DistributedDataParallel(model)  # no device_ids: masks stay on the CPU
+    # no device_ids: masks stay on the CPU
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     loader = open_loader(train, Batches(plan, start, total, rank, world, cfg.accum), cfg.workers, device)
     if rank == 0 and start == 0:
         run.score(validate(model, run.picture(0)), 0)
@@ -716,7 +719,6 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
             lr = lr_at(step, peak, cfg.min_lr * cfg.batch / 256, cfg.warmup * per_epoch, total, model.WARMUP_INCLUSIVE)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            torch.manual_seed(cfg.seed + step)  # for whatever a model may draw inside, e.g. drop path
             update_loss, names = 0.0, []
             for a in range(cfg.accum):
                 batch, index = run.next_batch(loader, step)
@@ -1006,7 +1008,8 @@ def reconstruct(model, imgs, mask):
     loss, pred = model.forward(imgs, mask)
     patches = model.target_patches(imgs)  # (B, N, P)
     target = model.forward_target(hidden(patches, mask))  # (B, M, P)
-    fill = lambda painted: model.to_pictures(restore(painted, ~mask, patches))  # the rest as it is
+    # hidden patches as painted, visible ones as they are
+    fill = lambda painted: model.to_pictures(restore(painted, ~mask, patches))
     original = model.to_pictures(patches)
     # 1 where hidden, in picture form: paint the hidden patches in two ways and see what changes
     hole = (fill(torch.zeros_like(pred)) - fill(torch.ones_like(pred))).abs() > 1e-3
@@ -1094,10 +1097,6 @@ def main():
     open_split = lambda split: data.list_images(cfg.data, split, cfg.allow_missing)
     train = data.ImageDataset(open_split("train"), cfg.img_size, cfg.seed, min_crop=cfg.min_crop, flip=cfg.flip)
     val = data.ImageDataset(open_split("val"), cfg.img_size, cfg.seed, train=False)
-    if cfg.init and not cfg.resume:
-        said = load_weights(model, cfg.init, "mae_image")
-        if rank == 0:
-            print(said)
     batch, mask = held_out(val, draw_mask, cfg.seed, 64)
 
     def validate(model, path):

@@ -42,9 +42,8 @@ from torch import nn
 
 import data
 from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LEAK_NOTE, MAE, Block, PatchEmbed, check_divides,
-                       check_grid, check_mask, encoder_size, held_out, init_weights, load_weights, normalize,
-                       picture_table, pretrain, read_config, reconstruct, save_picture, start_processes,
-                       to_unit_range)  # fmt: skip
+                       check_grid, check_mask, encoder_size, held_out, init_weights, normalize, picture_table, pretrain,
+                       read_config, reconstruct, save_picture, start_processes, to_unit_range)  # fmt: skip
 from masking import MASKS, InputError, hidden, restore, run_script, visible
 
 # ============================================================================================================
@@ -110,7 +109,7 @@ def standardise_channels(patches, deviation):
     """Each cube by its own mean and standard deviation, each channel by itself.
 
     patches    (B, M, P) -> target, mean, std, each (B, M, P)
-    deviation  unbiased variance -> standard deviation: where the epsilon goes, inside the root or outside
+    deviation  function, unbiased variance -> standard deviation: VideoMAE adds epsilon outside the root, OmniMAE inside
     """
     B, M, P = patches.shape
     per_channel = lambda v: v.expand(B, M, P // 3, 3).reshape(B, M, P)
@@ -358,7 +357,7 @@ class MAEST(nn.Module):
         table, cls_row = self.positions("decoder_")
         vis = self.decoder_embed(latent[:, self.cls :])  # (B, K, E)
         x = restore(vis, mask, self.mask_token) + table  # (B, N, E)
-        if self.cls:  # important: not the encoder's, as in MAE, but the decoder's own
+        if self.cls:  # important: the decoder's own; MAE hands on the encoder's
             x = torch.cat([(self.decoder_cls_token + cls_row).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
@@ -370,11 +369,7 @@ class MAEST(nn.Module):
 
     standardise = MAE.standardise  # each cube by its own mean and variance, over all channels together
     normalize, forward_target, forward_loss = VideoMAE.normalize, VideoMAE.forward_target, VideoMAE.forward_loss
-
-    def encode(self, clips):
-        """Every token, no mask: fine-tuning, probing, features.   (B, 3, T, H, W) -> (B, 1+N, D)"""
-        patches = patchify(clips, self.tubelet, self.patch)  # (B, N, u*p*p*3)
-        return self.forward_encoder(patches, torch.zeros(patches.shape[:2], dtype=torch.bool))
+    encode = VideoMAE.encode  # (B, 3, T, H, W) -> (B, 1+N, D), class token first
 
     def to_pictures(self, patches):
         """Target cubes (B, N, P) -> the painted frames (B, predicted, 3, H, W) in [0, 1]."""
@@ -481,7 +476,7 @@ PRESETS = {
     # here, or videos
     "mae_st_paper": dict(model="mae_st", frames=16, stride=4, sampling="linspace", img_size=224, patch=16, size="large",
                          decoder_width=512, decoder_depth=4, decoder_heads=16, mask_ratio=0.9, norm_pix=True, repeat=4,
-                         batch=512, lr=4e-4, clip=0.02, epochs=200, warmup=30, workers=16, out="runs/mae_st"),
+                         batch=512, lr=4e-4, clip=0.02, epochs=200, warmup=30, workers=16, out="runs/mae_st_paper"),
 }  # fmt: skip
 
 
@@ -514,10 +509,6 @@ def main():
     kind = {"videomae": "tube", "mae_st": "random"}[cfg.model] if cfg.mask == "auto" else cfg.mask
     draw_mask = lambda batch, rows, generator: MASKS[kind](rows, model.grid, cfg.mask_ratio, generator)
     check_mask(draw_mask(None, 1, torch.Generator()))
-    if cfg.init and not cfg.resume:
-        said = load_weights(model, cfg.init, "mae_video")
-        if rank == 0:
-            print(said)
 
     def open_clips(split):
         files = data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)

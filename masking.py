@@ -159,45 +159,38 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
     total, modalities = sum(sizes), len(sizes)
     if not 0 < num_visible <= total:
         raise InputError(f"{num_visible} visible tokens cannot be drawn from {total}: give 1 to {total}")
-    chosen = torch.ones(batch, modalities)
-    if subset_first:  # the bits of a number in 1 .. 2^modalities - 1 are a non-empty subset, each equally likely
-        number = torch.randint(1, 2**modalities, (batch, 1), generator=generator)
-        chosen = (number >> torch.arange(modalities)) & 1
     # torch's Dirichlet takes no generator; numpy's does, so it is seeded from ours
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    shares = torch.from_numpy(np.stack([_shares(rng, alpha, row) for row in chosen.bool().numpy()]))
+    shares = torch.from_numpy(rng.dirichlet([alpha] * modalities, size=batch))  # (B, modalities)
+    if subset_first:  # the bits of a number in 1 .. 2^modalities - 1 are a non-empty subset, each equally likely
+        number = torch.randint(1, 2**modalities, (batch, 1), generator=generator)
+        shares = shares * ((number >> torch.arange(modalities)) & 1)
+        shares = shares / shares.sum(dim=1, keepdim=True)  # a Dirichlet draw of the subset, again with `alpha`
     counts = (shares * num_visible).round()  # (B, modalities); their sum can miss num_visible, see below
     masks = []
     for size, count in zip(sizes, counts.T):
         rank = torch.rand(batch, size, generator=generator).argsort(dim=1).argsort(dim=1)  # (B, size), a random order
         masks.append(rank >= count[:, None])  # (B, size)
-    # Rounding, or a share above its modality's size, makes the sum miss num_visible. The repair: chosen tokens first in
-    # random order, the rest behind, cut after num_visible. A missing token comes at random from all the hidden ones, of
-    # any modality; a surplus one is dropped at random.
-    wish = torch.cat(masks, dim=1).float()  # (B, N)
-    return hide_largest(wish + torch.rand(wish.shape, generator=generator), total - num_visible)
+    # Rounding, or a share above its modality's size, makes the sum miss num_visible. The repair: visible tokens
+    # first, hidden ones behind, both in random order, cut after num_visible. A missing token comes at random from all
+    # the hidden ones, of any modality; a surplus one is dropped at random.
+    draft = torch.cat(masks, dim=1).float()  # (B, N), 1 = hidden
+    return hide_largest(draft + torch.rand(draft.shape, generator=generator), total - num_visible)
 
 
-def _shares(rng, alpha, chosen):
-    """One Dirichlet draw over the chosen modalities, zero for the others."""
-    shares = np.zeros(len(chosen))
-    shares[chosen] = rng.dirichlet([alpha] * int(chosen.sum()))
-    return shares
-
-
-# the kinds of any grid; each is called as f(batch, grid, ratio, generator). (grid_mask is for images alone)
+# the kinds of any ratio; each is called as f(batch, grid, ratio, generator)
 MASKS = {"random": random_mask, "tube": tube_mask, "frame": frame_mask, "block": block_mask, "causal": causal_mask}
 
 
 # ============================================================================================================
-#  THE PAPER, part 3: to obey a mask                                                       (needs: InputError)
+#  THE PAPER, part 3: to obey a mask                                                (needs: torch, InputError)
 #
 #  The only gather and scatter of the project. Masks may lie on the CPU while x is on a GPU, and better do:
 #  counting the visible tokens of a mask on the GPU would make the CPU wait for it.
 # ============================================================================================================
 
 
-@torch.compiler.disable  # --compile compiles what stands before and after it: K is a number, not a tensor
+@torch.compiler.disable  # K is a number, which cannot be captured: what stands before and after it is compiled
 def token_order(mask, device):
     """Token numbers, visible ones first, each part in raster order, and how many are visible.
 
@@ -263,7 +256,7 @@ def run_script(main):
 
 
 def last_line(error):
-    """What an error says to people. From a worker of a loader it brings a whole traceback along, and ends with that."""
+    """The last line of an error: one that a loader's worker raised arrives as a whole traceback, and ends with it."""
     text = str(error).strip() or type(error).__name__  # an EOFError has no words of its own
     return text.splitlines()[-1].removeprefix("masking.InputError: ")
 

@@ -48,9 +48,8 @@ from torchvision.transforms.v2 import functional as TF
 import data
 from data import BrokenFile, one_line, read_image
 from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, MLP, Attention, Block, PatchEmbed, check_divides,
-                       check_mask, encoder_size, held_out, init_weights, load_weights, normalize, patchify,
-                       picture_table, pretrain, read_config, save_picture, sincos_2d, start_processes, to_unit_range,
-                       unpatchify)  # fmt: skip
+                       check_mask, encoder_size, held_out, init_weights, normalize, patchify, picture_table, pretrain,
+                       read_config, save_picture, sincos_2d, start_processes, to_unit_range, unpatchify)  # fmt: skip
 from mae_video import resize_table
 from masking import InputError, dirichlet_mask, restore, run_script, visible
 
@@ -422,10 +421,7 @@ class AlignedDataset(torch.utils.data.Dataset):
             raise InputError(f"{self.find(i, 'semseg')} has class {int(maps['semseg'].max())}, the model 0 to "
                              f"{self.number - 1}: --classes, in finetune.py --maps, says how many")  # fmt: skip
         x = next(iter(maps.values()))
-        side = min(x.shape[-2:])
-        box = ((x.shape[-2] - side) // 2, (x.shape[-1] - side) // 2, side, side)
-        if self.train:
-            box = data.random_box(x, (self.min_crop, 1.0), generator)
+        box = data.random_box(x, (self.min_crop, 1.0), generator) if self.train else data.center_box(x)
         flip = self.train and self.flip and torch.rand(1, generator=generator) < 0.5
         planes = []
         for m, x in maps.items():
@@ -633,10 +629,6 @@ def main():
     count = max(1, round(cfg.visible * sum(sizes)))
     draw_mask = lambda batch, rows, generator: dirichlet_mask(rows, sizes, count, generator, cfg.alpha)
     check_mask(draw_mask(None, 1, torch.Generator()), hint="lower --visible")
-    if cfg.init and not cfg.resume:
-        said = load_weights(model, cfg.init, "multimae")
-        if rank == 0:
-            print(said)
     files = {split: list_aligned(cfg.data, split, modalities) for split in ("train", "val")}
     options = (modalities, cfg.img_size, cfg.classes, cfg.seed, cfg.min_crop, cfg.flip)
     open_files = lambda split, train: AlignedDataset(cfg.data, files[split], *options, train)

@@ -7,10 +7,10 @@ Covers  abstract, "90 % of image and 95 % of video patches"     random_mask on b
         public code, images as clips one cube long              OmniMAE.as_clip, positions
         public code, the decoder                                OmniMAE.forward_decoder
         public code, the target                                 OmniMAE.target_patches, standardise
-        public code, joint training in pure batches             JointDataset, joint_plan
+        public code, every step images or clips                 JointDataset, joint_plan
         public code, sample replication                         --repeat, data.ClipDataset
         ours: images and clips in one step                      run_blocks, --joint mixed
-Not     fine-tuning (finetune.py takes the checkpoint for images and for videos); the BEiT blocks of
+Not     fine-tuning (finetune.py takes the checkpoint for images and for videos); the block masks after BEiT of
         the public code.
 
 What changes against mae_video.py:
@@ -43,8 +43,8 @@ from torch.utils.data import Dataset
 import data
 from data import seeded
 from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LEAK_NOTE, Block, PatchEmbed, check_mask, encoder_size,
-                       held_out, init_weights, load_weights, normalize, picture_table, pretrain, read_config,
-                       reconstruct, save_picture, shuffled, start_processes, to_unit_range)  # fmt: skip
+                       held_out, init_weights, normalize, picture_table, pretrain, read_config, reconstruct,
+                       save_picture, shuffled, start_processes, to_unit_range)  # fmt: skip
 from mae_video import VideoMAE, check_clip, patchify, sinusoid, standardise_channels, unpatchify
 from masking import MASKS, InputError, hidden, restore, run_script, visible
 
@@ -99,8 +99,8 @@ class OmniMAE(nn.Module):
 
     size      name in ENCODERS, or (width, blocks, heads)
     decoder   (width, blocks, heads); published: base (384, 4, 16), large (512, 4, 16), huge (512, 8, 16)
-    decoder_bias  True: q, k and v of the decoder have a bias, as in the training recipe. False: a zero bias that
-              does not learn, as the code that reads the released files builds it, whatever its flag says
+    decoder_bias  True: q, k and v of the decoder have a bias, as in the training recipe. False: it stays zero, as in
+              the public code that reads the released files (whatever its flag says)
     raises    InputError if frames or sides cannot be cut evenly, or a width by its heads
     """
 
@@ -168,7 +168,9 @@ class OmniMAE(nn.Module):
         return (torch.stack(losses).mean(), preds) if pair else (losses[0], preds[0])
 
     def split_mask(self, mask, images):
-        """A mask of rows (clip, images) -> image masks, clip masks; a pair stays a pair."""
+        """A mask of rows (clip, images) -> image masks, clip masks; a pair stays a pair.
+
+        important: in a row the clip comes first, everywhere else images do."""
         if not torch.is_tensor(mask):
             return mask
         N = math.prod(self.grid)
@@ -393,10 +395,6 @@ def main():
         check_mask(draw_mask(batch, 1, torch.Generator()), what)
     if max(cfg.image_share, cfg.video_share) == 0:
         raise InputError("--image-share 0 and --video-share 0 leave nothing to train on")
-    if cfg.init and not cfg.resume:
-        said = load_weights(model, cfg.init, "omni")
-        if rank == 0:
-            print(said)
 
     def open_videos(split):
         files = data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)

@@ -268,7 +268,7 @@ def test_scores_are_those_of_a_loop_and_unreadable_files_are_left_out():
     right = {i: p[i].mean(0).argmax() == labels[i] for i in good}
     assert s["files"] == 39 and s["unreadable"] == 1 and s["views"] == 3
     assert np.isclose(s["top1"], np.mean([right[i] for i in good]))
-    assert np.isclose(s["clip_top1"], np.mean([p[i, v].argmax() == labels[i] for i in good for v in range(3)]))
+    assert np.isclose(s["view_top1"], np.mean([p[i, v].argmax() == labels[i] for i in good for v in range(3)]))
     assert np.isclose(s["top5"], np.mean([labels[i] in p[i].mean(0).topk(5).indices for i in good]))
     per_class = [np.mean([right[i] for i in good if labels[i] == c]) for c in range(6)]
     assert np.allclose(s["per_class"][:6], per_class) and np.isclose(s["class_mean"], np.mean(per_class))
