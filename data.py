@@ -180,15 +180,9 @@ def resolve(wanted, classes, folder, source, kinds, allow_missing):
     the suffix (a re-encoded copy may be .mp4 where the list says .avi). Paths that lead to a file are taken as they
     are.
     """
-    there = {p.relative_to(folder): p for p in walk(folder, kinds)}
-    alike = {path_key(name): p for name, p in there.items()}
-    found = []
-    for path, label in wanted:
-        name = Path(path)
-        file = there.get(name)
-        if file is None and path.lower().endswith(kinds) and os.path.isfile(folder / name):
-            file = folder / name  # not met by the walk: absolute, outside of the folder or through a link
-        found.append((file or alike.get(path_key(name)), label))
+    direct = [folder / p if p.lower().endswith(kinds) and os.path.isfile(folder / p) else None for p, _ in wanted]
+    alike = {} if all(direct) else {path_key(p.relative_to(folder)): p for p in walk(folder, kinds)}
+    found = [(file or alike.get(path_key(Path(path))), label) for file, (path, label) in zip(direct, wanted)]
     missing = [path for (path, _), (file, _) in zip(wanted, found) if file is None]
     if len(missing) == len(wanted) or (missing and not allow_missing):
         hint = ("--allow-missing goes on with those that are there" if len(missing) < len(wanted) else
@@ -261,7 +255,7 @@ def list_folder(folder, kinds, classes=None):
         raise InputError(f"{folder} has a class that the training split lacks: {sorted(set(found) - set(classes))[0]}")
     classes = found if classes is None else classes
     pairs = [(p, i) for i, c in enumerate(classes) if c in found for p in walk(folder / c, kinds)]
-    if not found:  # no class folders: a plain folder, or ImageNet's val/ as it is downloaded
+    if not (found and classes):  # a plain folder, ImageNet's val/ as it is downloaded, or train/ without labels
         pairs = [(p, -1) for p in walk(folder, kinds)]
     if not pairs:
         other = next(walk(folder, VIDEO + IMAGE), None)
@@ -657,17 +651,19 @@ def collate(items):
 
 def make_loader(dataset, batch_sampler, workers, device):
     return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=workers, collate_fn=collate,
-                      worker_init_fn=leave_ctrl_c_to_the_parent,
+                      worker_init_fn=leave_signals_to_the_parent,
                       pin_memory=torch.device(device).type == "cuda")  # fmt: skip
 
 
-def leave_ctrl_c_to_the_parent(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals_to_the_parent(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C
+    if hasattr(os, "setpgid"):  # torchrun's SIGTERM goes to the whole process group of a rank
+        os.setpgid(0, 0)
 
 
 # ============================================================================================================
 #  PART 6: the toy world
-#  (needs: numpy, av, pillow, BrokenFile, in_parallel, one_thread, leave_ctrl_c_to_the_parent;
+#  (needs: numpy, av, pillow, BrokenFile, in_parallel, one_thread;
 #   masking.py InputError)
 #
 #  A room with a patterned floor and wall, an object that matters and some that do not, seen by a camera that
@@ -969,7 +965,7 @@ def in_parallel(work, jobs, what):
 
 
 def one_thread():
-    leave_ctrl_c_to_the_parent(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     torch.set_num_threads(1)
 
 

@@ -215,7 +215,8 @@ def change_grid(encoder, new):
         if (table := getattr(encoder, name, None)) is not None:
             extra = table.shape[1] - math.prod(a)  # MAE-ST's joint table begins with the class token's row
             resized = torch.cat([table[:, :extra], resize_table(table[:, extra:].detach(), a, b)], dim=1)
-            setattr(encoder, name, nn.Parameter(resized.detach()) if isinstance(table, nn.Parameter) else resized)
+            learns = isinstance(table, nn.Parameter)  # not in a probe
+            setattr(encoder, name, nn.Parameter(resized.detach(), table.requires_grad) if learns else resized)
 
 
 # ============================================================================================================
@@ -389,12 +390,12 @@ def run_views(model, files, cfg, clips, crops, output):
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for done, (pixels, _, errors) in enumerate(deliver(loader), 1):
             broken += errors
-            outputs += [output(model.encoder.normalize(p.to(device))).float() for p in pixels.split(size)]
+            outputs += [output(model.encoder.normalize(p.to(device))).float().cpu() for p in pixels.split(size)]
             now = time.perf_counter()
             if rank == 0 and now - shown > 20:
                 left, shown = (now - start) / done * (len(loader) - done), now
                 print(f"testing: {done} of {len(loader)} batches, {left:.0f} s left", flush=True)
-    parts = [(list(own), [x.cpu() for x in outputs], broken)]
+    parts = [(list(own), outputs, broken)]
     if world > 1:  # one such triple of each process
         mine, parts = parts[0], [None] * world
         torch.distributed.all_gather_object(parts, mine)
@@ -439,11 +440,13 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
 
     Nearness is the cosine after subtracting the mean of the training features; a neighbour's vote weighs
     exp(cosine / temperature)."""
-    mean = train.mean(dim=0)
-    cosine = F.normalize(test - mean, dim=1) @ F.normalize(train - mean, dim=1).T  # (m, n)
-    weight, index = cosine.topk(min(k, len(train)), dim=1)
-    votes = torch.zeros(len(test), classes).scatter_add(1, train_labels[index], (weight / temperature).exp())
-    return votes / votes.sum(dim=1, keepdim=True)
+    mean, answers = train.mean(dim=0), []
+    train = F.normalize(train - mean, dim=1)
+    for part in test.split(1024):  # all cosines at once would be 250 GB for ImageNet
+        weight, index = (F.normalize(part - mean, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(part), classes).scatter_add(1, train_labels[index], (weight / temperature).exp())
+        answers.append(votes / votes.sum(dim=1, keepdim=True))
+    return torch.cat(answers)
 
 
 # ============================================================================================================
@@ -479,7 +482,7 @@ class Config:
     cutmix: float = 0.0  # alpha of CutMix; the papers' is 1.0
     smoothing: float = 0.0  # label smoothing; the papers' is 0.1
     # model
-    model: typing.Literal["auto", *MODELS] = "auto"  # auto: that of --init; from scratch videomae
+    model: typing.Literal[("auto", *MODELS)] = "auto"  # auto: that of --init; from scratch videomae
     images: bool = False  # --model omni: classify images, else videos
     inputs: str = "rgb"  # --model multimae: what the classifier sees, any of rgb,depth,semseg
     dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: predict this map, linearly from each patch
@@ -627,7 +630,8 @@ def recognise(state, path):
     kernel = next((state[k] for k in kernels if k in state), None)
     block = re.compile(r"(?:(?:encoder\.|trunk\.)?blocks|encoder)\.(\d+)\.")
     numbers = [int(m[1]) for m in map(block.match, state) if m]
-    if kernel is None or not numbers:
+    no_mae = kernel is not None and kernel.ndim == 4 and "pos_embed" in state and "cls_token" not in state
+    if kernel is None or kernel.ndim not in (4, 5) or not numbers or no_mae:
         raise InputError(f"{path} has no layout that is known here: MAE, MAE-ST, VideoMAE, OmniMAE, MultiMAE, "
                          "HuggingFace")  # fmt: skip
     D, _, *sides = kernel.shape

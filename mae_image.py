@@ -21,6 +21,7 @@ Next    mae_video.py: what changes when the image gets a time axis.
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import errno
 import inspect
 import json
@@ -610,7 +611,8 @@ def start_processes(cfg):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = datetime.timedelta(hours=2)  # one process may have data to download while the others wait
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return rank, world, device
 
 
@@ -816,7 +818,8 @@ class Run:
             state = load_file(checkpoint)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # empty if the run began on a device that needs none
+                self.scaler.load_state_dict(state["scaler"])
             self.saved_step, self.losses, self.scores = state["step"], state["losses"], state["scores"]
         elif self.writes and checkpoint.exists() and not load_file(checkpoint).get("config", {}).get("smoke"):
             raise InputError(f"{self.out} already holds a run: --resume to go on with it, or another --out")

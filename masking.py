@@ -161,12 +161,13 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
         raise InputError(f"{num_visible} visible tokens cannot be drawn from {total}: give 1 to {total}")
     # torch's Dirichlet takes no generator; numpy's does, so it is seeded from ours
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    shares = torch.from_numpy(rng.dirichlet([alpha] * modalities, size=batch))  # (B, modalities)
-    if subset_first:  # the bits of a number in 1 .. 2^modalities - 1 are a non-empty subset, each equally likely
-        number = torch.randint(1, 2**modalities, (batch, 1), generator=generator)
-        shares = shares * ((number >> torch.arange(modalities)) & 1)
-        shares = shares / shares.sum(dim=1, keepdim=True)  # a Dirichlet draw of the subset, again with `alpha`
-    counts = (shares * num_visible).round()  # (B, modalities); their sum can miss num_visible, see below
+    chosen = np.ones((batch, modalities), bool)
+    if subset_first:  # the bits of a number in 1 .. 2^modalities - 1 are a non-empty subset, all equally likely
+        chosen = rng.integers(1, 2**modalities, (batch, 1)) >> np.arange(modalities) & 1 > 0
+    shares = np.zeros(chosen.shape)
+    for row, here in zip(shares, chosen):
+        row[here] = rng.dirichlet([alpha] * here.sum())
+    counts = torch.from_numpy(shares * num_visible).round()  # (B, modalities); the sum can miss num_visible
     masks = []
     for size, count in zip(sizes, counts.T):
         rank = torch.rand(batch, size, generator=generator).argsort(dim=1).argsort(dim=1)  # (B, size), a random order

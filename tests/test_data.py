@@ -486,6 +486,15 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(InputError, match="cannot list .*locked: Permission denied"):
         list(data.walk(tmp_path, data.IMAGE))
+    # a list whose files are all there has no need of it
+    assert len(data.read_list(text_file(tmp_path / "list.txt", "a/0.png 1\n"), data.IMAGE, False).paths) == 1
+
+
+def test_class_folders_beside_a_training_split_without_labels_are_pictures_without_labels(tmp_path):
+    for name in ("train/0.png", "val/a/1.png", "val/b/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert data.list_images(tmp_path, "val").labels.tolist() == [-1, -1]
 
 
 def test_linked_folders_are_walked_but_not_in_circles(tmp_path):

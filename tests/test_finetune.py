@@ -111,6 +111,14 @@ def test_other_sizes_interpolate_every_table():
     assert torch.allclose(mae_video.resize_table(table, (4, 3, 3), (8, 3, 3))[0, ::9, 0], want)
 
 
+@pytest.mark.parametrize("kind", [MAE, MAEST])
+def test_a_probe_at_another_size_still_trains_its_head_alone(kind):
+    """Positions that began to learn would be a group more for the optimiser, which --resume could not read."""
+    model = tiny(kind, frozen=True)
+    finetune.change_grid(model.encoder, (4 if kind is MAEST else 1, 6, 6))
+    assert all(name.startswith("head.") for name, p in model.named_parameters() if p.requires_grad)
+
+
 def test_an_inflated_image_model_sees_a_still_clip_as_the_image():
     image, video = MAE(32, 8, (32, 2, 4), (16, 1, 2)), VideoMAE(8, 32, 2, 8, (32, 2, 4), (16, 1, 2))
     state = finetune.inflate(image.state_dict(), video, 4)
@@ -375,6 +383,13 @@ def from_file(state, path, **flags):
     found = finetune.read_init(path)
     cfg = finetune.settle(Config(init=str(path), **flags), found)
     return *finetune.build(cfg, 4, found), cfg
+
+
+@pytest.mark.parametrize("change", [{"cls_token": None}, {"patch_embed.proj.weight": torch.zeros(32, 192)}])
+def test_what_is_nearly_a_public_file_is_named(tmp_path, change):
+    state = official_mae(MAE(32, 8, WIDE, (16, 1, 2)), **change)
+    with pytest.raises(InputError, match="has no layout that is known here"):
+        from_file({k: v for k, v in state.items() if v is not None}, tmp_path / "x.pth")
 
 
 def filled(model):

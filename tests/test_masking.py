@@ -119,6 +119,11 @@ def test_dirichlet_masks_show_exactly_the_number_asked_for(alpha, subset_first):
     assert mask.shape == (500, 40) and ((~mask).sum(dim=1) == 13).all()
 
 
+def test_a_subset_of_the_modalities_stays_one_even_where_alpha_is_tiny():
+    mask = masking.dirichlet_mask(300, [16] * 3, 12, seeded(), 0.001, subset_first=True)
+    assert ((~mask).reshape(300, 3, 16).any(dim=2).sum(dim=1) == 1).float().mean() > 0.95  # one modality takes all
+
+
 @pytest.mark.parametrize(
     "ratio, message", [(1, "outside"), (-0.1, "outside"), (float("nan"), "outside"), (0.99, "hides all")]
 )
