@@ -402,7 +402,7 @@ class MemoryOfWorker:
 def ucf_like(path, n=186, b_frames=0):
     """A clip as in UCF101: 320 x 240, MPEG-4 in AVI, a key frame every 12, a drifting picture of coloured squares.
 
-    Three of the four real clips at hand have no B-frames, one has them (and a single key frame)."""
+    Of four genuine clips that were looked at three have no B-frames; the fourth has them, and a single key frame."""
     rng = np.random.default_rng(0)
     picture = np.kron(rng.integers(0, 255, (40, 60, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     with av.open(str(path), "w") as container:

@@ -326,6 +326,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(toy, run, tmp_path, str
     assert same_state(out, reference) and losses(out) == losses(reference)
 
 
+def test_a_run_goes_on_where_auto_means_another_number_format(straight, tmp_path, monkeypatch, capsys):
+    """From a CPU to a GPU without bfloat16: the file has no state of a loss scaler, which float16 needs."""
+    shutil.copytree(straight[0], tmp_path / "run")
+    monkeypatch.setattr(mae_image, "choose_precision", lambda cfg, device: torch.float16)
+    monkeypatch.setattr(sys, "argv", ["mae_image.py", "--resume", "--out", str(tmp_path / "run")])
+    mae_image.main()
+    assert "float16 on 1 x cpu" in capsys.readouterr().out
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(toy, run, tmp_path):
     flags = [*TINY_IMAGE, "--data", toy, "--epochs", 500, "--workers", 1]
     process = subprocess.Popen([sys.executable, ROOT / "mae_image.py", *map(str, flags)], cwd=tmp_path, text=True,
