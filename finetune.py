@@ -734,6 +734,8 @@ def check_combinations(cfg):
         raise InputError(f"--inputs {cfg.inputs} is for --model multimae: {cfg.model} sees RGB")
     if cfg.repeat > 1 and not is_video(cfg) and not only_tests(cfg) and cfg.mode not in ("knn", "features"):
         raise InputError(f"--repeat {cfg.repeat} takes several clips of a video: images have none")
+    if cfg.fold != 1 and not is_video(cfg) and not only_tests(cfg):
+        raise InputError(f"--fold {cfg.fold} is of the lists of UCF101 and HMDB51: images have none")
     if cfg.dense and (cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch") or only_tests(cfg)):
         raise InputError("--dense is for --model multimae and --mode finetune or scratch, and has no --eval-only")
     if cfg.ignore >= cfg.maps:

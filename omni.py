@@ -409,6 +409,8 @@ def main():
     mixed = cfg.joint == "mixed"
     if mixed and (cfg.image_share, cfg.video_share) != (1, 1):
         raise InputError("--image-share and --video-share are for --joint interleaved: mixed has --per-clip")
+    if not mixed and cfg.per_clip != 1:
+        raise InputError("--per-clip is for --joint mixed: interleaved has --image-share and --video-share")
     images, videos = open_images("train"), open_videos("train")
     train = JointDataset(images, videos, mixed, cfg.per_clip, cfg.seed)
     counts, shares = (len(images), len(videos)), (cfg.image_share, cfg.video_share)

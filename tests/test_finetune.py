@@ -725,6 +725,7 @@ def test_two_processes_test_every_video_once(pretrained, run, toy):
     (["--mode", "scratch", "--model", "multimae", "--dense", "semseg", "--ignore", 6], "classes of the maps are 0 to 5"),
     (["--mode", "scratch", "--images"], "--images is for OmniMAE"), (["--mode", "scratch", "--inputs", "rgb,depth"], "is for --model multimae"),
     (["--mode", "scratch", "--model", "mae", "--repeat", 2], "images have none"),
+    (["--mode", "scratch", "--model", "mae", "--fold", 2], "--fold 2 is of the lists"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
     assert message in refused(finetune, "--data", toy, *flags)

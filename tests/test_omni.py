@@ -162,7 +162,8 @@ def test_the_script_trains_on_both_draws_both_and_resumes(toy, run, tmp_path, fl
     (["--img-size", 60], "use --img-size 56 or 64"), (["--frames", 5], "clip length 5"), (["--mask-ratio", 0], "hides nothing"),
     (["--mask-ratio-image", 1], "outside [0, 1)"), (["--image-share", 0, "--video-share", 0], "nothing to train on"),
     (["--images", "nowhere"], "nowhere does not exist"), (["--batch", 60], "36 videos do not fill one update"), (["--batch", 100], "64 images do not fill"),
-    (["--joint", "mixed", "--image-share", 0], "are for --joint interleaved"), (["--joint", "both"], "invalid choice"), (["--decoder-heads", 5], "multiple of 5 heads"),
+    (["--joint", "mixed", "--image-share", 0], "are for --joint interleaved"), (["--per-clip", 4], "is for --joint mixed"),
+    (["--joint", "both"], "invalid choice"), (["--decoder-heads", 5], "multiple of 5 heads"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
     assert message in refused(omni, "--data", toy, *([] if "--images" in flags else ["--images", toy]), *flags)
