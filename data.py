@@ -540,6 +540,13 @@ def make_crop(pixels, size, kind, min_crop, flip, generator, bicubic=False):
     return x.permute(0, 2, 3, 1).contiguous()
 
 
+def center_box(x):
+    """The largest square in the middle.   (..., H, W) -> top, left, height, width"""
+    H, W = x.shape[-2:]
+    side = min(H, W)
+    return (H - side) // 2, (W - side) // 2, side, side
+
+
 @contextlib.contextmanager
 def torchvision_draws_from(generator):
     """torchvision draws from the global generator: lend it a seed of ours, and give it back as it was."""
@@ -547,13 +554,6 @@ def torchvision_draws_from(generator):
         # not torch.manual_seed: it reaches for the GPUs too, and would take as long as the resize of a small clip
         torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         yield
-
-
-def center_box(x):
-    """The largest square in the middle.   (..., H, W) -> top, left, height, width"""
-    H, W = x.shape[-2:]
-    side = min(H, W)
-    return (H - side) // 2, (W - side) // 2, side, side
 
 
 def random_box(x, scale, generator):
@@ -663,8 +663,7 @@ def leave_signals_to_the_parent(worker):
 
 # ============================================================================================================
 #  PART 6: the toy world
-#  (needs: numpy, av, pillow, BrokenFile, in_parallel, one_thread;
-#   masking.py InputError)
+#  (needs: numpy, av, pillow, BrokenFile, in_parallel, one_thread; masking.py InputError)
 #
 #  A room with a patterned floor and wall, an object that matters and some that do not, seen by a camera that
 #  drifts sideways. Rays are cast through every pixel, so depth and class maps are exact. Units are metres.

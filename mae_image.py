@@ -571,7 +571,7 @@ def load_weights(model, path, script):
     fresh = [k for k in missing if k.startswith(DECODER) and not any(s.startswith(DECODER) for s in state)]
     left = [k for k in state if k not in own]
     misfits = [f"{k} {tuple(v.shape)}, here {tuple(own[k].shape)}" for k, v in state.items()
-             if k in own and v.shape != own[k].shape]  # fmt: skip
+               if k in own and v.shape != own[k].shape]  # fmt: skip
     wrong = [f"no {k}" for k in missing if k not in fresh] + [f"unknown {k}" for k in left] + misfits
     made = content["config"] if "script" in content else {}  # the settings of the run that wrote the file
     said = ""
