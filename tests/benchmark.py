@@ -64,9 +64,8 @@ def kept_for_backward(function):
 
 
 def setting(quick, device, tiny, cpu, gpu):
-    """-> dtype, generator, and what to measure here: tiny if --quick, else by machine."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return dtype, torch.Generator().manual_seed(0), tiny if quick else gpu if device == "cuda" else cpu
+    """-> generator, and what to measure here: tiny if --quick, else by machine."""
+    return torch.Generator().manual_seed(0), tiny if quick else gpu if device == "cuda" else cpu
 
 
 def table(title, runs, rounds):
@@ -160,8 +159,8 @@ def transformers_models(image, video, decoders):
     }
 
 
-def benchmark_models(quick, device, compiled):
-    dtype, generator, (image, video, decoders, size, B, rounds) = setting(
+def benchmark_models(quick, device, dtype, compiled):
+    generator, (image, video, decoders, size, B, rounds) = setting(
         quick, device,
         tiny=((32, 8), (4, 32, 8), ((16, 1, 2), (16, 1, 2), (16, 1, 2)), (32, 1, 2), 2, 1),
         cpu=((224, 16), (16, 112, 8), ((512, 8, 16), (192, 4, 3), (512, 4, 16)), "small", 2, 5),
@@ -203,9 +202,9 @@ def benchmark_models(quick, device, compiled):
             run.model.cpu()
 
 
-def benchmark_joint(quick, device):
+def benchmark_joint(quick, device, dtype):
     """OmniMAE: what extreme ratios save on an image step and a clip step, and what packing both into one step does."""
-    dtype, generator, (frames, side, patch, size, decoder, B, rounds) = setting(
+    generator, (frames, side, patch, size, decoder, B, rounds) = setting(
         quick, device,
         tiny=(4, 32, 8, (32, 1, 2), (16, 1, 2), 2, 1),
         cpu=(16, 112, 8, "small", (192, 4, 16), 2, 5),
@@ -271,9 +270,9 @@ def benchmark_counts():
         print(f"{name:44s} {few:9.1f} {all_of_them:16.1f} {all_of_them / few:6.1f}x")
 
 
-def benchmark_cost(quick, device):
+def benchmark_cost(quick, device, dtype):
     """One step of VideoMAE against ratio, frames, size and batch; all else as in the first line."""
-    dtype, generator, (frames, side, patch, size, decoder, B, rounds) = setting(
+    generator, (frames, side, patch, size, decoder, B, rounds) = setting(
         quick, device,
         tiny=(4, 32, 8, (32, 1, 2), (16, 1, 2), 1, 1),
         cpu=(16, 64, 8, "tiny", (96, 2, 2), 2, 3),
@@ -299,9 +298,9 @@ def plain_attention(q, k, v):
     return weights @ v
 
 
-def benchmark_levers(quick, device):
+def benchmark_levers(quick, device, dtype):
     """VideoMAE's step, and the same with one lever taken back."""
-    dtype, generator, (frames, side, patch, size, decoder, B, rounds) = setting(
+    generator, (frames, side, patch, size, decoder, B, rounds) = setting(
         quick, device,
         tiny=(4, 32, 8, (32, 1, 2), (16, 1, 2), 2, 1),
         cpu=(16, 112, 8, "small", (192, 4, 3), 2, 5),
@@ -475,19 +474,21 @@ def main():
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of all steps (default: bfloat16 on a GPU)")
     parser.add_argument("--only", choices=("start", "loader", "models", "counts", "joint", "cost", "levers"), help="one table")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.precision or ("bfloat16" if device == "cuda" else "float32"))
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {name}")
     tables = {
         "start": lambda: benchmark_start(args.quick),
         "loader": lambda: benchmark_loader(args.quick),
-        "models": lambda: benchmark_models(args.quick, device, args.compile),
+        "models": lambda: benchmark_models(args.quick, device, dtype, args.compile),
         "counts": benchmark_counts,
-        "joint": lambda: benchmark_joint(args.quick, device),
-        "cost": lambda: benchmark_cost(args.quick, device),
-        "levers": lambda: benchmark_levers(args.quick, device),
+        "joint": lambda: benchmark_joint(args.quick, device, dtype),
+        "cost": lambda: benchmark_cost(args.quick, device, dtype),
+        "levers": lambda: benchmark_levers(args.quick, device, dtype),
     }
     for key, table in tables.items():
         if args.only in (None, key):
