@@ -403,17 +403,25 @@ def open_video(path):
     if not container.streams.video:
         container.close()
         raise BrokenFile("no video stream in it")
-    stream = container.streams.video[0]
+    stream = container.streams.best("video")  # not a cover picture
     # important: threads of kind FRAME or AUTO can hang when a loop is left early beside torch; one per worker is enough
     stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
     return container, stream
 
 
 def count_frames(path):
-    """Frames by the header or, where it does not say, by the packets. Decoding may still give a few less."""
+    """Frames by the index, the header or, where both do not say, by the packets. Decoding may still give a few less."""
     container, stream = open_video(path)
     with container:
-        return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+        return len(index_of(stream)) or stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+
+
+def index_of(stream):
+    """Time stamps of all frames that are shown, in the order of storage, or [] where the file has no full index."""
+    entries = stream.index_entries
+    # in AVI a frame shown for longer has no entries after it, but the header counts them; times are numbers there
+    full = entries and stream.frames in (len(entries), entries[-1].timestamp + 1)
+    return [e.timestamp for e in entries if not e.is_discard] if full else []  # an editor's cuts are stored, not shown
 
 
 def upright(rgb, frame):
@@ -421,35 +429,40 @@ def upright(rgb, frame):
     return np.rot90(rgb.to_ndarray(), round(frame.rotation / 90))
 
 
-def grab(path, wanted):
+def display_times(container, stream):
+    """The time stamp of every frame, in the order of display, or [] where the file does not tell."""
+    if stream.codec_context.has_b_frames:  # stored in another order
+        if container.format.name == "avi":  # has no such times: FFmpeg guesses them
+            return []
+        times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        return sorted(times) if None not in times and len(set(times)) == len(times) else []
+    return index_of(stream)
+
+
+def grab(path, wanted, jump=True):
     """Decode the frames `wanted` -> {number: (H, W, 3) uint8}, number of frames met.
 
-    Frames are counted: UCF101's and HMDB51's AVIs have no usable time stamps (packed B-frames). Only frames that
-    are kept are converted, by one converter without threads of its own (with them it takes three times as long).
-    Where the frame rate is constant, a clip that begins after frame 24 is reached by a jump to a key frame before it,
-    whose time tells its number: exactly, if there are no B-frames (shrink writes none). With B-frames it may be a
-    frame or two off, so there only a clip after frame 600 is.
+    Where the file tells the time of every frame, a clip that begins after frame 24 is reached by a jump to a key frame
+    before it, whose time tells its number. Otherwise, as in those of UCF101's and HMDB51's AVIs that have B-frames, all
+    are decoded and counted. Only frames that are kept are converted, by one converter without threads of its own (with
+    them it takes three times as long).
     """
-    found, wanted, first = {}, set(wanted.tolist()), int(wanted.min())
-    last, convert = max(wanted), av.video.reformatter.VideoReformatter()
+    found, first, last, kept = {}, wanted.min(), wanted.max(), set(wanted.tolist())
+    convert = av.video.reformatter.VideoReformatter()
     container, stream = open_video(path)
     with container:
         i, frames = 0, container.decode(stream)
-        rate, base, usual = stream.average_rate, stream.time_base, stream.guessed_rate
-        reordered = stream.codec_context.has_b_frames
-        if first > (600 if reordered else 24) and rate and base and usual and abs(rate / usual - 1) < 1e-3:
-            begin, goal = stream.start_time or 0, int(first / rate / base)
-            container.seek(begin + goal, stream=stream)
-            frame = next(frames, None)  # the key frame it landed on
-            when = (frame.pts if reordered else frame.dts) if frame else None  # H.264 in AVI: pts begins at 1, dts at 0
-            i = last + 1 if when is None else round(float((when - begin) * base * rate))
-            if i <= first:
-                frames = itertools.chain([frame], frames)
-            else:  # the times are useless: from the beginning
-                container.seek(0, stream=stream)
-                i, frames = 0, container.decode(stream)
+        if jump and first > 24:
+            times, key = display_times(container, stream), None
+            if first < len(times):
+                container.seek(times[first], stream=stream)
+                key = next((f for f in frames if f.key_frame), None)  # B-frames before it miss what they refer to
+            time = key and (key.pts if stream.codec_context.has_b_frames else key.dts)  # in AVI pts may begin at 1
+            if time not in times[: first + 1]:
+                return grab(path, wanted, jump=False)
+            i, frames = times.index(time), itertools.chain([key], frames)
         for frame in frames:
-            if i in wanted:
+            if i in kept:
                 found[i] = upright(convert.reformat(frame, format="rgb24", threads=1), frame)
             i += 1
             if i > last:
