@@ -21,6 +21,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import itertools
 import math
@@ -29,6 +30,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -108,7 +110,7 @@ def find_root(root, part):
     """The folder or file, or its part "videos" / "rgb" where it has one, as the toy world does."""
     root = Path(root)
     if not root.exists():
-        raise InputError(f"{root} does not exist: --data needs a folder or a list file")
+        raise InputError(f"{root} does not exist: a folder or a list file is needed")
     return root / part if (root / part).is_dir() else root
 
 
@@ -181,8 +183,9 @@ def resolve(wanted, classes, folder, source, kinds, allow_missing):
     are.
     """
     direct = [folder / p if p.lower().endswith(kinds) and os.path.isfile(folder / p) else None for p, _ in wanted]
-    alike = {} if all(direct) else {path_key(p.relative_to(folder)): p for p in walk(folder, kinds)}
-    found = [(file or alike.get(path_key(Path(path))), label) for file, (path, label) in zip(direct, wanted)]
+    alike = {} if all(direct) else {path_key(p.relative_to(folder)): p for p in walk(folder, kinds, strict=False)}
+    inside = lambda path: Path(os.path.relpath(folder / path, folder))  # also of an absolute path
+    found = [(file or alike.get(path_key(inside(path))), label) for file, (path, label) in zip(direct, wanted)]
     missing = [path for (path, _), (file, _) in zip(wanted, found) if file is None]
     if len(missing) == len(wanted) or (missing and not allow_missing):
         hint = ("--allow-missing goes on with those that are there" if len(missing) < len(wanted) else
@@ -196,21 +199,21 @@ def path_key(path):
     return str(path.with_suffix("") if path.suffix.lower() in VIDEO + IMAGE else path).lower()
 
 
-def walk(folder, kinds):
+def walk(folder, kinds, strict=True):
     """All regular files of these kinds below folder, sorted, so that every machine sees the same order.
 
-    Raises InputError for a folder that may not be listed."""
+    Raises InputError for a folder that may not be listed (strict=False: passes it over)."""
 
     def fail(error):
         raise InputError(f"cannot list {error.filename}: {error.strerror}")
 
     seen = set()  # links to folders are followed, but not in circles
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=fail if strict else None, followlinks=True):
         if (place := os.path.realpath(parent)) in seen:
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "lost+found")  # at the top of a disk
         for name in sorted(names):
             if name.lower().endswith(kinds) and not name.startswith(".") and os.path.isfile(os.path.join(parent, name)):
                 yield Path(parent, name)
@@ -676,7 +679,7 @@ def leave_signals_to_the_parent(worker):
 
 # ============================================================================================================
 #  PART 6: the toy world
-#  (needs: numpy, av, pillow, BrokenFile, in_parallel, one_thread; masking.py InputError)
+#  (needs: numpy, av, pillow, BrokenFile, in_parallel, one_thread, end_with; masking.py InputError)
 #
 #  A room with a patterned floor and wall, an object that matters and some that do not, seen by a camera that
 #  drifts sideways. Rays are cast through every pixel, so depth and class maps are exact. Units are metres.
@@ -977,8 +980,18 @@ def in_parallel(work, jobs, what):
 
 
 def one_thread():
+    """Begin a worker process of in_parallel."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with(parent):
+    """A worker whose parent was killed would wait for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def check_file(path):
@@ -1058,7 +1071,8 @@ def shrink_file(job):
             W, H = stream.codec_context.width, stream.codec_context.height
             scale = min(1, short / min(W, H))
             W, H = max(2, round(W * scale / 2) * 2), max(2, round(H * scale / 2) * 2)
-            if target.exists() and sorted(size_of(target)) == sorted((W, H)):  # done in an earlier call
+            done = target.exists() and target.stat().st_mtime >= source.stat().st_mtime  # in an earlier call
+            if done and sorted(size_of(target)) == sorted((W, H)):
                 return "", ""
             rate = Fraction(stream.average_rate or stream.guessed_rate or 25).limit_denominator(1001)
             rate = rate if rate.numerator < 2**16 else Fraction(round(rate))  # MPEG-4 holds no more
@@ -1071,6 +1085,8 @@ def shrink_file(job):
         return "", less
     except Exception as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise InputError(f"cannot write {target}: {error.strerror}; call again when there is room") from None
         return one_line(error), ""
 
 
@@ -1121,6 +1137,8 @@ def shrink(source, target, short):
         raise InputError(f"cannot write to {target}: {error}") from None
     broken = 0
     for (result, error), (path, _, _) in zip(in_parallel(shrink_file, jobs, f"shrinking into {target}"), jobs):
+        if isinstance(error, InputError):
+            raise error
         reason, less = result or (str(error), "")
         if reason:
             broken += 1

@@ -51,7 +51,7 @@ from mae_image import (DECODER, ENCODERS, MAE, Batches, Run, StopOnSignal, agree
                        encoder_size, load_file, lr_at, open_loader, pieces_of, public_tensors, read_config, shuffled,
                        sincos_2d, start_processes, write_whole)  # fmt: skip
 from mae_video import MAEST, VideoMAE, resize_table
-from masking import InputError, last_line, run_script
+from masking import InputError, last_line, run_script, say
 from multimae import MODALITIES, PLANES, STRIDE, AlignedDataset, MultiMAE, list_aligned, parse_modalities
 from omni import OmniMAE
 
@@ -277,6 +277,8 @@ def mix(x, labels, classes, mixup, cutmix):
     kinds += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
     if not kinds:
         return x, labels
+    order = torch.randperm(len(x))  # torchvision mixes neighbours, and with --repeat those are clips of one video
+    x, labels = x[order], labels[order]
     mixed, labels = kinds[int(torch.rand(1) * len(kinds))](x.flatten(1, -3), labels)  # (B, C*T, H, W)
     return mixed.reshape(x.shape), labels
 
@@ -314,7 +316,7 @@ class Augmented(Dataset):
 #  THE PAPERS, part 3: testing
 #  (needs: torch, torchvision, is_video, planes_of, open_aligned; data.py parts 2-5;
 #   mae_image.py choose_precision, open_loader, start_processes;
-#   multimae.py MODALITIES, PLANES, parse_modalities, part 4; masking.py InputError, last_line)
+#   multimae.py MODALITIES, PLANES, parse_modalities, part 4; masking.py InputError, last_line, say)
 # ============================================================================================================
 
 
@@ -394,7 +396,7 @@ def run_views(model, files, cfg, clips, crops, output):
             now = time.perf_counter()
             if rank == 0 and now - shown > 20:
                 left, shown = (now - start) / done * (len(loader) - done), now
-                print(f"testing: {done} of {len(loader)} batches, {left:.0f} s left", flush=True)
+                say(f"testing: {done} of {len(loader)} batches, {left:.0f} s left")
     parts = [(list(own), outputs, broken)]
     if world > 1:  # one such triple of each process
         mine, parts = parts[0], [None] * world
@@ -874,7 +876,7 @@ def train_classifier(model, train, look, cfg, extra):
     else:
         optimizer = torch.optim.AdamW(groups, peak, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(Path(cfg.out), cfg, "finetune", model, optimizer, scaler, writes=rank == 0, extra=extra)
+    run = Run(Path(cfg.out), cfg, "finetune", model, optimizer, scaler, train, writes=rank == 0, extra=extra)
     start = run.open()
     run.scores = {"chance": math.log(max(classes, 1)) if not cfg.dense else float("nan"), "val_loss": float("nan")}
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -993,14 +995,14 @@ def report(probabilities, files, classes, cfg, broken):
     scores = summarise(probabilities, torch.from_numpy(files.labels))
     scores["per_class"] = {classes[i]: a for i, a in enumerate(scores["per_class"]) if math.isfinite(a)}
     scores["confused"] = [[classes[a], classes[b], n] for a, b, n in scores["confused"]]
-    print(f"test: {scores['files']} files x {scores['views']} views{without(broken)}")
-    print("  file level  top-1 {top1:.1%}  top-5 {top5:.1%}  mean over classes {class_mean:.1%}\n"
-          "  view level  top-1 {view_top1:.1%}  top-5 {view_top5:.1%}\n"
-          "  chance      top-1 {chance:.1%}  (always the most frequent class)".format(**scores))  # fmt: skip
+    say(f"test: {scores['files']} files x {scores['views']} views{without(broken)}")
+    say("  file level  top-1 {top1:.1%}  top-5 {top5:.1%}  mean over classes {class_mean:.1%}\n"
+        "  view level  top-1 {view_top1:.1%}  top-5 {view_top5:.1%}\n"
+        "  chance      top-1 {chance:.1%}  (always the most frequent class)".format(**scores))  # fmt: skip
     worst = sorted((a, name) for name, a in scores["per_class"].items())[:5]
-    print("  worst classes: " + ", ".join(f"{name} {a:.0%}" for a, name in worst))
+    say("  worst classes: " + ", ".join(f"{name} {a:.0%}" for a, name in worst))
     if scores["confused"]:
-        print("  most confused: " + ", ".join(f"{a} taken for {b} {n}x" for a, b, n in scores["confused"]))
+        say("  most confused: " + ", ".join(f"{a} taken for {b} {n}x" for a, b, n in scores["confused"]))
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(["path", "label"] + [f"{what}{k}" for k in range(1, 6) for what in ("class", "score")])
@@ -1037,7 +1039,7 @@ def report_dense(answers, cfg, classes, broken=(), last=True):
         name, score, map_of_all = "mean IoU", mean_iou, most.to(truth)
     ours, constant = score(guess), score(map_of_all.expand_as(truth))
     if last:
-        print(f"test: {len(guess)} files{without(broken)}")
+        say(f"test: {len(guess)} files{without(broken)}")
         scores = {"task": cfg.dense, name: ours, "constant map": constant, "unreadable": len(broken)}
         write(Path(cfg.out, "results.json"), json.dumps(scores).encode())
     task = name if cfg.dense == "depth" else f"semseg {name}"

@@ -24,6 +24,7 @@ import dataclasses
 import datetime
 import errno
 import inspect
+import itertools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import signal
 import sys
 import time
 import typing
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +46,7 @@ from torch import nn
 
 import data
 from data import seeded
-from masking import MASKS, InputError, OneLineParser, grid_mask, hidden, last_line, restore, run_script, visible
+from masking import MASKS, InputError, OneLineParser, grid_mask, hidden, last_line, restore, run_script, say, visible
 
 # Published encoders: width D, blocks, heads. tiny is DeiT's (arXiv 2012.12877), small that of VideoMAE's code, the
 # others MAE's; huge comes with 14 x 14 patches in MAE, 16 x 16 in VideoMAE. nano is ours, for a laptop.
@@ -231,7 +233,8 @@ class MAE(nn.Module):
         self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
         self.decoder_pred = nn.Linear(E, P)
 
-        # Fixed tables; not in the state dict, so that a checkpoint fits any image size.   (1, N, D), (1, N, E)
+        # Fixed tables, made for this grid and not in the state dict.   (1, N, D), (1, N, E)
+        # So the weights fit any image size, but have not seen the positions of another grid: finetune.py resizes
         self.register_buffer("pos_embed", sincos_2d(D, *self.grid[1:])[None], persistent=False)
         self.register_buffer("decoder_pos_embed", sincos_2d(E, *self.grid[1:])[None], persistent=False)
 
@@ -344,7 +347,7 @@ def lr_at(step, base, floor, warmup, total, inclusive=False):
     inclusive: VideoMAE's warm-up ends on `base` one step earlier (its ramp includes both ends).
     """
     if step < warmup:
-        return base * step / max(warmup - inclusive, 1)
+        return base * min(step / max(warmup - inclusive, 1), 1)
     return floor + (base - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
@@ -456,7 +459,7 @@ AT_LEAST_0 = "workers seed epochs warmup lr min_lr weight_decay clip"
 LIMITS = [(n, 1, BIG) for n in AT_LEAST_1.split()] + [(n, 0, BIG) for n in AT_LEAST_0.split()] + [("min_crop", 0.01, 1)]
 
 # What may change when a run goes on. All else would make it another run.
-MAY_CHANGE = ("out", "resume", "workers", "device", "compile", "log_every", "accum", "pictures")
+MAY_CHANGE = ("out", "data", "resume", "workers", "device", "compile", "log_every", "accum", "pictures")
 
 
 def read_config(Config, presets, doc, script, limits=(), may_change=(), adapt=None):
@@ -520,7 +523,8 @@ def write_whole(path, fill):
     except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        cause = error if getattr(error, "strerror", None) else error.__context__  # torch's own error hides the reason
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise OSError(f"cannot write {path}: {reason}") from None
 
 
@@ -560,12 +564,9 @@ def load_weights(model, path, script):
     whatever else does not fit: a missing, left-over or misshapen tensor.
     """
     content = load_file(path)
-    if "script" in content:
-        if content["script"] != script:
-            raise InputError(f"checkpoint {path} was written by {content['script']}.py, not by {script}.py")
-        state = content["model"]
-    else:
-        state = model.from_public(public_tensors(content))
+    if content.get("script", script) != script:
+        raise InputError(f"checkpoint {path} was written by {content['script']}.py, not by {script}.py")
+    state = model.from_public(public_tensors(content))
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     fresh = [k for k in missing if k.startswith(DECODER) and not any(s.startswith(DECODER) for s in state)]
@@ -574,15 +575,19 @@ def load_weights(model, path, script):
                if k in own and v.shape != own[k].shape]  # fmt: skip
     wrong = [f"no {k}" for k in missing if k not in fresh] + [f"unknown {k}" for k in left] + misfits
     made = content["config"] if "script" in content else {}  # the settings of the run that wrote the file
-    said = ""
+    said, here = "", model.grid[1]
+    resized = any("pos_embed" in k for k in own)  # MAE-ST's are learned
     if made:  # what no shape shows
         heads = {name.split(".")[0]: m.heads for name, m in model.named_modules() if hasattr(m, "heads")}
         theirs = {k: made["decoder_heads"] if k.startswith(DECODER) else encoder_size(made["size"])[2] for k in heads}
         wrong += [f"{theirs[k]} heads in {k}, here {heads[k]}" for k in heads if heads[k] != theirs[k]]
         if made.get("norm_pix", getattr(model, "norm_pix", None)) != getattr(model, "norm_pix", None):
             said = f"; its decoder was trained with --{'no-' * model.norm_pix}norm-pix"
-        if (side := made["img_size"] // made["patch"]) != (here := model.grid[1]):
-            said += f"; it was trained on {side} x {side} patches: the positions of {here} x {here} are new"
+        if (side := made["img_size"] // made["patch"]) != here:
+            said += f"; trained on {side} x {side} patches, so the positions of {here} x {here} are "
+            said += "resized" if resized else "new to it"
+    elif not resized:
+        said = f"; it must have been trained on {here} x {here} patches: other positions would be new to it"
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         flags = " ".join(f"--{k.replace('_', '-')} {made[k]}" for k in SHAPES if k in made) or "its --size and --patch"
@@ -696,7 +701,7 @@ def pretrain(model, train, draw_mask, validate, cfg, script, plan=None):
     dtype = choose_precision(cfg, device)
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), peak, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # or small gradients become 0
-    run = Run(Path(cfg.out), cfg, script, model, optimizer, scaler, writes=rank == 0)
+    run = Run(Path(cfg.out), cfg, script, model, optimizer, scaler, train, writes=rank == 0)
     start = run.open()
     if said:
         run.say(said)
@@ -794,28 +799,40 @@ class StopOnSignal:
     def ask(self, number, frame):
         self.flag = True
         signal.signal(number, self.before[number])
-        print("\nstopping after this update (once more: at once)", flush=True)
+        say("\nstopping after this update (once more: at once)")
 
     def __exit__(self, *_):
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
 
+def fingerprint(train):
+    """Number of training files, and a checksum of names and labels. Not of folders: the data may have moved."""
+    labels = getattr(train, "labels", itertools.repeat(""))
+    names = [f"{os.path.basename(path)} {label}" for path, label in zip(train.paths, labels)]
+    return [len(names), zlib.crc32("\n".join(names).encode("utf-8", "surrogateescape"))]
+
+
 class Run:
     """The folder of one run: checkpoint.pt, log.jsonl, pictures/. Only one process writes."""
 
-    def __init__(self, out, cfg, script, model, optimizer, scaler, writes, extra=None):
-        self.extra = extra or {}  # what else a script wants to find in its checkpoint
+    def __init__(self, out, cfg, script, model, optimizer, scaler, train, writes, extra=None):
+        # what else is in the checkpoint: the files it was trained on, and what a script wants to find there
+        self.extra = {"files": fingerprint(train), **(extra or {})}
         self.out, self.cfg, self.script, self.writes = out, cfg, script, writes
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.saved_step, self.losses, self.scores = 0, [], {"chance": float("nan"), "val_loss": float("nan")}
         self.broken, self.began, self.save_seconds, self.saved_at, self.board = {}, time.perf_counter(), 0.0, 0.0, None
+        self.failed = False  # to write the last checkpoint
 
     def open(self):
         """-> the first update to do. Makes the folder or reads it."""
         checkpoint, log = self.out / "checkpoint.pt", self.out / "log.jsonl"
         if self.cfg.resume:
             state = load_file(checkpoint)
+            if state["files"] != (files := self.extra["files"]):
+                raise InputError(f"{self.cfg.data} is not what {self.out} was begun with ({state['files'][0]} training "
+                                 f"files then, {files[0]} now): a resumed run needs the same")  # fmt: skip
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty if the run began on a device that needs none
@@ -863,7 +880,7 @@ class Run:
 
     def say(self, text):
         if self.writes:
-            print(text, flush=True)
+            say(text)
 
     def log(self, record):
         """One JSON line. A full disk is reported and does not end the training."""
@@ -964,9 +981,9 @@ class Run:
                 "scaler": self.scaler.state_dict(), **self.extra})  # fmt: skip
             self.saved_step = done
         except OSError as error:
-            self.say(f"warning: {error}; the checkpoint of update {self.saved_step} stays")
-            if must:
-                sys.exit(1)
+            stays = f"the checkpoint of update {self.saved_step} stays" if self.saved_step else "there is none yet"
+            self.say(f"warning: {error}; {stays}")
+            self.failed = must
         self.saved_at = time.perf_counter()
         self.save_seconds = self.saved_at - tick
 
@@ -977,9 +994,9 @@ class Run:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if self.writes and self.saved_step < total:
-            how = f"python {self.script}.py --resume --out {self.out}"
-            print(f"stopped after update {self.saved_step}; go on with: {how}")
-            sys.exit(130)  # what a shell expects after Ctrl-C
+            how = f"; go on with: python {self.script}.py --resume --out {self.out}" if self.saved_step else ""
+            self.say(f"stopped after update {self.saved_step}{how}")
+            sys.exit(1 if self.failed else 130)  # what a shell expects after Ctrl-C
         if total:
             self.say(f"weights in {self.out}/checkpoint.pt")
         result = result or f"held-out loss {self.scores['val_loss']:.4f} (chance {self.scores['chance']:.3f})"
@@ -1003,9 +1020,9 @@ def reconstruct(model, imgs, mask):
     chance is the loss of the best constant prediction: the variance of the target. With patches normalised over n
     values (P, or P / 3 where each channel has its own) it is (n - 1) / n, since they are divided by the unbiased
     deviation, and less where patches are flat.
-    important: a normalised prediction has no brightness and contrast of its own, so the picture takes both from
-    the hidden original. That alone looks like a reconstruction! The extra picture shows what a model that has
-    learnt nothing would "rebuild" that way.
+    important: a normalised prediction has no mean and deviation of its own, so the picture takes both from the hidden
+    original: brightness and contrast, and where every channel has its own (VideoMAE, OmniMAE) the colour. That alone
+    looks like a reconstruction! The extra picture shows what a model that has learnt nothing would "rebuild" that way.
     """
     # model.forward, not model(): pictures come in another batch size, for which nothing need be compiled
     loss, pred = model.forward(imgs, mask)
@@ -1028,7 +1045,7 @@ def reconstruct(model, imgs, mask):
     return loss.item(), target.var(correction=0).item(), {k: v.clamp(0, 1) for k, v in pictures.items()}
 
 
-LEAK_NOTE = "* brightness and contrast of each hidden patch are taken from the original"
+LEAK_NOTE = "* mean and deviation of each hidden patch are taken from the original"
 
 
 def picture_table(cells, titles, note=""):
@@ -1070,7 +1087,7 @@ def save_picture(image, path):
     try:
         image.save(path)
     except OSError as error:
-        print(f"warning: cannot write {path}: {error}", flush=True)
+        say(f"warning: cannot write {path}: {error}")
 
 
 # ============================================================================================================
@@ -1078,7 +1095,7 @@ def save_picture(image, path):
 # ============================================================================================================
 
 
-def check_mask(mask, what="", hint="raise the mask ratio"):
+def check_mask(mask, what="", hint="raise the mask ratio, or have more tokens: a smaller --patch"):
     """Complain now about a mask (1, N) that hides nothing, not after the data is read; else say how much it hides."""
     if not mask.any():
         raise InputError(f"{what}this mask hides nothing, so there is nothing to learn: {hint}")

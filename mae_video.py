@@ -44,7 +44,7 @@ import data
 from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LEAK_NOTE, MAE, Block, PatchEmbed, check_divides,
                        check_grid, check_mask, encoder_size, held_out, init_weights, normalize, picture_table, pretrain,
                        read_config, reconstruct, save_picture, start_processes, to_unit_range)  # fmt: skip
-from masking import MASKS, InputError, hidden, restore, run_script, visible
+from masking import MASKS, InputError, hidden, restore, run_script, say, visible
 
 # ============================================================================================================
 #  THE PAPERS, part 1: from frames to cubes and back, positions, the target
@@ -382,7 +382,9 @@ class MAEST(nn.Module):
         q, k, v are three linears there, or one where a file was written so; learned tables are resized to our
         grid. Of SlowFast files only the encoder fits: its decoder is another one.
         """
-        renamed = {k: v for k, v in state.items() if not k.startswith(("dec_pos_embed", "pred_head"))}
+        slowfast = any(k.startswith(("dec_pos_embed", "pred_head")) for k in state)
+        decoder = ("dec_pos_embed", "pred_head", "decoder_embed", "mask_token") if slowfast else ()
+        renamed = {k: v for k, v in state.items() if not k.startswith(decoder)}
         for key in [k for k in renamed if ".attn.q." in k]:
             parts = [renamed.pop(key.replace(".attn.q.", f".attn.{part}."), None) for part in "qkv"]
             if any(p is None for p in parts):
@@ -495,7 +497,7 @@ def write_strips(pictures, titles, path, note):
     try:
         data.write_video(f"{path}.mp4", even * 3, Fraction(8))
     except OSError as error:
-        print(f"warning: cannot write {path}.mp4: {error}", flush=True)
+        say(f"warning: cannot write {path}.mp4: {error}")
 
 
 def main():

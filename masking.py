@@ -22,8 +22,11 @@ Next  data.py: from a file on disk to a batch.
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
+import os
+import signal
 import sys
 
 import numpy as np
@@ -238,10 +241,14 @@ def run_script(main):
     for stream in (sys.stdout, sys.stderr):  # a file name need not be valid in the terminal's encoding
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once: pools are closed, half a folder is removed
     try:
         main()
         if torch.distributed.is_initialized():  # its threads may abort a process that ends with them
             torch.distributed.destroy_process_group()
+    except BrokenPipeError:  # as in: ... | head
+        sys.stdout = open(os.devnull, "w")  # or the interpreter would fail on what is left to print
+        sys.exit(141)
     except (InputError, OSError) as error:
         if not isinstance(error, InputError) and error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
             raise
@@ -254,6 +261,12 @@ def run_script(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def say(text):
+    """print, for long work: a closed terminal or pipe, or a full disk behind it, does not end it."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def last_line(error):

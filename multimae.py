@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -51,7 +51,7 @@ from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, MLP, Attention, Bl
                        check_mask, encoder_size, held_out, init_weights, normalize, patchify, picture_table, pretrain,
                        read_config, save_picture, sincos_2d, start_processes, to_unit_range, unpatchify)  # fmt: skip
 from mae_video import resize_table
-from masking import InputError, dirichlet_mask, restore, run_script, visible
+from masking import InputError, dirichlet_mask, restore, run_script, say, visible
 
 MODALITIES = ("rgb", "depth", "semseg")  # their order is that of the tokens
 CHANNELS = {"rgb": 3, "depth": 1}
@@ -417,6 +417,11 @@ class AlignedDataset(torch.utils.data.Dataset):
         if len(set(sizes.values())) > 1:
             raise InputError(f"{self.paths[i]}: modalities of different sizes: "
                              + ", ".join(f"{m} {w}x{h}" for m, (h, w) in sizes.items()))  # fmt: skip
+        if "rgb" in maps and len(maps) > 1:
+            with Image.open(self.find(i, "rgb")) as image:
+                if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                    raise InputError(f"{self.find(i, 'rgb')} is turned by EXIF, and nothing tells whether its maps are: "
+                                     "save it upright")  # fmt: skip
         if "semseg" in maps and maps["semseg"].max() >= self.number:
             raise InputError(f"{self.find(i, 'semseg')} has class {int(maps['semseg'].max())}, the model 0 to "
                              f"{self.number - 1}: --classes, in finetune.py --maps, says how many")  # fmt: skip
@@ -558,9 +563,11 @@ def cross_modal(model, inputs, source, constant):
     For depth the mean absolute error (standardised), for classes the share of right ones among the pixels where the
     constant map is wrong: in the toy world those of objects. (Most pixels are floor and wall, which a constant gets
     right.) Each for the model, the constant map, and the model given another sample's input: that gap is what was
-    really read from it.
+    really read from it. The other one is half the set away: files come class by class, and a neighbour would show the
+    same kind of object.
     """
-    preds, shuffled = (paint_from(model, source, x) for x in (inputs[source], inputs[source].roll(1, 0)))
+    other = inputs[source].roll(len(inputs[source]) // 2, 0)
+    preds, shuffled = (paint_from(model, source, x) for x in (inputs[source], other))
     numbers = {}
     if "depth" in inputs and source != "depth":
         target = model.target("depth", inputs["depth"])
@@ -576,6 +583,7 @@ def cross_modal(model, inputs, source, constant):
 
 
 PALETTE = torch.tensor([[90, 130, 90], [120, 140, 190], [220, 70, 60], [240, 180, 50], [150, 80, 190], [60, 190, 200]])
+HOLE = torch.tensor([1.0, 0.8, 0.85])[:, None, None]  # a hidden patch in a picture: not a grey, as depth has them all
 
 
 def to_pictures(model, task, values):
@@ -601,7 +609,7 @@ def draw(model, inputs, mask, preds, path):
         original, painted = to_pictures(model, m, target), to_pictures(model, m, values(m, preds[m]))
         t, h, w = model.grid
         hole = hide.reshape(-1, 1, h, w).repeat_interleave(model.patch, 2).repeat_interleave(model.patch, 3)
-        columns += [original, torch.where(hole, 0.75, original), torch.where(hole, painted, original)]
+        columns += [original, torch.where(hole, HOLE, original), torch.where(hole, painted, original)]
         titles += [m, "visible", "painted"]
     pairs = [("rgb", "depth"), ("rgb", "semseg"), ("depth", "rgb"), ("semseg", "rgb")]
     pairs = [pair for pair in pairs if all(m in inputs for m in pair)][:3]  # as many as fit beside the others
@@ -644,12 +652,12 @@ def main():
         constant = constant_maps(model, model.normalize(reference.to(device)))
         everywhere = {t: x.expand(len(batch), -1, -1) for t, x in constant.items()}
         losses, chance = (model.task_losses(x, inputs, inputs, mask) for x in (preds, everywhere))
-        print("held-out " + ", ".join(f"{t} {x:.3f} (constant {chance[t]:.3f})" for t, x in losses.items()))
+        say("held-out " + ", ".join(f"{t} {x:.3f} (constant {chance[t]:.3f})" for t, x in losses.items()))
         record = {f"{t}_{k}": float(v[t]) for t in losses for k, v in (("loss", losses), ("constant", chance))}
         if len(modalities) > 1:
             for name, numbers in cross_modal(model, inputs, modalities[0], constant).items():
-                print(f"  {modalities[0]} alone: {name} {numbers[0]:.3f} (constant map {numbers[1]:.3f}, another's "
-                      f"{modalities[0]} {numbers[2]:.3f})")  # fmt: skip
+                say(f"  {modalities[0]} alone: {name} {numbers[0]:.3f} (constant map {numbers[1]:.3f}, another's "
+                    f"{modalities[0]} {numbers[2]:.3f})")  # fmt: skip
                 record |= {f"{name} {k}": v for k, v in zip(("alone", "constant", "shuffled"), numbers)}
         draw(model, inputs, mask, preds, f"{path}.png")
         return {"val_loss": sum(losses.values()).item(), "chance": sum(chance.values()).item(), **record}

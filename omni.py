@@ -46,7 +46,7 @@ from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LEAK_NOTE, Block, 
                        held_out, init_weights, normalize, picture_table, pretrain, read_config, reconstruct,
                        save_picture, shuffled, start_processes, to_unit_range)  # fmt: skip
 from mae_video import VideoMAE, check_clip, patchify, sinusoid, standardise_channels, unpatchify
-from masking import MASKS, InputError, hidden, restore, run_script, visible
+from masking import MASKS, InputError, hidden, restore, run_script, say, visible
 
 # ============================================================================================================
 #  THE PAPER, part 1: images and clips in one pass                                              (needs: torch)
@@ -256,10 +256,10 @@ class JointDataset(Dataset):
     def __init__(self, images, videos, mixed, per_clip, seed):
         self.images, self.videos, self.mixed, self.per_clip, self.seed = images, videos, mixed, per_clip, seed
         self.repeat = videos.repeat
-        self.paths = videos.paths if mixed else [*images.paths, *videos.paths]
+        self.paths = [*videos.paths, *images.paths] if mixed else [*images.paths, *videos.paths]
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.videos) if self.mixed else len(self.paths)
 
     def __getitem__(self, key):
         epoch, i = key
@@ -383,7 +383,7 @@ def draw_masks(model, cfg):
 
 
 def main():
-    cfg = read_config(Config, PRESETS, __doc__, "omni", limits=LIMITS)
+    cfg = read_config(Config, PRESETS, __doc__, "omni", limits=LIMITS, may_change=("images",))
     rank, world, device = start_processes(cfg)
     for name in sorted({cfg.data, cfg.images}):
         data.fetch(name, rank, world)
@@ -422,6 +422,10 @@ def main():
     samples = {"images": held_out(open_images("val"), draw_mask, cfg.seed, 64),
                "videos": held_out(open_videos("val"), draw_mask, cfg.seed, 16)}  # fmt: skip
 
+    # the weight of images in the loss of an epoch: what is shown beside it must have the same
+    pure = [] if mixed else [update[0] < len(images) for update in plan(0)]
+    share = 0.5 if mixed else sum(pure) / max(len(pure), 1)
+
     def validate(model, path):
         """Losses of both, and one picture: images above, clips below."""
         scores, tables = {}, []
@@ -435,9 +439,9 @@ def main():
             tables.append((rows, list(pictures)))
         save_picture(picture_table(torch.cat([rows for rows, _ in tables]), tables[0][1],
                                    LEAK_NOTE if model.norm_pix else ""), f"{path}.png")  # fmt: skip
-        print("held-out " + ", ".join(f"{n} {scores[n]:.4f} (chance {scores[f'chance_{n}']:.3f})" for n in samples))
-        return {"val_loss": (scores["images"] + scores["videos"]) / 2,
-                "chance": (scores["chance_images"] + scores["chance_videos"]) / 2, **scores}  # fmt: skip
+        say("held-out " + ", ".join(f"{n} {scores[n]:.4f} (chance {scores[f'chance_{n}']:.3f})" for n in samples))
+        both = lambda prefix: share * scores[f"{prefix}images"] + (1 - share) * scores[f"{prefix}videos"]
+        return {"val_loss": both(""), "chance": both("chance_"), **scores}
 
     pretrain(model, train, draw_mask, validate, cfg, "omni", plan)
 

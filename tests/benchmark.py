@@ -50,12 +50,14 @@ def medians(contestants, rounds):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def kept_for_backward(function):
-    """Bytes of the tensors that a forward pass keeps for its backward pass: what limits the batch size."""
-    seen = {}
+def kept_for_backward(function, parameters):
+    """Bytes that a forward pass keeps for its backward pass beside the weights: what limits the batch size."""
+    seen, weights = {}, {p.untyped_storage().data_ptr() for p in parameters}
 
     def pack(tensor):
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -94,13 +96,13 @@ class Contestant:
         self.optimizer.zero_grad()
 
     def megabytes(self):
-        weights = sum(p.untyped_storage().nbytes() for p in self.model.parameters())
         if self.device == "cuda":
+            weights = sum(p.untyped_storage().nbytes() for p in self.model.parameters())
             others = torch.cuda.memory_allocated() - 3 * weights  # all but ours and AdamW's two moments of them
             torch.cuda.reset_peak_memory_stats()
             self.step()
             return (torch.cuda.max_memory_allocated() - others) / 2**20
-        return max(kept_for_backward(self.forward) - weights, 0) / 2**20
+        return kept_for_backward(self.forward, self.model.parameters()) / 2**20
 
 
 def matmul_peak(device, dtype, quick):

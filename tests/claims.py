@@ -281,10 +281,12 @@ def prepare(name, short, args):
         shutil.rmtree(part, ignore_errors=True)  # what an earlier call left
         command = [sys.executable, ROOT / "data.py", "shrink", source, part, "--short-side", str(short)]
         with open(f"{folder}.log", "w") as log:
-            if subprocess.run(command, stdout=log).returncode not in (0, 1):  # 1: broken files are left out
+            done = subprocess.run(command, stdout=log).returncode in (0, 1)  # 1: broken files are left out, or a crash
+            if not done or " MB after, " not in Path(f"{folder}.log").read_text():
                 raise SystemExit(f"{name} could not be shrunk: see {folder}.log")
         part.rename(folder)
     elif source.is_dir():
+        folder.unlink(missing_ok=True)  # a link to where the data were in an earlier call
         folder.symlink_to(source)
     else:
         with tarfile.open(f"{source}.tar.gz") as archive:

@@ -1,6 +1,10 @@
+import errno
 import os
 import shutil
-from fractions import Fraction
+import signal
+import subprocess
+import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
 import data
+from conftest import ROOT
 from masking import InputError
 
 
@@ -524,6 +529,11 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(InputError, match="cannot list .*locked: Permission denied"):
         list(data.walk(tmp_path, data.IMAGE))
+    (tmp_path / "a/locked").rename(tmp_path / "a/lost+found")  # every disk has one that users may not list
+    assert len(list(data.walk(tmp_path, data.IMAGE))) == 1
+    (tmp_path / "a/lost+found").rename(tmp_path / "a/locked")
+    with pytest.raises(InputError, match="1 of 2 files listed in .* are not in"):  # the missing file is what matters
+        data.read_list(text_file(tmp_path / "list.txt", "a/0.png 1\na/1.png 0\n"), data.IMAGE, False)
     # a list whose files are all there has no need of it
     assert len(data.read_list(text_file(tmp_path / "list.txt", "a/0.png 1\n"), data.IMAGE, False).paths) == 1
 
@@ -689,6 +699,36 @@ def test_shrink_keeps_names_lists_and_frames_and_can_go_on(run, tmp_path, ucf):
     assert set(before) == set(after) and sum(before[p] != after[p] for p in before) == 1
 
 
+def test_a_full_disk_ends_shrink_and_is_not_taken_for_broken_videos(tmp_path, monkeypatch):
+    write_noise(tmp_path / "in.mp4", "mpeg4", 10)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data, "write_video", full)
+    with pytest.raises(InputError, match="cannot write .*: No space left on device; call again"):
+        data.shrink_file((tmp_path / "in.mp4", tmp_path / "out.mp4", 16))
+    monkeypatch.setattr(data, "in_parallel", lambda *_: iter([(None, InputError("no space"))]))
+    with pytest.raises(InputError, match="no space"):
+        data.shrink(tmp_path, tmp_path.with_name("other"), 16)
+
+
+@pytest.mark.parametrize("how, left", [(signal.SIGTERM, False), (signal.SIGKILL, True)])
+def test_a_killed_toy_world_leaves_no_processes(tmp_path, how, left):
+    process = subprocess.Popen([sys.executable, ROOT / "data.py", "toy", "toy"], cwd=tmp_path,
+                               stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    process.stderr.readline()  # the first progress: its workers are there
+    process.send_signal(how)
+    assert process.wait(timeout=30) == (-how if left else 143) and bool(os.listdir(tmp_path)) == left
+    for _ in range(100):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("workers are still there")
+
+
 def test_shrink_takes_slow_motion_another_size_and_odd_names_and_refuses_two_of_one_name(run, tmp_path):
     (tmp_path / "in").mkdir()
     frames = np.random.default_rng(0).integers(0, 255, (6, 48, 64, 3), dtype=np.uint8)
@@ -702,6 +742,13 @@ def test_shrink_takes_slow_motion_another_size_and_odd_names_and_refuses_two_of_
     content = (tmp_path / "in/cut.avi").read_bytes()
     (tmp_path / "in/cut.avi").write_bytes(content[: len(content) // 2])
     assert "cut short: in/cut.avi: the header says 30 frames" in run("data.py", "shrink", "in", "out", "--short-side", 16)
+    write_noise(tmp_path / "in/10:30.mp4", "mpeg4", 30)  # another video under the same name
+    assert "1 videos in out" not in run("data.py", "shrink", "in", "out", "--short-side", 16)
+    assert data.count_frames(tmp_path / "out/10:30.mp4") == 30
+    write_noise(tmp_path / "in/a.mpg", "mpeg2video", 30)
+    text_file(tmp_path / "in/list.txt", f"{tmp_path}/in/A.mpg 0\n")  # becomes a.mp4
+    run("data.py", "shrink", "in", "out", "--short-side", 16)
+    assert data.list_videos(tmp_path / "out/list.txt").paths.tolist() == [f"{tmp_path}/out/a.mp4"]
     for name in ("same.mpg", "same.mp4"):
         shutil.copy(tmp_path / "in/10:30.mp4", tmp_path / "in" / name)
     assert "would both become" in run("data.py", "shrink", "in", "other", code=2)

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,9 @@ def test_frames_of_a_clip_are_mixed_erased_and_augmented_alike():
         assert (x == x[:, :, :1]).all() and not torch.equal(x, still)
         assert torch.allclose(soft.sum(dim=1), torch.ones(6)) and (soft.max(dim=1).values < 1).any()
     assert finetune.mix(still, torch.arange(6), 6, 0, 0)[0] is still
+    twins = torch.arange(8).repeat_interleave(2)  # --repeat 2: neighbours are clips of one video
+    alone = [finetune.mix(still[:1].repeat(16, 1, 1, 1, 1), twins, 8, 0.8, 0)[1].max(dim=1).values == 1 for _ in range(50)]
+    assert torch.cat(alone).float().mean() < 0.15
     x = finetune.erase(still.contiguous(), 1.0)
     changed = (x != still).any(dim=1)
     assert (changed == changed[:, :1]).all() and 0 < changed.float().mean() < 0.5
@@ -641,6 +645,25 @@ def test_a_last_test_that_is_stopped_says_how_to_do_it_again(pretrained, run, mo
         finetune.main()
     assert "its test is not done: python finetune.py --resume --out stopped" in capsys.readouterr().out
     assert "done: top-1" in run("finetune.py", "--resume", "--out", "stopped", cwd=pretrained)
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_is_tested_all_the_same(pretrained, run):
+    (pretrained / "lost/checkpoint.pt.tmp").mkdir(parents=True)
+    text = run("finetune.py", *TINY, "--smoke", "--out", "lost", cwd=pretrained, code=1)
+    assert "warning: cannot write lost/checkpoint.pt" in text and "file level  top-1" in text
+    assert (pretrained / "lost/predictions.csv").exists()
+
+
+def test_a_run_does_not_go_on_with_other_classes(pretrained, toy, run, refused):
+    for kind in (toy / "videos").glob("[A-Z]*"):
+        shutil.copytree(kind, pretrained / "own" / kind.name)
+    kinds = sorted((pretrained / "own").iterdir())
+    flags = [*TINY, "--data", pretrained / "own", "--smoke", "--out", "f"]
+    run("finetune.py", *flags, cwd=pretrained)
+    kinds[0].rename(kinds[0].with_name("zzz"))  # as many classes and files, other labels
+    assert "a resumed run needs the same" in refused(finetune, "--resume", "--out", pretrained / "f")
+    shutil.copytree(pretrained / "own/zzz", pretrained / "own/one more")
+    assert "a resumed run needs the same" in refused(finetune, "--resume", "--out", pretrained / "f")
 
 
 def test_a_classifier_is_not_tested_on_classes_of_other_names(tuned, toy, refused, tmp_path):

@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_grid_is_taken_and_named(tmp_path):
     config = {"size": "32x2x4", "decoder_heads": 2, "img_size": 32, "patch": 8}
     torch.save({"script": "mae_image", "model": tiny().state_dict(), "config": config}, tmp_path / "x.pt")
     said = lambda side: mae_image.load_weights(MAE(side, 8, (32, 2, 4), (16, 1, 2)), tmp_path / "x.pt", "mae_image")
-    assert "trained on 4 x 4 patches: the positions of 8 x 8 are new" in said(64) and "trained on" not in said(32)
+    assert "trained on 4 x 4 patches, so the positions of 8 x 8 are new to it" in said(64) and "trained on" not in said(32)
 
 
 class Evil:
@@ -394,6 +394,36 @@ def test_a_full_disk_is_reported_and_the_previous_checkpoint_stays(tmp_path):
     result = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
     assert "reported: cannot write" in result.stdout, result.stderr
     assert torch.load(path, weights_only=True) == {"step": 1} and sorted(os.listdir(tmp_path)) == ["checkpoint.pt"]
+    assert result.stdout.strip().endswith(": File too large")  # the system's reason, not torch's
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_ends_with_an_error(toy, run, tmp_path):
+    (tmp_path / "x/checkpoint.pt.tmp").mkdir(parents=True)
+    text = run("mae_image.py", *TINY_IMAGE, "--data", toy, "--epochs", 1, "--out", "x", code=1)
+    assert "warning: cannot write x/checkpoint.pt: Is a directory; there is none yet" in text
+    assert text.splitlines()[-1] == "stopped after update 0"
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(toy, tmp_path):
+    flags = [*TINY_IMAGE, "--data", toy, "--epochs", 2]
+    process = subprocess.Popen([sys.executable, ROOT / "mae_image.py", *map(str, flags)], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(timeout=120)
+    assert b"Traceback" not in process.stderr.read()
+    assert weights(tmp_path / "runs/mae_image")["step"] == 8  # 2 epochs x 64 images / 16
+
+
+def test_a_run_goes_on_with_the_same_files_only_but_they_may_have_moved(toy, run, refused, tmp_path):
+    shutil.copytree(toy / "rgb", tmp_path / "here")
+    run("mae_image.py", *TINY_IMAGE, "--data", "here", "--epochs", 1)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert "here does not exist" in refused(mae_image, "--resume")
+    assert "done: " in run("mae_image.py", "--resume", "--data", "there")
+    next(p for p in (tmp_path / "there/train").rglob("*.*")).unlink()
+    assert "(64 training files then, 63 now): a resumed run needs the same" in refused(
+        mae_image, "--resume", "--data", "there")  # fmt: skip
 
 
 class FakeRun:
@@ -602,7 +632,8 @@ def test_a_worker_that_is_killed_while_it_hands_a_batch_over_ends_the_run_too(er
     cfg = mae_image.Config(out=str(tmp_path / "run"))
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    run = mae_image.Run(tmp_path / "run", cfg, "mae_image", model, optimizer, torch.amp.GradScaler("cpu", enabled=False), True)
+    run = mae_image.Run(tmp_path / "run", cfg, "mae_image", model, optimizer, torch.amp.GradScaler("cpu", enabled=False),
+                        FakeRun(), True)  # fmt: skip
     run.open()
     run.begin(0, 5, 1, 1, torch.device("cpu"))
     batches = loader()

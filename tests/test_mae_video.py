@@ -268,7 +268,7 @@ def test_videomae_files_load(tmp_path, wrapper, encoder_only):
 def test_maest_files_load_with_fused_or_separate_qkv(tmp_path, wrapper, fused):
     source, path = tiny(MAEST), tmp_path / "x.pyth"
     torch.save(
-        {wrapper: {**as_maest(source, fused), "dec_pos_embed": torch.zeros(3), "pred_head.weight": torch.zeros(2)}},
+        {wrapper: as_maest(source, fused)},
         path,
     )
     torch.manual_seed(3)
@@ -276,6 +276,23 @@ def test_maest_files_load_with_fused_or_separate_qkv(tmp_path, wrapper, fused):
     mae_image.load_weights(model, path, "mae_video")
     clips, mask = masked(model)
     assert torch.equal(model(clips, mask)[0], source(clips, mask)[0])
+
+
+def test_of_slowfast_files_the_encoder_is_taken(tmp_path):
+    source = tiny(MAEST)
+    state = {k: v for k, v in as_maest(source, False).items() if not k.startswith("decoder")}
+    others = ("dec_pos_embed_spatial", "pred_head.projections.0.weight", "decoder_embed.weight", "mask_token")
+    torch.save({"model_state": {**state, **{k: torch.zeros(3) for k in others}}}, tmp_path / "x.pyth")
+    model = tiny(MAEST)
+    assert "of the decoder start fresh" in mae_image.load_weights(model, tmp_path / "x.pyth", "mae_video")
+    assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+
+
+def test_a_run_of_mae_st_can_begin_from_one_at_another_size_and_length(toy, run, tmp_path):
+    run("mae_video.py", *TINY_VIDEO, "--data", toy, "--model", "mae_st", "--smoke", "--out", "a")
+    text = run("mae_video.py", *TINY_VIDEO, "--data", toy, "--model", "mae_st", "--smoke", "--out", "b", "--frames", 8,
+               "--img-size", 32, "--init", "a/checkpoint.pt")  # fmt: skip
+    assert "trained on 2 x 2 patches, so the positions of 4 x 4 are resized" in text
 
 
 def test_learned_positions_are_resized_to_another_grid(tmp_path):

@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import finetune
 import masking
@@ -290,6 +290,11 @@ def test_wrong_maps_are_named(tmp_path):
         Image.fromarray(np.full((40, 48), *depth)).save(tmp_path / "depth/train/2.tif")
         with pytest.raises(InputError, match=message):  # not rounded or cut off unseen
             multimae.read_map(tmp_path / "depth/train/2.tif", "depth")
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 3
+    Image.new("RGB", (48, 40)).save(tmp_path / "rgb/train/1.png", exif=turned)
+    with pytest.raises(InputError, match="1.png is turned by EXIF"):
+        open_maps(tmp_path, modalities=("rgb", "depth"))[0, 1]
     (tmp_path / "rgb/train/2.png").write_bytes(b"no image")  # broken is not wrong: named, and another one taken
     (tmp_path / "depth/train/0.png").unlink()
     dataset = open_maps(tmp_path, modalities=("rgb",))
@@ -317,13 +322,13 @@ def test_constant_maps_are_the_best_that_looks_at_nothing():
 
 
 def test_what_one_modality_tells_of_the_others_is_counted_as_in_a_loop(monkeypatch):
-    """Where the constant map is right, and where it is void, does not count; shuffled: the next sample's input."""
+    """Where the constant map is right, and where it is void, does not count; shuffled: the input of a sample half the set away."""
     model, x = tiny(ignore=5), inputs(4)
     constant = multimae.constant_maps(model, x)
     preds, numbers = multimae.paint_from(model, "rgb", x["rgb"]), multimae.cross_modal(model, x, "rgb", constant)
     alone = lambda rgb: model.forward_decoder(model.forward_encoder({"rgb": rgb}, torch.zeros(4, 16, dtype=torch.bool)),
                                               {"rgb": rgb}, torch.zeros(4, 16, dtype=torch.bool))  # fmt: skip
-    other = alone(x["rgb"][[3, 0, 1, 2]])
+    other = alone(x["rgb"][[2, 3, 0, 1]])
     assert all(torch.allclose(preds[t], p, atol=1e-6) for t, p in alone(x["rgb"]).items())
     target, truth = model.target("depth", x["depth"]), model.target("semseg", x["semseg"])
     errors = [(a["depth"] - target).abs().mean().item() for a in (preds, constant, other)]

@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_other_token_counts_are_named():
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--joint", "mixed", "--repeat", 2, "--per-clip", 2, "--norm-pix"]], ids=["pure", "mixed"]
+    "flags", [["--image-share", 0.5], ["--joint", "mixed", "--repeat", 2, "--per-clip", 2, "--norm-pix"]], ids=["pure", "mixed"]
 )
 def test_the_script_trains_on_both_draws_both_and_resumes(toy, run, tmp_path, flags):
     text = run("omni.py", *TINY, "--data", toy, "--images", toy, "--repeat", 2, *flags)
@@ -150,7 +151,9 @@ def test_the_script_trains_on_both_draws_both_and_resumes(toy, run, tmp_path, fl
     assert "held-out images" in text and "done: " in text
     assert np.asarray(Image.open(sorted((folder / "pictures").glob("*.png"))[-1])).std() > 20
     scores = json.loads([x for x in (folder / "log.jsonl").read_text().splitlines() if "chance_videos" in x][-1])
-    assert {"images", "videos", "chance_images"} <= set(scores)
+    w = 0.5 if "mixed" in flags else 2 / (2 + 4)  # half of 64 images, two clips of 36 videos each, in updates of 16
+    for both, part in (("val_loss", ""), ("chance", "chance_")):
+        assert math.isclose(scores[both], w * scores[f"{part}images"] + (1 - w) * scores[f"{part}videos"], rel_tol=1e-6)
     assert "done: " in run("omni.py", "--resume")
     for images in ("--images", "--no-images"):  # one checkpoint, two tasks
         text = run("finetune.py", "--init", folder / "checkpoint.pt", "--data", toy, images, "--epochs", 1, "--batch", 8,
