@@ -583,7 +583,7 @@ def cross_modal(model, inputs, source, constant):
 
 
 PALETTE = torch.tensor([[90, 130, 90], [120, 140, 190], [220, 70, 60], [240, 180, 50], [150, 80, 190], [60, 190, 200]])
-HOLE = torch.tensor([1.0, 0.8, 0.85])[:, None, None]  # a hidden patch in a picture: not a grey, as depth has them all
+HOLE = torch.tensor([1.0, 0.8, 0.85])[:, None, None]  # a hidden patch in a picture: no grey, depth has them all
 
 
 def to_pictures(model, task, values):

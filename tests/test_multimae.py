@@ -396,7 +396,7 @@ def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
 
 
 def test_the_papers_masks_hide_five_sixths():
-    """MultiMAE Sec. 3: 98 of the 3 x 196 patches of 224 px are visible."""
+    """MultiMAE, public code: 98 of the 3 x 196 patches of 224 px are visible."""
     assert round(multimae.Config(**multimae.PRESETS["paper"]).visible * 588) == 98
     hide = dirichlet_mask(4, [196] * 3, 98, torch.Generator().manual_seed(0))
     assert ((~hide).sum(dim=1) == 98).all() and masking.visible(torch.zeros(4, 588, 1), hide).shape == (4, 98, 1)
