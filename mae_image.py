@@ -996,7 +996,7 @@ class Run:
         if self.writes and self.saved_step < total:
             how = f"; go on with: python {self.script}.py --resume --out {self.out}" if self.saved_step else ""
             self.say(f"stopped after update {self.saved_step}{how}")
-            sys.exit(1 if self.failed else 130)  # what a shell expects after Ctrl-C
+            sys.exit(1 if self.failed else 130)  # 130: what a shell expects after Ctrl-C
         if total:
             self.say(f"weights in {self.out}/checkpoint.pt")
         result = result or f"held-out loss {self.scores['val_loss']:.4f} (chance {self.scores['chance']:.3f})"

@@ -420,8 +420,7 @@ class AlignedDataset(torch.utils.data.Dataset):
         if "rgb" in maps and len(maps) > 1:
             with Image.open(self.find(i, "rgb")) as image:
                 if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                    raise InputError(f"{self.find(i, 'rgb')} is turned by EXIF, and nothing tells whether its maps are: "
-                                     "save it upright")  # fmt: skip
+                    raise InputError(f"{self.find(i, 'rgb')} is turned by EXIF, its maps perhaps not: save it upright")
         if "semseg" in maps and maps["semseg"].max() >= self.number:
             raise InputError(f"{self.find(i, 'semseg')} has class {int(maps['semseg'].max())}, the model 0 to "
                              f"{self.number - 1}: --classes, in finetune.py --maps, says how many")  # fmt: skip
