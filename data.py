@@ -460,10 +460,10 @@ def grab(path, wanted, jump=True):
             if first < len(times):
                 container.seek(times[first], stream=stream)
                 key = next((f for f in frames if f.key_frame), None)  # B-frames before it miss what they refer to
-            time = key and (key.pts if stream.codec_context.has_b_frames else key.dts)  # in AVI pts may begin at 1
-            if time not in times[: first + 1]:
+            when = key and (key.pts if stream.codec_context.has_b_frames else key.dts)  # in AVI pts may begin at 1
+            if when not in times[: first + 1]:
                 return grab(path, wanted, jump=False)
-            i, frames = times.index(time), itertools.chain([key], frames)
+            i, frames = times.index(when), itertools.chain([key], frames)
         for frame in frames:
             if i in kept:
                 found[i] = upright(convert.reformat(frame, format="rgb24", threads=1), frame)
@@ -1052,9 +1052,9 @@ def check(root, sheet):
             canvas.paste(Image.fromarray(picture), (i % columns * 100 + 2, i // columns * 100 + 2))
         try:
             canvas.save(sheet)
-            print(f"wrote {sheet}")
         except (OSError, ValueError) as error:
             raise InputError(f"cannot write {sheet}: {error}") from None
+        print(f"wrote {sheet}")
     print(f"{len(paths)} files decoded, {len(broken)} broken")
     sys.exit(1 if broken or absent else 0)
 
@@ -1104,7 +1104,7 @@ def shrink(source, target, short):
     """Re-encode every video below source into target, with the same names, and copy the lists.
 
     MPEG-4 without B-frames: on clips this small it decodes several times faster than H.264. A second call
-    does what the first left undone.   Exit code 1 if a file is broken.
+    does what the first left undone, and what was replaced since.   Exit code 1 if a file is broken.
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():

@@ -344,7 +344,7 @@ def to_unit_range(x, mean, std):
 def lr_at(step, base, floor, warmup, total, inclusive=False):
     """Linear warm-up from 0, then half a cosine from `base` to `floor`. Units of step: updates, or epochs.
 
-    inclusive: VideoMAE's warm-up ends on `base` one step earlier (its ramp includes both ends).
+    inclusive: VideoMAE's warm-up ends on `base` one step earlier (its ramp includes both ends), and never passes it.
     """
     if step < warmup:
         return base * min(step / max(warmup - inclusive, 1), 1)

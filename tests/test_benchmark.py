@@ -2,6 +2,7 @@ import re
 
 import benchmark
 import pytest
+import torch
 
 
 @pytest.mark.parametrize("row, dropped, dense", [(0, 20.8, 67.0), (1, 81.6, 628.6)])
@@ -10,6 +11,17 @@ def test_dropping_hidden_patches_saves_what_the_papers_say(row, dropped, dense):
     few, all_of_them = benchmark.multiply_adds(*benchmark.published_sizes()[row][1:])
     assert abs(all_of_them / dense - 1) < 0.002
     assert 0.97 * dropped < few < dropped  # ours also embeds visible and predicts hidden patches only
+
+
+def test_memory_is_counted_beside_the_weights_and_with_their_copies_in_bfloat16():
+    model, x = torch.nn.Linear(8, 16), torch.randn(4, 8, requires_grad=True)
+    assert benchmark.kept_for_backward(lambda: model(x), model.parameters()) == 4 * 8 * 4  # x; the weight is no extra
+
+    def half():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    assert benchmark.kept_for_backward(half, model.parameters()) == 4 * 8 * 2 + 16 * 8 * 2
 
 
 def test_the_benchmark_runs(run):

@@ -382,6 +382,12 @@ def test_two_processes_do_what_one_does_and_one_writes(straight, tmp_path):
     close_runs(reference, tmp_path / "two")
 
 
+def test_a_warm_up_that_ends_between_two_updates_does_not_pass_the_peak():
+    for inclusive in (True, False):
+        rates = [mae_image.lr_at(step, 1.0, 0.0, 2.5, 100, inclusive) for step in range(100)]
+        assert rates[0] == 0 and 0.999 < max(rates) <= 1
+
+
 def test_a_full_disk_is_reported_and_the_previous_checkpoint_stays(tmp_path):
     path = tmp_path / "checkpoint.pt"
     mae_image.save_checkpoint(path, {"step": 1})

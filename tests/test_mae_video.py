@@ -267,10 +267,7 @@ def test_videomae_files_load(tmp_path, wrapper, encoder_only):
 @pytest.mark.parametrize("wrapper, fused", [("model", False), ("model_state", True), ("model_state", False)])
 def test_maest_files_load_with_fused_or_separate_qkv(tmp_path, wrapper, fused):
     source, path = tiny(MAEST), tmp_path / "x.pyth"
-    torch.save(
-        {wrapper: as_maest(source, fused)},
-        path,
-    )
+    torch.save({wrapper: as_maest(source, fused)}, path)
     torch.manual_seed(3)
     model = MAEST(8, 32, 2, 8, (32, 2, 4), (16, 1, 2))
     mae_image.load_weights(model, path, "mae_video")
