@@ -1,38 +1,40 @@
 """data.py - from a file on disk to a batch of uint8 pixels.
 
-    a list of files   UCF101, HMDB51, class folders, "path label" lists, CIFAR-10 / STL-10      -> list_videos ...
-    frame numbers     dense (length x stride) or one per segment, random or test-time          -> dense_clip ...
-    decoding          PyAV, one thread, only the frames that are kept are converted            -> read_clips
-    one crop          random resized, VideoMAE's multi-scale, centre; the same for all frames  -> make_crop
-    a dataset item    uint8 (R, T, H, W, 3) or (R, H, W, 3); R clips of one decoded video      -> ClipDataset
-    a toy world       rendered scenes with exact depth and classes, so that nothing need be downloaded
+Lists the files of a data set, decodes what is needed of them, crops, and hands out batches. It also checks
+a data set, makes smaller copies of its videos, and writes a toy world, so that nothing need be downloaded.
 
-What item i gets in an epoch (crop, flip, clip position) is drawn from a generator seeded with (seed, epoch, i):
-a dataset is indexed with the pair (epoch, i), and workers need no state. A file that cannot be read is named in
-the log and another one is taken (ten in a row end the run); it never becomes silent zeros.
+    which files       UCF101, HMDB51, class folders, "path label" lists, CIFAR-10            list_videos
+    decoding          PyAV: exact frames, only those that are kept are converted            read_clips
+    one crop          random resized or centre; the same for all frames of a clip           make_crop
+    a dataset item    uint8 (R, H, W, 3), or (R, T, H, W, 3) in mae_video.py                ImageDataset
+    a batch           items in the order of (seed, epoch), decoded by worker processes      start_loader
+    a toy world       sprites with exact depth and class maps                               make_toy
 
-Run   python data.py toy toy                             (30 s on 2 cores: the toy world, 600 clips, 2,000 images)
-      python data.py check UCF101                        (decodes everything, lists what is broken, draws a sheet)
-      python data.py shrink UCF101 UCF101-128 --short-side 128     (smaller files decode faster: do it once)
+What item i of an epoch gets (crop, flip, clip position) is drawn from a generator seeded with (seed, epoch, i): a
+dataset is indexed with the pair (epoch, i), and workers need no state. A file that cannot be read is named in the
+log and another one is used instead (ten in a row end the run); it never becomes silent zeros.
+
+Run   python data.py toy toy                          (30 s on 2 cores: 600 clips, 2,000 images)
+      python data.py check UCF101                     (decode everything, list what is broken, draw a sheet)
+      python data.py shrink UCF101 UCF101-128         (smaller copies decode faster: do it once)
 Next  mae_image.py: the first model, and the training loop.
 """
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import errno
 import functools
 import itertools
-import math
 import os
 import re
 import shutil
 import signal
 import sys
-import threading
 import time
+import unicodedata
 import warnings
+import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -46,63 +48,77 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from masking import InputError, OneLineParser, run_script
+from masking import is_first, picture_table, report, run_script
 
-VIDEO = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts")
-IMAGE = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
+# Endings of files, and the only formats that are opened: a file is what its ending says, or refused.
+VIDEO = tuple(
+    ".avi .mp4 .m4v .mov .3gp .mkv .webm .mpg .mpeg .vob .mts .m2ts .wmv .asf .flv .ogv".split()
+)
+IMAGE = tuple(".jpg .jpeg .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm".split())
+CONTAINERS = "avi,mov,mp4,matroska,webm,mpeg,mpegvideo,mpegts,asf,flv,ogg"  # FFmpeg's names
+PICTURES = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow's
 
 
 def seeded(*numbers):
     """A generator that depends on these whole numbers alone, not on what was drawn before.
 
-    The first is the seed, the second says what for: 0 items, 1 masks, 2 held-out masks, 3 what replaces a broken file,
-    and so on; only the order of an epoch is (seed, epoch). important: numpy fills up to four numbers with zeros, so
-    (s, 1) and (s, 1, 0) are one stream: among others the order of epoch 1 and the masks of update 0. That does no harm,
-    but in a new project number the uses from 1 and put the use last.
+    The first is the seed, the second says what for: 0 items, 1 masks, 2 held-out masks, 3 what replaces
+    a broken file, and so on. important: numpy fills up to four numbers with zeros, so (s, 1) and (s, 1, 0)
+    are one stream. It does no harm here; in a new project put the use last.
     """
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> 1))
 
 
-# ============================================================================================================
-#  PART 1: which files, with which labels     (needs: numpy, torchvision, VIDEO, IMAGE; masking.py InputError)
-# ============================================================================================================
+# ==================================================================================================
+#  PART 1: which files, with which labels         (needs: numpy, torch, torchvision, VIDEO, IMAGE)
+# ==================================================================================================
 
 
 @dataclass
 class Files:
-    """A split of a data set. paths and labels are arrays: a list of objects would be copied into every worker."""
+    """One split of a data set. Arrays, because a list of objects would be copied into every worker."""
 
     paths: np.ndarray  # of str
     labels: np.ndarray  # of int, 0 .. len(classes) - 1, or -1 where none is known
-    classes: list
-    pixels: np.ndarray = None  # (N, H, W, 3) uint8 where the images are in memory (CIFAR-10, STL-10)
+    classes: list  # names
+    how: str  # where the split comes from, in words
+    pixels: np.ndarray = None  # (N, H, W, 3) uint8 where the images are in memory (CIFAR-10)
+
+    def select(self, keep):
+        """Some of the files.   keep: their numbers, or a bool for each file"""
+        pixels = None if self.pixels is None else self.pixels[keep]
+        return Files(self.paths[keep], self.labels[keep], self.classes, self.how, pixels)
 
 
 def list_videos(root, split="train", fold=1, allow_missing=False):
     """The videos of one split ("train" or "val") of:
 
-    root/UCF-101/ + root/ucfTrainTestlist/                  UCF101 as downloaded; fold 1, 2 or 3
-    root/hmdb51_org/ + root/testTrainMulti_7030_splits/     HMDB51 as downloaded; fold 1, 2 or 3
-    root/<Class>/*.avi + root/classInd.txt, trainlist01.txt ...      lists in UCF101's format beside the class folders
-    root/train/<class>/*, root/val/<class>/*                (or valid, validation, test)
-    root/<class>/* or root/*                                every 20th file is held out as "val"
-    a file of lines "path label"                            (space or comma), paths absolute or from the list's folder;
-                                                            val: val.csv or test.csv beside it
+    root/UCF-101/ + root/ucfTrainTestlist/                 UCF101 as downloaded; fold 1, 2 or 3
+    root/hmdb51_org/ + root/testTrainMulti_7030_splits/    HMDB51 as downloaded; fold 1, 2 or 3
+    root/<Class>/*.avi + root/classInd.txt, trainlist01.txt ...     lists in UCF101's format
+    root/train/<class>/*, root/val/<class>/*               also training, valid, test, TRAIN_256 ...
+    root/<class>/* or root/*                               every 20th file of a class is held out
+    a file of lines "path label"                           paths absolute or from the list's folder;
+                                                           val: val.csv or test.csv beside it
 
-    Raises InputError for a missing or empty folder and for listed files that are absent (unless allow_missing).
+    A lone folder in root is stepped into. Raises ValueError where nothing is found, and for listed files
+    that are absent (unless allow_missing).
     """
     root = find_root(root, "videos")
-    if found := find_official(root):
-        return read_official(*found, split, fold, allow_missing)
+    if official := find_official(root):
+        return read_official(*official, split, fold, allow_missing)
     if fold != 1:
-        raise InputError(f"--fold {fold}: {root} has no official lists, and so one split only")
+        raise ValueError(f"--fold {fold}: {root} has no official lists, and so one split only")
     return list_plain(root, split, VIDEO, allow_missing)
 
 
 def list_images(root, split="train", allow_missing=False):
-    """The images of one split of a folder or list file, as in list_videos; "cifar10", "stl10": by torchvision."""
-    if str(root).lower() in ("cifar10", "stl10") and not Path(root).exists():
-        return load_torchvision(str(root).lower(), split)
+    """The images of one split, as in list_videos; "cifar10": through torchvision, which downloads it to data/cifar10."""
+    if str(root) == "cifar10" and not Path(root).exists():
+        found = datasets.CIFAR10("data/cifar10", train=split == "train", download=True)
+        names = np.array([f"cifar10/{split}/{i}" for i in range(len(found.data))])
+        return Files(names, np.array(found.targets), list(found.classes), "torchvision's CIFAR-10", found.data)
     return list_plain(find_root(root, "rgb"), split, IMAGE, allow_missing)
 
 
@@ -110,117 +126,136 @@ def find_root(root, part):
     """The folder or file, or its part "videos" / "rgb" where it has one, as the toy world does."""
     root = Path(root)
     if not root.exists():
-        raise InputError(f"{root} does not exist: a folder or a list file is needed")
+        raise ValueError(f"{root} does not exist: a folder or a list file is needed")
     return root / part if (root / part).is_dir() else root
 
 
+OFFICIAL = {  # folder of lists, folder of videos, and the archives they come in
+    "UCF101": ("ucfTrainTestlist", "UCF-101", "UCF101TrainTestSplits-RecognitionTask.zip", "UCF101.rar"),
+    "HMDB51": ("testTrainMulti_7030_splits", "hmdb51_org", "test_train_splits.rar", "hmdb51_org.rar"),
+}
+
+
 def find_official(root):
-    """-> (name, folder of lists, folder of videos) if root looks like UCF101 or HMDB51, else None."""
-    layouts = (
-        ("UCF101", "ucfTrainTestlist", "UCF-101", "unzip UCF101TrainTestSplits-RecognitionTask.zip", "UCF101.rar"),
-        ("HMDB51", "testTrainMulti_7030_splits", "hmdb51_org", "unpack test_train_splits.rar", "hmdb51_org.rar"),
-    )
-    for name, lists, videos, get_lists, archive in layouts:
-        if (root / lists).is_dir() or (root / videos).is_dir():
-            if not (root / lists).is_dir():
-                raise InputError(f"{root} has {videos}/ but not {name}'s lists, {lists}/: {get_lists} in {root}")
-            if not (root / videos).is_dir():
-                raise InputError(f"{root} has {lists}/ but not {name}'s videos, {videos}/: unpack {archive} there, "
-                                 f"e.g. with: bsdtar -xf {archive} (or unrar x, 7z x)")  # fmt: skip
-            return name, root / lists, root / videos
-        if root.name == videos and (root.parent / lists).is_dir():  # the folder of videos itself was given
-            return name, root.parent / lists, root
+    """-> (name, folder of lists, folder of videos) of UCF101 or HMDB51, wherever they were unpacked."""
     if (root / "classInd.txt").is_file():
         return "UCF101", root, root
-    if (root / "trainlist01.txt").is_file():
-        raise InputError(f"{root} has trainlist01.txt but not classInd.txt, with lines like '1 ApplyEyeMakeup'")
+    for name, (lists, videos, lists_archive, videos_archive) in OFFICIAL.items():
+        given = root.name == videos  # the folder of videos itself
+        place = root.parent if given else root
+        found = find_folder(place, lists), find_folder(place, videos)
+        if found[0] and found[1]:
+            return name, *found
+        if any(found) and not given:
+            lost, archive = (lists, lists_archive) if found[1] else (videos, videos_archive)
+            how = "unzip" if archive.endswith("zip") else "bsdtar -xf"
+            raise ValueError(f"{root} has a part of {name}, but no folder {lost}: {how} {archive} there")
     return None
 
 
+def find_folder(root, name):
+    """A folder of this name in root or one level below, and the innermost if it is nested; else None."""
+    found = next((p for p in [root / name, *sorted(root.glob(f"*/{name}"))] if p.is_dir()), None)
+    while found and (found / name).is_dir():
+        found = found / name
+    return found
+
+
 def read_official(name, lists, videos, split, fold, allow_missing):
-    """One fold of the official lists, whose traps the comments name."""
+    """One fold of the official lists. The comments name their traps."""
     if fold not in (1, 2, 3):
-        raise InputError(f"--fold {fold}: {name} has the folds 1, 2 and 3")
+        raise ValueError(f"--fold {fold}: {name} has the folds 1, 2 and 3")
     wanted = []  # (path in the list, label)
     if name == "UCF101":
+        table = f"{'train' if split == 'train' else 'test'}list0{fold}.txt"
         numbered = [line.split(maxsplit=1) for line in read_lines(lists / "classInd.txt")]
-        if not all(len(pair) == 2 and pair[0].isdigit() for pair in numbered):
-            raise InputError(f"{lists / 'classInd.txt'}: every line should be a number and a class name")
-        classes = [c for _, c in sorted((int(n), c) for n, c in numbered)]
+        classes = [name for _, name in sorted((int(number), name) for number, name in numbered)]
         index = {c.lower(): i for i, c in enumerate(classes)}
-        for line in read_lines(lists / f"{'train' if split == 'train' else 'test'}list0{fold}.txt"):
+        for line in read_lines(lists / table):
             # trainlist has a label column (1-based), testlist has none: the folder is the class in both
-            path = line.rsplit(maxsplit=1)[0] if line.rsplit(maxsplit=1)[-1].isdigit() else line
+            path = re.sub(r"\s+\d+$", "", line)
             label = index.get(path.split("/")[0].lower())
             if label is None:
-                raise InputError(f"{lists}: the class of '{line}' is not in classInd.txt")
-            wanted.append((path, label))
+                raise ValueError(f"{lists / table}: the class of '{line}' is not in classInd.txt")
+            wanted.append((path, -1 if line.endswith(" 0") else label))  # 0: its label is not told
     else:
-        tables = sorted(lists.glob(f"*_test_split{fold}.txt"))
-        classes = [t.name.removesuffix(f"_test_split{fold}.txt") for t in tables]
+        table = f"*_test_split{fold}.txt"
         code = "1" if split == "train" else "2"  # 1 train, 2 test, 0 in neither
-        for label, table in enumerate(tables):  # in the order of the list files, where climb_stairs precedes climb
-            for line in read_lines(table):
-                path, _, use = line.rpartition(" ")
+        tables = sorted(lists.glob(table))  # climb_stairs before climb, as the files sort
+        classes = [path.name.removesuffix(table[1:]) for path in tables]
+        for label, path in enumerate(tables):
+            for line in read_lines(path):
+                video, _, use = line.rpartition(" ")
                 if use == code:
-                    wanted.append((f"{classes[label]}/{path}", label))
-    return resolve(wanted, classes, videos, lists, VIDEO, allow_missing)
+                    wanted.append((f"{classes[label]}/{video}", label))
+    paths, labels = resolve(wanted, videos, lists, VIDEO, allow_missing)
+    return Files(paths, labels, classes, f"{name}'s {table}")
 
 
 def read_lines(path):
-    """Lines that are not empty.   Raises InputError if the file is missing or no text."""
-    try:
-        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the list {path}: {error}") from None
+    """Lines of a text file that are not empty."""
+    return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
 
 
-def resolve(wanted, classes, folder, source, kinds, allow_missing):
-    """Listed paths -> files that exist.
+def resolve(wanted, folder, source, kinds, allow_missing):
+    """Listed (path, label) -> arrays of paths that exist and of their labels.
 
-    Names are matched without regard to case (UCF101's lists and folders disagree about HandStandPushups) and to
-    the suffix (a re-encoded copy may be .mp4 where the list says .avi). Paths that lead to a file are taken as they
-    are.
+    Names are matched without regard to case (UCF101's lists and folders disagree about HandStandPushups), to the
+    ending (a re-encoded copy may be .mp4), to the two ways to write an accent, and to folders further up.
     """
-    direct = [folder / p if p.lower().endswith(kinds) and os.path.isfile(folder / p) else None for p, _ in wanted]
-    alike = {} if all(direct) else {path_key(p.relative_to(folder)): p for p in walk(folder, kinds, strict=False)}
-    inside = lambda path: Path(os.path.relpath(folder / path, folder))  # also of an absolute path
-    found = [(file or alike.get(path_key(inside(path))), label) for file, (path, label) in zip(direct, wanted)]
-    missing = [path for (path, _), (file, _) in zip(wanted, found) if file is None]
-    if len(missing) == len(wanted) or (missing and not allow_missing):
-        hint = ("--allow-missing goes on with those that are there" if len(missing) < len(wanted) else
-                'a line is "path label", the label a whole number, the path absolute or from that folder')  # fmt: skip
-        raise InputError(f"{len(missing)} of {len(wanted)} files listed in {source} are not in {folder}, e.g. "
-                         f"{', '.join(missing[:3])}; {hint}")  # fmt: skip
-    return make_files([(f, label) for f, label in found if f is not None], classes)
+
+    def key(path):
+        path = path.with_suffix("") if path.suffix.lower() in kinds else path
+        return unicodedata.normalize("NFC", str(path)).casefold()
+
+    def tail(path):
+        return key(Path(path.parent.name, path.name))
+
+    direct = [Path(folder, path) for path, _ in wanted]
+    direct = [p if p.suffix.lower() in kinds and os.path.isfile(p) else None for p in direct]
+    alike = {}
+    if None in direct:
+        for path in walk(folder, kinds)[0]:
+            alike[key(path.relative_to(folder))] = path
+            alike[tail(path)] = path if tail(path) not in alike else None  # None: several are called so
+    paths, labels, missing = [], [], []
+    for found, (listed, label) in zip(direct, wanted):
+        inside = Path(os.path.relpath(Path(folder, listed), folder))
+        found = found or alike.get(key(inside)) or alike.get(tail(inside))
+        if found is None:
+            missing.append(listed)
+        else:
+            paths.append(str(found))
+            labels.append(label)
+    if not paths or (missing and not allow_missing):
+        hint = "--allow-missing uses the others" if paths else 'a line is "path label", as in "a/b.avi 3"'
+        few = ", ".join(missing[:3])
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} files listed in {source} are not in {folder}, e.g. {few}; {hint}"
+        )
+    return np.array(paths), np.array(labels, dtype=np.int64)
 
 
-def path_key(path):
-    return str(path.with_suffix("") if path.suffix.lower() in VIDEO + IMAGE else path).lower()
-
-
-def walk(folder, kinds, strict=True):
-    """All regular files of these kinds below folder, sorted, so that every machine sees the same order.
-
-    Raises InputError for a folder that may not be listed (strict=False: passes it over)."""
+def walk(folder, kinds):
+    """All files below folder -> (those that end in `kinds`, sorted; how many others, by ending)."""
+    found, others, seen = [], collections.Counter(), set()
 
     def fail(error):
-        raise InputError(f"cannot list {error.filename}: {error.strerror}")
+        raise error  # a folder that may not be listed
 
-    seen = set()  # links to folders are followed, but not in circles
-    for parent, folders, names in os.walk(folder, onerror=fail if strict else None, followlinks=True):
-        if (place := os.path.realpath(parent)) in seen:
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:  # links to folders are followed, but not in circles
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "lost+found")  # at the top of a disk
-        for name in sorted(names):
-            if name.lower().endswith(kinds) and not name.startswith(".") and os.path.isfile(os.path.join(parent, name)):
-                yield Path(parent, name)
-
-
-def make_files(pairs, classes):
-    return Files(np.array([str(p) for p, _ in pairs]), np.array([label for _, label in pairs], dtype=np.int64), classes)
+        folders[:] = sorted(f for f in folders if f[0] != "." and f not in ("lost+found", "__MACOSX"))
+        for path in (Path(parent, name) for name in sorted(names) if name[0] != "."):
+            if path.suffix.lower() not in kinds:
+                others[path.suffix.lower() or path.name] += 1
+            elif path.is_file():
+                found.append(path)
+    return found, others
 
 
 def list_plain(root, split, kinds, allow_missing):
@@ -228,938 +263,829 @@ def list_plain(root, split, kinds, allow_missing):
     if root.is_file():
         siblings = [root.with_name(name + root.suffix) for name in ("val", "test")]
         other = next((path for path in siblings if path.is_file() and path != root), None)
-        if split == "val" and other:
-            return read_list(other, kinds, allow_missing)
-        return hold_out(read_list(root, kinds, allow_missing), split if not other else "all")
-    if not (root / "train").is_dir():
-        return hold_out(list_folder(root, kinds), split)
-    train = list_folder(root / "train", kinds)
-    other = next((root / n for n in ("val", "valid", "validation", "test") if (root / n).is_dir()), None)
-    if other is None:
-        folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name != "train")
-        if beside := [d.name for d in folders if next(walk(d, kinds), None)]:
-            raise InputError(f"{root} has train/ and {beside[0]}/ but no val/: is train a split, or a class like "
-                             f"{beside[0]}? Add val/, or use a list file of lines 'path label'")  # fmt: skip
-        return hold_out(train, split)
-    return train if split == "train" else list_folder(other, kinds, train.classes)
+        files = read_list(other if other and split == "val" else root, kinds, allow_missing)
+        return files if other else hold_out(files, split)
+    root = step_in(root, kinds)
+    train = split_folder(root, "train(ing)?")
+    val = split_folder(root, "val(id(ation)?)?", "test(ing)?", "eval(uation)?")
+    if train and val:
+        files = list_folder(train, kinds)
+        return files if split == "train" else list_folder(val, kinds, files.classes)
+    if train and len(subfolders(root)) > 1:
+        other = next(d.name for d in subfolders(root) if d != train)
+        raise ValueError(f"{root} has {train.name}/ and {other}/ but no val/: is {train.name} a split, or a class?")
+    return hold_out(list_folder(train or root, kinds), split)
+
+
+def subfolders(folder):
+    return sorted(d for d in folder.iterdir() if d.is_dir() and d.name[0] != "." and d.name != "__MACOSX")
+
+
+def step_in(folder, kinds):
+    """A lone folder in a folder is a wrapper, as archives leave it: what is meant lies inside."""
+    while len(inside := subfolders(folder)) == 1 and not any(p.suffix.lower() in kinds for p in folder.iterdir()):
+        folder = inside[0]
+    return folder
+
+
+def split_folder(root, *patterns):
+    """The folder of a split, called by one of these words in any case, perhaps with a suffix; else None."""
+    for pattern in patterns:
+        for folder in subfolders(root):
+            if re.fullmatch(rf"{pattern}(set|[^a-z].*)?", folder.name, re.I):
+                return folder
+    return None
 
 
 def list_folder(folder, kinds, classes=None):
     """Files of class folders, or of the folder itself where it has none. `classes`: number them as another split."""
-    folders = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
-    found = [d.name for d in folders if next(walk(d, kinds), None)]
-    if found:  # an empty folder beside them is a class too, more likely a failed download than nothing
-        found = [d.name for d in folders if d.name in found or next(d.iterdir(), None) is None]
-        names = [n for n in sorted(os.listdir(folder)) if n.lower().endswith(kinds) and n[0] != "."]
-        if loose := [n for n in names if os.path.isfile(folder / n)]:
-            raise InputError(f"{folder} has class folders ({found[0]}/ ...) and {len(loose)} files beside them, e.g. "
-                             f"{loose[0]}: which are meant? Move the others away")  # fmt: skip
-    if classes and set(found) - set(classes):
-        raise InputError(f"{folder} has a class that the training split lacks: {sorted(set(found) - set(classes))[0]}")
-    classes = found if classes is None else classes
-    pairs = [(p, i) for i, c in enumerate(classes) if c in found for p in walk(folder / c, kinds)]
-    if not (found and classes):  # a plain folder, ImageNet's val/ as it is downloaded, or train/ without labels
-        pairs = [(p, -1) for p in walk(folder, kinds)]
-    if not pairs:
-        other = next(walk(folder, VIDEO + IMAGE), None)
-        hint = f"but others, e.g. {other.name}" if other else "is it the right folder?"
-        raise InputError(f"{folder} holds no files that end in {', '.join(kinds[:4])} ...: {hint}")
-    return make_files(pairs, classes)
+    found, others = walk(folder, kinds)
+    if not found:
+        most = [f"{count} {ending}" for ending, count in others.most_common(3)]
+        what = f"but {', '.join(most)}" if most else "is it the right folder?"
+        if set(others) & set(VIDEO + IMAGE):
+            what += " (mae_image.py takes images, mae_video.py videos)"
+        raise ValueError(f"{folder} holds no files that end in {', '.join(kinds[:4])} ...: {what}")
+    parts = [path.relative_to(folder).parts for path in found]
+    names = [p[0] if len(p) > 1 else "" for p in parts]  # of class folders
+    own = sorted(set(names) - {""})
+    if classes and set(own) - set(classes):
+        raise ValueError(f"{folder} has a class that training lacks: {sorted(set(own) - set(classes))[0]}")
+    classes = own if classes is None else classes
+    if own and classes and "" in names:
+        others["files beside the class folders"] = names.count("")
+        found = [path for path, name in zip(found, names) if name]
+        names = [name for name in names if name]
+    labels = [classes.index(name) if name in classes else -1 for name in names]
+    how = f"folder {folder.name}"
+    if others:
+        how += ", passed over: " + ", ".join(f"{n} {ending}" for ending, n in others.most_common(5))
+    return Files(np.array([str(p) for p in found]), np.array(labels, dtype=np.int64), classes, how)
 
 
 def read_list(path, kinds, allow_missing):
-    """Lines "path label", "path,label" or "path": the csv of VideoMAE and Kinetics. Labels are whole numbers."""
+    """Lines "path label", with a space, comma or semicolon, or "path". Labels are whole numbers.
+
+    Quotes, a header line and labels like 3.0 are read, too.
+    """
     wanted = []
     for line in read_lines(path):
-        found = (line, -1)
-        for separator in () if os.path.exists(path.parent / line) else (",", None):  # None: any space
-            name, *label = line.rsplit(separator, maxsplit=1)
-            if label and re.fullmatch(r"\s*-?\d{1,6}", label[0]):
-                found = name.strip(), int(label[0])
-                break
-        wanted.append(found)
+        found = re.fullmatch(r"(.+?)\s*[,;\s]\s*[\"']?(-?\d{1,6})(\.0*)?[\"']?", line)
+        if found and not os.path.exists(path.parent / line):
+            wanted.append((found[1].strip("\"'"), int(found[2])))
+        else:
+            wanted.append((line.strip("\"'"), -1))
+    if len(wanted) > 1 and wanted[0][1] == -1 and wanted[1][1] >= 0:  # a header
+        del wanted[0]
     if not wanted:
-        raise InputError(f"the list {path} is empty")
-    labels = max(label for _, label in wanted) + 1
-    return resolve(wanted, [str(i) for i in range(labels)], path.parent, path, kinds, allow_missing)
-
-
-def select(files, keep):
-    """Some of the files.   keep: their numbers, or a bool for each file"""
-    pixels = None if files.pixels is None else files.pixels[keep]
-    return Files(files.paths[keep], files.labels[keep], files.classes, pixels)
+        raise ValueError(f"the list {path} is empty")
+    count = max(label for _, label in wanted) + 1
+    paths, labels = resolve(wanted, path.parent, path, kinds, allow_missing)
+    return Files(paths, labels, [str(i) for i in range(count)], f"list {path.name}")
 
 
 def hold_out(files, split):
-    """Every 20th file is "val", where a data set brings no split of its own."""
-    if split == "all" or len(files.paths) == 1:
+    """Every 20th file of a class, at least one, is "val" where a data set brings no split of its own."""
+    if len(files.paths) == 1:
         return files
-    val = np.arange(len(files.paths)) % 20 == 19
-    val[-1] |= not val.any()
-    return select(files, val if split == "val" else ~val)
+    val = np.zeros(len(files.paths), bool)
+    for label in set(files.labels.tolist()):
+        own = np.flatnonzero(files.labels == label)
+        held = own[19::20] if len(own) >= 20 else own[1:][-1:]  # of a single file none
+        val[held] = True
+    files.how += "; no split found: every 20th file of a class is held out"
+    return files.select(val if split == "val" else ~val)
 
 
-def load_torchvision(name, split):
-    """CIFAR-10 or STL-10 through torchvision, downloaded to data/NAME when they are not there."""
-    folder = Path("data") / name
-    try:
-        if name == "cifar10":
-            found = datasets.CIFAR10(folder, train=split == "train", download=True)
-            pixels, labels, classes = found.data, found.targets, found.classes
-        else:  # STL-10's unlabelled 100,000 are what it is for
-            found = datasets.STL10(folder, "train+unlabeled" if split == "train" else "test", download=True)
-            pixels, labels, classes = found.data.transpose(0, 2, 3, 1), found.labels, found.classes
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"torchvision could not get {name} into {folder}: {str(error).splitlines()[0]}") from None
-    names = np.array([f"{name}/{split}/{i}" for i in range(len(pixels))])
-    return Files(names, np.array(labels, dtype=np.int64), list(classes), np.ascontiguousarray(pixels))
+def describe(train, val):
+    """One line that says what was found."""
+    classes = f" of {len(train.classes)} classes" if train.classes else ""
+    return f"training: {len(train.paths)} files{classes} ({train.how}); held out: {len(val.paths)} ({val.how})"
 
 
-# ============================================================================================================
-#  PART 2: which frames                                                                  (needs: numpy, torch)
-#
-#  n is the number of frames of the video. Every function returns int (T,) frame numbers in [0, n); a video that
-#  is too short gives its last frames several times.
-# ============================================================================================================
+def fingerprint(files):
+    """Number of files, and a checksum of names and labels. Not of folders: the data may have moved."""
+    names = [f"{os.path.basename(path)} {label}" for path, label in zip(files.paths, files.labels)]
+    return [len(names), zlib.crc32("\n".join(names).encode("utf-8", "surrogateescape"))]
 
 
-def dense_clip(n, length, stride, start):
-    """`length` frames, `stride` apart: VideoMAE Sec. 3.3 "temporal downsampling" (stride 4, on SSv2 2).
-
-    DIFFERS from VideoMAE's public code, whose steps drift (0, 4, 8, 12, 17, 21, ...): here each is exactly `stride`.
-    """
-    frames = start + stride * np.arange(length)
-    return np.minimum(frames, start + (n - 1 - start) // stride * stride)
-
-
-def dense_start(n, length, stride, generator):
-    """A random start for dense_clip, each equally likely where length * stride frames fit; else 0."""
-    return int(torch.randint(max(n - length * stride + 1, 1), (1,), generator=generator))
-
-
-def dense_views(n, length, stride, views):
-    """Test-time clips at even distances over the whole video -> (views, T). One view: the middle of the video.
-
-    VideoMAE's public code thins the video to every stride-th frame and moves a window over what is left."""
-    thin = np.arange(0, n, stride)
-    room = max(len(thin) - length, 0)
-    starts = [room // 2] if views == 1 else [int(i * room / (views - 1)) for i in range(views)]
-    return np.stack([thin[np.minimum(s + np.arange(length), len(thin) - 1)] for s in starts])
-
-
-def linspace_clip(n, length, stride, start):
-    """MAE-ST's (public code): a real-valued start, `length` points from start to start + length*stride - 1,
-    truncated. The step drifts a little: 0, 4, 8, 12, 16, 21, ..."""
-    points = np.linspace(start, start + length * stride - 1, length, dtype=np.float32)
-    return np.clip(points, 0, n - 1).astype(np.int64)
-
-
-def segment_clip(n, length, generator):
-    """One random frame from each of `length` equal segments of the whole video (TSN; VideoMAE on SSv2).
-
-    DIFFERS from VideoMAE's public code, which rounds the segments down and so never sees the end of a video."""
-    edges = np.arange(length + 1) * n / length
-    u = torch.rand(length, generator=generator).double().numpy()
-    low, high = np.floor(edges[:-1]), np.maximum(np.floor(edges[1:]), np.floor(edges[:-1]) + 1)
-    return np.minimum(low + np.floor(u * (high - low)), n - 1).astype(np.int64)
-
-
-def segment_views(n, length, views):
-    """Test-time clips of one frame per segment -> (views, T). One view: the middle of each segment.
-
-    Two views, as in VideoMAE's public code for SSv2: the starts of the segments, and their middles."""
-    shifts = [0.5] if views == 1 else [v / views for v in range(views)]
-    return np.stack([np.minimum((np.arange(length) + s) * n / length, n - 1).astype(np.int64) for s in shifts])
-
-
-def views_of(sampling, n, length, stride, views):
-    """Test-time clips of a video of n frames, no randomness: frame numbers (views, T). One view: the middle."""
-    if sampling == "segments":
-        return segment_views(n, length, views)
-    if sampling == "dense":
-        return dense_views(n, length, stride, views)
-    gap = max(n - length * stride, 0)  # linspace, MAE-ST: starts at whole distances, public code
-    starts = [gap // 2] if views == 1 else [v * (gap // (views - 1)) for v in range(views)]
-    return np.stack([linspace_clip(n, length, stride, s) for s in starts])
-
-
-# ============================================================================================================
-#  PART 3: decoding                                                                 (needs: numpy, av, pillow)
-# ============================================================================================================
+# ==================================================================================================
+#  PART 2: decoding. About FFmpeg's habits, not about learning: a student may go on with part 3.
+#  (needs: numpy, av, pillow, VIDEO, CONTAINERS, PICTURES)
+# ==================================================================================================
 
 
 class BrokenFile(Exception):
     """This file cannot be read; the message says why."""
 
 
-def one_line(error):
-    """What went wrong, with the kind of error unless the message is our own."""
-    return (str(error) if isinstance(error, BrokenFile) else f"{type(error).__name__}: {error}").splitlines()[0]
+LARGEST = 2**29  # bytes of pixels that a clip may have: 16 frames of 4K
 
 
+def reason(error):
+    """Why a file cannot be read. A lack of memory or of descriptors is not the file's fault, and is raised."""
+    if isinstance(error, MemoryError):
+        raise error
+    if getattr(error, "errno", None) in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+        raise error
+    return str(error) if isinstance(error, BrokenFile) else f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
 def open_video(path):
     """-> container, video stream.   Called in the worker: an open container does not survive a fork."""
-    if not os.path.isfile(path):  # a pipe or device of that name would wait for ever
+    if not os.path.isfile(path):  # of a pipe or device FFmpeg would wait for ever
         raise BrokenFile("no such file")
-    # HMDB51 has titles that are not UTF-8; of a name like 10:30.avi FFmpeg would think that 10: is a protocol
-    container = av.open(os.path.abspath(str(path)), metadata_errors="ignore")
-    if not container.streams.video:
-        container.close()
-        raise BrokenFile("no video stream in it")
-    stream = container.streams.best("video")  # not a cover picture
-    # important: threads of kind FRAME or AUTO can hang when a loop is left early beside torch; one per worker is enough
-    stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
-    return container, stream
+    # Only these formats: a file may claim to be a list of other files, and have those opened. HMDB51 has titles that
+    # are not UTF-8. Of a relative name like 10:30.avi FFmpeg would think that 10: is a protocol.
+    only = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    with av.open(os.path.abspath(path), metadata_errors="ignore", options=only) as container:
+        if not container.streams.video:
+            raise BrokenFile("no video stream in it")
+        stream = container.streams.best("video")  # not a cover picture
+        if stream.codec_context is None:
+            raise BrokenFile("FFmpeg has no decoder for its codec")
+        # important: threads of kind FRAME or AUTO can hang when a loop is left early; one per worker is enough
+        stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
+        yield container, stream
 
 
-def count_frames(path):
-    """Frames by the index, the header or, where both do not say, by the packets. Decoding may still give a few less."""
-    container, stream = open_video(path)
-    with container:
-        return len(index_of(stream)) or stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+def frame_times(path):
+    """-> how many frames are shown, their times in the order of display or None, seconds to the last one's end.
+
+    Headers promise what they like, so packets are counted, which costs a fiftieth of decoding them; what an
+    editor cut (MP4) or AVI dropped is no frame. Times are the stream's own units. None: they do not tell which frame
+    comes when, or the decoder cannot begin in the middle.
+    """
+    status = os.stat(path)
+    return cached_times(str(path), status.st_size, status.st_mtime_ns)
 
 
-def index_of(stream):
-    """Time stamps of all frames that are shown, in the order of storage, or [] where the file has no full index."""
-    entries = stream.index_entries
-    # in AVI a frame shown for longer has no entries after it, but the header counts them; times are numbers there
-    full = entries and stream.frames in (len(entries), entries[-1].timestamp + 1)
-    return [e.timestamp for e in entries if not e.is_discard] if full else []  # an editor's cuts are stored, not shown
+@functools.lru_cache(10_000)
+def cached_times(path, size, changed):
+    with open_video(path) as (container, stream):
+        reordered, unit = stream.codec_context.has_b_frames, float(stream.time_base)
+        times, end = [], 0
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                times.append(packet.pts if reordered else packet.dts)
+                end = max(end, (packet.dts or 0) + (packet.duration or 0))
+        guessed = reordered and container.format.name == "avi"  # AVI stores no times: FFmpeg makes them up
+        # H.264 4:4:4 by old versions of x264 says so in the first packet alone, and is decoded accordingly
+        headless = stream.codec_context.name == "h264" and "444" in (stream.codec_context.pix_fmt or "")
+        known = times and None not in times and len(set(times)) == len(times)
+        order = np.sort(np.array(times)) if known and not guessed and not headless else None
+        return len(times), order, (end - (stream.start_time or 0)) * unit
 
 
-def upright(rgb, frame):
-    """Converted frame -> uint8 (H, W, 3), turned as the file says: a phone only notes how it was held."""
-    return np.rot90(rgb.to_ndarray(), round(frame.rotation / 90))
+def shown(container, stream):
+    """The frames of a video in the order of display."""
+    size = None
+    for frame in container.decode(stream):
+        size = size or (frame.width, frame.height)
+        if (frame.width, frame.height) != size:
+            raise BrokenFile(f"its picture changes from {size} to {(frame.width, frame.height)}")
+        yield frame
 
 
-def display_times(container, stream):
-    """The time stamp of every frame, in the order of display, or [] where the file does not tell."""
-    if stream.codec_context.has_b_frames:  # stored in another order
-        if container.format.name == "avi":  # has no such times: FFmpeg guesses them
-            return []
-        times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        return sorted(times) if None not in times and len(set(times)) == len(times) else []
-    return index_of(stream)
+def to_rgb(convert, frame, **size):
+    """Frame -> uint8 (H, W, 3), turned as the file says: a phone only notes how it was held.
+
+    convert  a VideoReformatter; without threads of its own it takes a third of the time
+    """
+    rgb = convert.reformat(frame, format="rgb24", threads=1, **size).to_ndarray()
+    return np.rot90(rgb, round(frame.rotation / 90))
 
 
 def grab(path, wanted, jump=True):
-    """Decode the frames `wanted` -> {number: (H, W, 3) uint8}, number of frames met.
+    """Decode the frames `wanted` -> {number: (H, W, 3) uint8}, frames met, damaged ones among those wanted.
 
-    Where the file tells the time of every frame, a clip that begins after frame 24 is reached by a jump to a key frame
-    before it, whose time tells its number. Otherwise, as in those of UCF101's and HMDB51's AVIs that have B-frames, all
-    are decoded and counted. Only frames that are kept are converted, by one converter without threads of its own (with
-    them it takes three times as long).
+    Where the file tells the time of every frame, a clip that begins after frame 24 is reached by a jump to the
+    key frame before it, whose time tells its number. Otherwise, as in an AVI with B-frames, all are decoded and
+    counted.
     """
     found, first, last, kept = {}, wanted.min(), wanted.max(), set(wanted.tolist())
-    convert = av.video.reformatter.VideoReformatter()
-    container, stream = open_video(path)
-    with container:
-        i, frames = 0, container.decode(stream)
-        if jump and first > 24:
-            times, key = display_times(container, stream), None
-            if first < len(times):
-                container.seek(times[first], stream=stream)
-                key = next((f for f in frames if f.key_frame), None)  # B-frames before it miss what they refer to
-            when = key and (key.pts if stream.codec_context.has_b_frames else key.dts)  # in AVI pts may begin at 1
-            if when not in times[: first + 1]:
+    count, times, _ = frame_times(path)
+    convert, damaged = av.video.reformatter.VideoReformatter(), 0
+    with open_video(path) as (container, stream):
+        context = stream.codec_context
+        if len(kept) * context.width * context.height * 3 > LARGEST:
+            raise BrokenFile(f"{len(kept)} frames of {context.width}x{context.height} are too much: shrink it")
+        i, frames = 0, shown(container, stream)
+        if jump and times is not None and 24 < first < count:
+            container.seek(int(times[first]), stream=stream)
+            # B-frames before the key frame miss what they refer to
+            key = next((frame for frame in frames if frame.key_frame), None)
+            when = None if key is None else key.pts if context.has_b_frames else key.dts
+            i = int(np.searchsorted(times, when)) if when is not None else count
+            if i > first or times[i] != when:
                 return grab(path, wanted, jump=False)
-            i, frames = times.index(when), itertools.chain([key], frames)
+            frames = itertools.chain([key], frames)
         for frame in frames:
             if i in kept:
-                found[i] = upright(convert.reformat(frame, format="rgb24", threads=1), frame)
+                found[i] = to_rgb(convert, frame)
+                damaged += frame.is_corrupt
             i += 1
             if i > last:
                 break
-    return found, i
+    return found, i, damaged
 
 
 def read_clips(path, choose):
     """R clips of one video, decoded once.
 
     choose   n -> int (R, T), the frame numbers of R clips in a video of n frames
-    returns  uint8 (R, T, H, W, 3);   raises BrokenFile
+    returns  uint8 (R, T, H, W, 3), what is wrong with them ("" if nothing);   raises BrokenFile
     """
     try:
-        n = count_frames(path)
-        clips = choose(n) if n else np.zeros((1, 1), np.int64)
-        found, n = grab(path, np.unique(clips))
-        if any(f not in found for f in clips.flat):  # the header promised more frames than there are: draw again
-            if n == 0:
-                raise BrokenFile("no frame can be decoded")
+        clips = choose(max(frame_times(path)[0], 1))
+        found, n, damaged = grab(path, np.unique(clips))
+        if n == 0:
+            raise BrokenFile("no frame can be decoded")
+        if any(f not in found for f in clips.flat):  # fewer frames than packets: draw again
             clips = choose(n)
-            found, _ = grab(path, np.unique(clips))
-        frames = np.stack([found[f] for f in clips.flat])  # one copy: a stack of stacks costs as much as the crop
-        return frames.reshape(*clips.shape, *frames.shape[1:])
+            found, n, damaged = grab(path, np.unique(clips))
+        frames = np.stack([found[f] for f in clips.flat])  # one copy: a second costs as much as the crop
+        problem = f"damaged: {damaged} of {len(found)} frames, used as they are" if damaged else ""
+        return frames.reshape(*clips.shape, *frames.shape[1:]), problem
     except Exception as error:  # decoders raise many kinds on a damaged file
-        raise BrokenFile(one_line(error)) from None
+        raise BrokenFile(reason(error)) from None
+
+
+def every_frame(path, problems):
+    """All frames of a video, one by one. What is wrong with it is added to the list `problems`."""
+    count, _, seconds = frame_times(path)
+    met = damaged = 0
+    with open_video(path) as (container, stream):
+        for frame in shown(container, stream):
+            met, damaged = met + 1, damaged + frame.is_corrupt
+            yield frame
+        claimed = (container.duration or 0) / av.time_base
+        if not met:
+            raise BrokenFile("no frame can be decoded")
+        if damaged:
+            problems.append(f"damaged: {damaged} of {met} frames decode with errors")
+        if seconds < 0.9 * claimed - 0.5:
+            problems.append(f"cut short: the header says {claimed:.1f} s, frames end after {seconds:.1f} s")
+        elif stream.frames and abs(stream.frames - met) > 2:
+            problems.append(f"note: the header says {stream.frames} frames, there are {met}")
 
 
 def read_image(path):
-    """-> uint8 (H, W, 3), whatever the file holds: grey, palette, RGBA, CMYK, 16 bits; turned as EXIF says.
+    """-> uint8 (H, W, 3), whatever the file holds: grey, palette, RGBA, CMYK; turned as EXIF says.
 
-    Raises BrokenFile, also for pixels of more than 16 bits or with a decimal point, whose range is not known."""
+    Values of more than 8 bits (CT, microscopy) rarely use their whole range: each file is stretched over its own.
+    Raises BrokenFile, also for an image of more than 89 megapixels (Pillow's limit).
+    """
     try:
-        path = str(path)  # numpy's strings show their type in error messages
         if not os.path.isfile(path):
             raise BrokenFile("no such file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's doubts about a damaged file: an error says it, or none matters
-            with Image.open(path) as image:
+            warnings.simplefilter("ignore")  # doubts about a damaged file: an error says it, or none matters
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(str(path), formats=PICTURES) as image:
                 image = ImageOps.exif_transpose(image)
-                if image.mode[0] in "IF":  # 16 bits a pixel: convert() would clip all above 255 to white
-                    x = np.asarray(image)
-                    if image.mode == "F" or not 0 <= x.min() <= x.max() < 65536:
-                        raise BrokenFile(f"pixels {x.min():g} to {x.max():g} ({x.dtype}): save it with 8 or 16 bits")
-                    image = Image.fromarray((x / 257).astype(np.uint8))
+                if image.mode[0] in "IF":
+                    x = np.asarray(image, dtype=np.float64)
+                    low, high = x.min(), x.max()
+                    x = (x - low) / max(high - low, 1e-12) * 255
+                    image = Image.fromarray(x.round().astype(np.uint8))
                 return np.array(image.convert("RGB"))
     except Exception as error:
-        raise BrokenFile(one_line(error)) from None
+        raise BrokenFile(reason(error)) from None
 
 
-# ============================================================================================================
-#  PART 4: one crop and one flip for all frames of a clip                          (needs: torch, torchvision)
-# ============================================================================================================
+# ==================================================================================================
+#  PART 3: one crop and one flip for all frames of a clip                (needs: torch, torchvision)
+# ==================================================================================================
 
 
-def multi_scale_crop(H, W, generator):
-    """VideoMAE's crop (public code): -> top, left, height, width.
+def make_crop(pixels, size, box, flip=False, bicubic=False):
+    """Cut out a box, resize it, perhaps mirror it: all frames alike.
 
-    Sides are 1, .875, .75 or .66 of the short side, height and width at most one step apart; the corner is one
-    of 13 places on a grid of quarters: the four corners, the centre, and eight between them.
-    """
-    pick = lambda n: int(torch.randint(n, (1,), generator=generator))
-    sides = [max(1, int(min(H, W) * s)) for s in (1, 0.875, 0.75, 0.66)]
-    pairs = [(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1]
-    h, w = pairs[pick(len(pairs))]
-    places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
-    row, col = places[pick(len(places))]
-    return row * ((H - h) // 4), col * ((W - w) // 4), h, w
-
-
-def make_crop(pixels, size, kind, min_crop, flip, generator, bicubic=False):
-    """Crop, resize to size x size, perhaps flip.   uint8 (T, H, W, 3) -> uint8 (T, size, size, 3)
-
-    kind      "random": area min_crop .. 1 of the frame, aspect 3/4 .. 4/3 (torchvision's RandomResizedCrop)
-              "multiscale": VideoMAE's;  "center": short side to size, centre crop, no flip
+    pixels  uint8 (T, H, W, 3) -> uint8 (T, size, size, 3), or (T, *size, 3) where size is (height, width)
+    box     top, left, height, width
     """
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (T, 3, H, W), channels last in memory: the fast path
     how = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
-    if kind == "random":
-        box = random_box(x, (min_crop, 1.0), generator)
-    elif kind == "multiscale":
-        box = multi_scale_crop(*x.shape[-2:], generator)
-    else:
-        box = center_box(x)
-    x = TF.resized_crop(x, *box, [size, size], interpolation=how, antialias=True)
-    if kind != "center" and flip and torch.rand(1, generator=generator) < 0.5:
+    x = TF.resized_crop(x, *box, list(size), interpolation=how, antialias=True)
+    if flip:
         x = TF.horizontal_flip(x)
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def center_box(x):
-    """The largest square in the middle.   (..., H, W) -> top, left, height, width"""
-    H, W = x.shape[-2:]
-    side = min(H, W)
-    return (H - side) // 2, (W - side) // 2, side, side
+def center_box(shape, size):
+    """The largest box of the shape of `size` in the middle.   shape, size (H, W) -> top, left, height, width"""
+    (H, W), (h, w) = shape, size
+    if H * w <= W * h:
+        h, w = H, max(1, H * w // h)
+    else:
+        h, w = max(1, W * h // w), W
+    return (H - h) // 2, (W - w) // 2, h, w
+
+
+def random_box(shape, size, min_crop, generator):
+    """RandomResizedCrop's box: min_crop .. 1 of the area, 3/4 .. 4/3 of the aspect of `size` (height, width)."""
+    aspect = size[1] / size[0]
+    crop = v2.RandomResizedCrop(size, scale=(min_crop, 1.0), ratio=(0.75 * aspect, aspect / 0.75))
+    with torchvision_draws_from(generator):
+        box = crop.make_params([torch.empty(1, *shape, device="meta")])
+    return box["top"], box["left"], box["height"], box["width"]
 
 
 @contextlib.contextmanager
 def torchvision_draws_from(generator):
     """torchvision draws from the global generator: lend it a seed of ours, and give it back as it was."""
     with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed: it reaches for the GPUs too, and would take as long as the resize of a small clip
+        # not torch.manual_seed: it reaches for the GPUs too, and takes as long as the resize of a small clip
         torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         yield
 
 
-def random_box(x, scale, generator):
-    """RandomResizedCrop's box from an explicit generator."""
-    with torchvision_draws_from(generator):
-        box = v2.RandomResizedCrop(1, scale=scale).make_params([x])
-    return box["top"], box["left"], box["height"], box["width"]
+# ==================================================================================================
+#  PART 4: from files to batches                                        (needs: torch, seeded, parts 2, 3)
+# ==================================================================================================
 
 
-# ============================================================================================================
-#  PART 5: datasets and the loader             (needs: numpy, torch, seeded, parts 2-4; masking.py InputError)
-# ============================================================================================================
+class FileDataset(Dataset):
+    """dataset[epoch, i] -> uint8 (R, ...), number of the file used, [(path, what is wrong with it)].
 
-
-class ClipDataset(Dataset):
-    """dataset[epoch, i] -> uint8 (R, T, H, W, 3), number of the file used, [(path, reason) of broken files].
-
-    frames, stride   T frames, `stride` apart ("dense", "linspace"), or spread over the video ("segments")
-    size             side of the square clips;   crop, min_crop, flip: see make_crop
-    repeat           R clips of every decoded video, with their own position and crop: MAE-ST Sec. 4 "Data
-                     pre-processing". Decoding is the slow part, so R clips cost little more than one.
-    train            False: one clip without randomness, of the middle of the video or of every segment; centre crop
+    A kind of data adds read(i, generator) -> (pixels, problem or ""). Item i in place of a broken file is another
+    file; after ten broken ones in a row a ValueError.
     """
 
-    def __init__(self, files, frames, stride, size, seed, sampling="dense", crop="random", min_crop=0.5, flip=True,
-                 repeat=1, train=True):  # fmt: skip
-        self.paths, self.labels, self.classes = files.paths, files.labels, files.classes
-        self.seed, self.repeat = seed, repeat
-        self.frames, self.stride, self.size, self.sampling, self.train = frames, stride, size, sampling, train
-        self.crop, self.min_crop, self.flip = crop if train else "center", min_crop, flip
+    repeat = 1  # R, samples of one file
+
+    def __init__(self, files, seed):
+        self.files, self.paths, self.labels, self.classes = files, files.paths, files.labels, files.classes
+        self.seed = seed
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, key):
-        return read_or_redraw(self, *key)
-
-    def read(self, i, generator):
-        clips = read_clips(self.paths[i], lambda n: self.choose(n, generator))
-        return torch.stack([make_crop(c, self.size, self.crop, self.min_crop, self.flip, generator) for c in clips])
-
-    def choose(self, n, generator):
-        """Frame numbers (R, T) for a video of n frames."""
-        T, stride = self.frames, self.stride
-        if not self.train:
-            return views_of(self.sampling, n, T, stride, 1)
-        if self.sampling == "segments":
-            return np.stack([segment_clip(n, T, generator) for _ in range(self.repeat)])
-        if self.sampling == "dense":
-            starts = [dense_start(n, T, stride, generator) for _ in range(self.repeat)]
-            return np.stack([dense_clip(n, T, stride, s) for s in starts])
-        starts = torch.rand(self.repeat, generator=generator).numpy() * max(n - T * stride, 0)
-        return np.stack([linspace_clip(n, T, stride, s) for s in starts])
+        (epoch, i), problems = key, []
+        for attempt in range(10):
+            try:
+                pixels, problem = self.read(i, seeded(self.seed, 0, epoch, i))
+                problems += [(str(self.paths[i]), problem)] if problem else []
+                return pixels, i, problems
+            except BrokenFile as error:
+                problems.append((str(self.paths[i]), f"broken, another file is used: {error}"))
+                other = seeded(self.seed, 3, epoch, i, attempt)
+                i = int(torch.randint(len(self), (1,), generator=other))
+        names = ", ".join(f"{path} ({text})" for path, text in problems[:3])
+        raise ValueError(f"10 files in a row cannot be read: {names} ...: python data.py check lists them")
 
 
-class ImageDataset(Dataset):
-    """dataset[epoch, i] -> uint8 (1, H, W, 3), number of the file used, [(path, reason) of broken files]."""
-
-    repeat = 1
+class ImageDataset(FileDataset):
+    """Items uint8 (1, H, W, 3).   size (H, W); min_crop, flip: see random_box; train False: centre crop."""
 
     def __init__(self, files, size, seed, min_crop=0.2, flip=True, train=True):
-        self.paths, self.labels, self.classes, self.pixels = files.paths, files.labels, files.classes, files.pixels
-        self.size, self.seed, self.crop = size, seed, "random" if train else "center"
-        self.min_crop, self.flip = min_crop, flip
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, key):
-        return read_or_redraw(self, *key)
+        super().__init__(files, seed)
+        self.size, self.min_crop, self.flip, self.train = size, min_crop, flip, train
 
     def read(self, i, generator):
-        pixels = self.pixels[i] if self.pixels is not None else read_image(self.paths[i])
-        return make_crop(pixels[None], self.size, self.crop, self.min_crop, self.flip, generator, bicubic=True)
+        pixels = self.files.pixels[i] if self.files.pixels is not None else read_image(self.paths[i])
+        shape, flip = pixels.shape[:2], False
+        if self.train:
+            box = random_box(shape, self.size, self.min_crop, generator)
+            flip = self.flip and torch.rand(1, generator=generator) < 0.5
+        else:
+            box = center_box(shape, self.size)
+        return make_crop(pixels[None], self.size, box, flip, bicubic=True), ""
 
 
-def read_or_redraw(dataset, epoch, i, tries=10):
-    """Item i of an epoch, or another one in place of a broken file. After `tries` broken ones in a row: InputError."""
-    broken = []
-    for attempt in range(tries):
-        try:
-            return dataset.read(i, seeded(dataset.seed, 0, epoch, i)), i, broken
-        except BrokenFile as error:
-            broken.append((str(dataset.paths[i]), str(error)))
-            i = int(torch.randint(len(dataset), (1,), generator=seeded(dataset.seed, 3, epoch, i, attempt)))
-    names = ", ".join(f"{path} ({reason})" for path, reason in broken[:3])
-    raise InputError(f"{tries} files in a row cannot be read: {names} ...: python data.py check lists them")
+def shuffled(seed, epoch, n, size):
+    """One pass over n items in the order of (seed, epoch): a list of updates, each a list of `size` numbers.
+
+    The rest that does not fill an update is left out; another epoch's order leaves out others."""
+    order = torch.randperm(n, generator=seeded(seed, epoch)).tolist()
+    return [order[i : i + size] for i in range(0, n - size + 1, size)]
+
+
+def batches(plan, start, stop, rank, world, accum):
+    """The keys (epoch, item) that this process loads, batch by batch, from update `start` to update `stop`.
+
+    plan(epoch) -> list of updates, each a list of items. One update is cut into world * accum equal pieces, and
+    every process loads its own. So two processes together see what one sees, and a run can begin anywhere.
+    """
+    per_epoch = len(plan(0))
+    for step in range(start, stop):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == start:
+            updates = plan(epoch)
+        update, size = updates[i], len(updates[i]) // (world * accum)
+        for piece in range(rank, world * accum, world):
+            # omni.py may cut an update into pieces itself
+            items = update[piece] if isinstance(update[0], list) else update[piece * size : (piece + 1) * size]
+            yield [(epoch, item) for item in items]
 
 
 def collate(items):
-    """-> uint8 (sum of R, ...), file numbers, broken files."""
-    pixels, numbers, broken = zip(*items)
-    return torch.cat(pixels), list(numbers), sum(broken, [])
+    """-> uint8 (sum of R, ...), file numbers, problems."""
+    pixels, numbers, problems = zip(*items)
+    return share(torch.cat(pixels)), list(numbers), sum(problems, [])
 
 
-def make_loader(dataset, batch_sampler, workers, device):
-    return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=workers, collate_fn=collate,
-                      worker_init_fn=leave_signals_to_the_parent,
-                      pin_memory=torch.device(device).type == "cuda")  # fmt: skip
+def share(pixels):
+    """Into shared memory, in a worker: torch does it later, too, but there a full /dev/shm hangs instead of raising."""
+    return pixels.share_memory_() if torch.utils.data.get_worker_info() and pixels is not None else pixels
 
 
-def leave_signals_to_the_parent(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C
-    if hasattr(os, "setpgid"):  # torchrun's SIGTERM goes to the whole process group of a rank
-        os.setpgid(0, 0)
+def take(loader):
+    """next(loader).   Raises ValueError where it cannot deliver: a worker was killed, memory or /dev/shm is full"""
+    try:
+        return next(loader)
+    except Exception as error:
+        raise ValueError(f"the loader failed: {last_line(error)}") from None
 
 
-# ============================================================================================================
-#  PART 6: the toy world
-#  (needs: numpy, av, pillow, BrokenFile, in_parallel, one_thread, end_with; masking.py InputError)
+def last_line(error):
+    """What went wrong in a worker: its error arrives as a whole traceback, and ends with the message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def start_loader(dataset, workers, **options):
+    """torch's DataLoader as an iterator whose workers are running. A killed worker raises in next(), not anywhere."""
+    begin = functools.partial(begin_worker, os.getpid())
+    loader = DataLoader(dataset, num_workers=workers, worker_init_fn=begin, **options)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits until all have begun
+    on_child = signal.getsignal(signal.SIGCHLD)  # torch would raise at any line when a worker is killed
+    try:
+        return iter(loader)
+    except OSError as error:
+        hint = "--workers 0 needs neither /dev/shm nor processes"
+        raise OSError(f"the loader's workers cannot be started: {error}; {hint}") from None
+    finally:
+        signal.signal(signal.SIGCHLD, on_child)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def begin_worker(parent, worker):
+    """First thing in a worker: out of reach of the terminal's signals, which are for the parent alone."""
+    os.setpgid(0, 0)
+    if os.getppid() != parent:  # killed in between; later on torch looks after that
+        os._exit(1)
+
+
+# ==================================================================================================
+#  PART 5: checkpoints to the disk and back                                           (needs: torch)
+# ==================================================================================================
+
+
+def write_whole(path, fill):
+    """fill(file) under a temporary name, then rename: a crash or a full disk leaves the previous file as it was.
+
+    Raises OSError when it cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError, and hides its reason
+        if temporary.is_file():
+            temporary.unlink()
+        cause = error if getattr(error, "strerror", None) else error.__context__
+        text = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"cannot write {path}: {text}") from None
+
+
+def load_file(path):
+    """Read a checkpoint, ours or a public one: tensors and plain values.   Raises ValueError if it is none"""
+    if not os.path.isfile(path):
+        hint = f"; did you mean {path}/checkpoint.pt?" if os.path.isdir(path) else ""
+        script = Path(path).absolute().parent.name + ".py"
+        hint = f": python {script} makes it" if Path(__file__).with_name(script).exists() else hint
+        raise ValueError(f"there is no checkpoint {path}{hint}")
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file as load  # pip install safetensors
+
+        return load(path)
+    # weights_only refuses pickles that would run code. These are harmless, and common in public files
+    numpy = [np._core.multiarray.scalar, np.dtype, *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?"))]
+    harmless = [argparse.Namespace, *numpy, type(Path()), Path]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on a damaged file
+        reason(error)
+        code = "it holds Python code besides numbers, which could do anything"
+        why = code if "GLOBAL" in str(error) else "it is damaged or cut off, or no checkpoint at all"
+        raise ValueError(f"checkpoint {path} is refused: {why}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {path} holds a {type(content).__name__}, not a dict of weights")
+    return content
+
+
+# ==================================================================================================
+#  PART 6: the toy world                                   (needs: numpy, av, pillow; part 2 BrokenFile)
 #
-#  A room with a patterned floor and wall, an object that matters and some that do not, seen by a camera that
-#  drifts sideways. Rays are cast through every pixel, so depth and class maps are exact. Units are metres.
+#  A room, a large object that matters, and small ones far away. Objects are flat sprites, painted from far to near,
+#  so depth and class maps are exact. Units are metres; x to the right, y up, z away from the camera.
 #
-#  Images: the class is the kind of the large object, visible in one frame.
-#  Videos: the object travels on an upright circle, away and back, and the class is how. Where it begins is drawn
-#  uniformly, so a single frame looks the same in every class: motion decides. A mirror image keeps the class.
-# ============================================================================================================
+#  Images: the class is the kind of the large object.
+#  Videos: the object swings along some of the three axes, each with a phase of its own drawn uniformly, and the
+#  class is which. One frame alone looks alike in all classes, by construction: motion decides. A mirrored clip and a
+#  reversed one keep their class.
+# ==================================================================================================
 
 KINDS = ("Ball", "Box", "Cone", "Post")
 MAPS = ("floor", "wall") + KINDS  # class numbers of the semantic maps
-MOTIONS = {  # class -> angle on the circle, in turns, at time 0 .. 1
-    "Still": lambda t: 0 * t,
-    "OverTowards": lambda t: t,
-    "OverAway": lambda t: -t,
-    "FastTowards": lambda t: 2 * t,
-    "FastAway": lambda t: -2 * t,
-    "ThereAndBack": lambda t: 1 - abs(2 * t - 1),
+MOTIONS = {  # which of x, y, z the object swings along
+    "Still": (0, 0, 0),
+    "Sideways": (1, 0, 0),
+    "UpDown": (0, 1, 0),
+    "InOut": (0, 0, 1),
+    "Slope": (1, 1, 0),
+    "Wheel": (0, 1, 1),
 }
-VIEW = 0.55  # tangent of half the camera's angle of view
-FAR = 16.0  # depth maps hold depth / FAR * 65535
+VIEW, EYE, BACK = 0.55, 1.3, 9.0  # tangent of half the angle of view, height of the eye, distance of the wall
+FLOOR, WALL = np.array([0.45, 0.42, 0.40]), np.array([0.62, 0.66, 0.70])
+COLORS = np.array([[0.9, 0.2, 0.2], [0.2, 0.7, 0.25], [0.2, 0.3, 0.9], [0.95, 0.8, 0.15], [0.7, 0.25, 0.8],
+                   [0.95, 0.55, 0.1]])  # fmt: skip
+SIDE, LENGTH = 48, 24  # pixels of a frame, frames of a clip
 
 
-def draw_pattern(rng):
-    """A floor or wall: two waves that mix two colours."""
-    parts = {
-        "waves": rng.uniform(-0.8, 0.8, (2, 2)),
-        "phase": rng.uniform(0, 6.28, 2),
-        "colors": rng.uniform(0.1, 0.95, (2, 3)),
-    }
-    return {name: np.float32(part) for name, part in parts.items()}
+def outline(kind, u, v):
+    """Which points of the square [-1, 1] x [-1, 1], v up, belong to the sprite."""
+    if kind == "Ball":
+        return u * u + v * v < 1
+    if kind == "Box":
+        return np.maximum(abs(u), abs(v)) < 0.85
+    if kind == "Cone":
+        return (abs(u) < (1 - v) / 2) & (abs(v) < 1)
+    return (abs(u) < 0.4) & (abs(v) < 1)
 
 
-def draw_object(rng, kind, place, radius):
-    """place (3,) or (T, 3): x to the right, y up, z away from the camera; y is the object's middle."""
-    return {"kind": kind, "place": np.float32(place), "radius": np.float32(radius), "turn": rng.uniform(0, 1.57),
-            "color": np.float32(rng.uniform(0.15, 1.0, 3))}  # fmt: skip
+def render(objects, size):
+    """-> pixels (T, S, S, 3) uint8, depth (T, S, S) in metres, classes (T, S, S), where the first object is.
 
-
-def draw_scene(rng, kind, main_place, times):
-    """What is in view at each of the times 0 .. 1: two patterns, the object that matters, two more, the camera."""
-    others = [draw_object(rng, rng.choice(KINDS), (x, 0.35, rng.uniform(6.6, 8.2)), 0.35) for x in
-              (rng.uniform(-3, -0.8), rng.uniform(0.8, 3))]  # fmt: skip
-    return {"floor": draw_pattern(rng), "wall": draw_pattern(rng),
-            "objects": [draw_object(rng, kind, main_place, rng.uniform(0.7, 0.9))] + others,
-            "camera": np.float32(rng.uniform(-0.4, 0.4) + rng.uniform(-0.5, 0.5) * times)}  # fmt: skip
-
-
-def draw_image_scene(rng, kind):
-    place = (rng.uniform(-0.8, 0.8), rng.uniform(0.9, 1.8), rng.uniform(3.6, 4.6))
-    return draw_scene(rng, kind, place, np.zeros(1))
-
-
-def draw_video_scene(rng, motion, frames):
-    times = np.arange(frames) / frames
-    turns = rng.uniform() + rng.choice([-1, 1] if motion == "ThereAndBack" else [1]) * MOTIONS[motion](times)
-    angle = 2 * math.pi * turns
-    x = rng.uniform(-0.7, 0.7)
-    place = np.stack([np.full(frames, x), 1.8 + 1.0 * np.sin(angle), 4.6 + 1.2 * np.cos(angle)], axis=1)  # (T, 3)
-    return draw_scene(rng, rng.choice(KINDS), place, times)
-
-
-def render(scene, size):
-    """-> pixels (T, size, size, 3) uint8, depth (T, size, size) float32 in metres, classes (T, size, size) uint8.
-
-    Pixels are rendered at twice the size and averaged, or edges would flicker; the maps are not smoothed."""
-    T, S = len(scene["camera"]), 2 * size
-    at = np.float32((np.arange(S) + 0.5) / S * 2 - 1)
-    right, down = np.meshgrid(at * VIEW, at * VIEW)
-    slope = 0.12  # the camera looks down a little. A ray is 1 long along the view, so t in eye + t * ray is the depth
-    ray = np.stack([right, -down * math.cos(slope) - math.sin(slope), math.cos(slope) - down * math.sin(slope)], -1)
-    ray = np.broadcast_to(np.float32(ray), (T, S, S, 3))
-    eye = np.float32(np.stack([scene["camera"], np.full(T, 1.7), np.zeros(T)], -1))[:, None, None]  # (T, 1, 1, 3)
-
-    floor, wall = -eye[..., 1] / np.minimum(ray[..., 1], -1e-6), 9.0 / ray[..., 2]
-    depth, classes = np.minimum(floor, wall), np.where(floor < wall, 0, 1).astype(np.uint8)
-    point = eye + depth[..., None] * ray
-    on_floor = paint(scene["floor"], point[..., 0], point[..., 2])
-    on_wall = paint(scene["wall"], point[..., 0], point[..., 1])
-    for thing in scene["objects"]:  # a soft shadow straight below makes height visible
-        x, _, z = np.moveaxis(thing["place"].reshape(-1, 3), -1, 0).reshape(3, -1, 1, 1)
-        gap = ((point[..., 0] - x) ** 2 + (point[..., 2] - z) ** 2) / thing["radius"] ** 2
-        on_floor = on_floor * (1 - 0.6 * np.exp(-gap))[..., None]
-    color = np.where((classes == 0)[..., None], on_floor, on_wall)
-    for thing in scene["objects"]:
-        x, y, z = np.moveaxis(thing["place"] - eye[:, 0, 0], -1, 0)  # only the pixels around it are looked at
-        ahead, below = z * math.cos(slope) - y * math.sin(slope), -y * math.cos(slope) - z * math.sin(slope)
-        margin = 1.8 * thing["radius"]
-        box = (slice(None), span((below - margin) / ahead, (below + margin) / ahead, S),
-               span((x - margin) / ahead, (x + margin) / ahead, S))  # fmt: skip
-        hit, normal = intersect(thing, eye, ray[box])
-        near = hit < depth[box]
-        light = 0.45 + 0.55 * np.clip(dot(normal, np.float32([0, 0.8, -0.6])), 0, 1)
-        depth[box] = np.where(near, hit, depth[box])
-        classes[box] = np.where(near, MAPS.index(thing["kind"]), classes[box])
-        color[box] = np.where(near[..., None], light[..., None] * thing["color"], color[box])
-    pixels = sum(color[:, r::2, c::2] for r in (0, 1) for c in (0, 1)) / 4
-    return (pixels * 255).clip(0, 255).astype(np.uint8), depth[:, ::2, ::2].astype(np.float32), classes[:, ::2, ::2]
-
-
-def span(low, high, S):
-    """The pixels, over all frames, between two slopes of a ray (sideways or down / ahead)."""
-    low, high = (int((v / VIEW + 1) / 2 * S) for v in (low.min(), high.max()))
-    return slice(min(max(low, 0), S - 1), max(min(high + 1, S), 1))
-
-
-def paint(pattern, a, b):
-    """Colour of a pattern at coordinates a, b."""
-    waves = [np.sin(wave[0] * a + wave[1] * b + phase) for wave, phase in zip(pattern["waves"], pattern["phase"])]
-    mix = (0.5 + 0.25 * sum(waves))[..., None]
-    return mix * pattern["colors"][0] + (1 - mix) * pattern["colors"][1]
-
-
-def intersect(thing, eye, ray):
-    """Where rays meet an object: -> depth (inf where they miss), surface normal (T, S, S, 3)."""
-    r, o = np.float32(thing["radius"]), (eye - thing["place"].reshape(-1, 1, 1, 3)).astype(np.float32)
-    o = np.broadcast_to(o, ray.shape)
-    if thing["kind"] == "Box":
-        return hit_box(o, ray, 0.8 * r, thing["turn"])
-    if thing["kind"] == "Ball":
-        hit = hit_quadric(dot(ray, ray), dot(o, ray), dot(o, o) - r**2, lambda t: True)
-        return hit, unit(o + np.where(np.isfinite(hit), hit, 0)[..., None] * ray)
-    # a cone or a post: radius low + lean * (height above the foot), between foot and top
-    low, lean = (r, np.float32(-0.5)) if thing["kind"] == "Cone" else (0.45 * r, np.float32(0))  # to a point at 2 r
-    foot = low + lean * (o[..., 1] + r)
-    a = ray[..., 0] ** 2 + ray[..., 2] ** 2 - (lean * ray[..., 1]) ** 2
-    b = o[..., 0] * ray[..., 0] + o[..., 2] * ray[..., 2] - lean * foot * ray[..., 1]
-    c = o[..., 0] ** 2 + o[..., 2] ** 2 - foot**2
-    hit = hit_quadric(a, b, c, lambda t: np.abs(o[..., 1] + t * ray[..., 1]) <= r)
-    p = o + np.where(np.isfinite(hit), hit, 0)[..., None] * ray
-    normal = unit(np.stack([p[..., 0], -lean * np.hypot(p[..., 0], p[..., 2]), p[..., 2]], -1))
-    for y, radius in ((-r, low), (r, low + lean * 2 * r)):  # the flat foot and top
-        t = (y - o[..., 1]) / ray[..., 1]
-        inside = (o[..., 0] + t * ray[..., 0]) ** 2 + (o[..., 2] + t * ray[..., 2]) ** 2 < radius**2
-        near = inside & (t > 0) & (t < hit)
-        hit, normal = np.where(near, t, hit), np.where(near[..., None], np.float32([0, np.sign(y), 0]), normal)
-    return hit, normal
-
-
-def hit_quadric(a, b, c, valid):
-    """The nearest positive root of a t^2 + 2 b t + c = 0 for which valid(t); inf where there is none."""
-    root = np.sqrt(np.maximum(b * b - a * c, 0))
-    hit = np.full(b.shape, np.inf, np.float32)
-    for t in ((-b + root) / a, (-b - root) / a):
-        hit = np.where((b * b >= a * c) & (t > 0) & (t < hit) & valid(t), t, hit)
-    return hit
-
-
-def hit_box(o, ray, half, turn):
-    """An upright cube, turned about its vertical axis: the slab method."""
-    c, s = np.float32(math.cos(turn)), np.float32(math.sin(turn))
-    rotate = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]], np.float32)
-    o, d = o @ rotate, ray @ rotate
-    d = np.where(np.abs(d) < 1e-6, np.float32(1e-6), d)
-    t0, t1 = np.minimum((-half - o) / d, (half - o) / d), np.maximum((-half - o) / d, (half - o) / d)
-    enter, leave = np.maximum.reduce(np.moveaxis(t0, -1, 0)), np.minimum.reduce(np.moveaxis(t1, -1, 0))
-    hit = np.where((enter < leave) & (enter > 0), enter, np.float32(np.inf))
-    axis = t0.argmax(-1)[..., None] == np.arange(3)
-    return hit, (-np.sign(d) * axis).astype(np.float32) @ rotate.T
-
-
-def dot(a, b):
-    """Over the last axis. (Faster than sum(-1) over an axis of three.)"""
-    return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
-
-
-def unit(v):
-    return v / np.maximum(np.sqrt(dot(v, v)), 1e-6)[..., None]
-
-
-def write_toy_clip(folder, motion, group, clip, size, frames):
-    """One video file of the toy world; all its randomness comes from its name."""
-    number = list(MOTIONS).index(motion)
-    scene = draw_video_scene(np.random.default_rng([1, number, group, clip]), motion, frames)
-    path = folder / motion / f"v_{motion}_g{group:02d}_c{clip:02d}.mp4"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path, render(scene, size)[0], Fraction(12))
-
-
-def write_toy_image(folder, split, i, size):
-    """One image with its depth map (16 bits) and class map (8 bits) in three parallel folders."""
-    kind = KINDS[i % len(KINDS)]
-    scene = draw_image_scene(np.random.default_rng([2, split == "val", i]), kind)
-    pixels, depth, classes = render(scene, size)
-    for part, suffix, array in (("rgb", "jpg", pixels[0]), ("depth", "png", (depth[0] / FAR * 65535).clip(0, 65535)),
-                                ("semseg", "png", classes[0])):  # fmt: skip
-        path = folder / part / split / kind / f"{i:05d}.{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array.astype(np.uint16) if part == "depth" else array).save(path, quality=95)
-
-
-def make_toy(folder, size=64, frames=24, groups=25, clips=4, images=(1600, 400)):
-    """Write the toy world; nothing happens if it is there already.   -> whether it was written
-
-    folder/videos/<Motion>/v_<Motion>_gXX_cYY.mp4, classInd.txt, trainlist01.txt ...   UCF101's format:
-        no group is in both lists of a fold
-    folder/{rgb,depth,semseg}/{train,val}/<Kind>/00000.{jpg,png,png}                    aligned maps
+    objects  [{kind, color (3,), radius, place (T, 3)}, ...]
     """
-    folder, place = Path(folder), Path(folder).resolve()
-    is_there = lambda: (folder / "videos").is_dir() and (folder / "rgb").is_dir()
-    if is_there():
-        return False
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or place == Path.cwd()):
-        raise InputError(f"{folder} exists and is no toy world: name a new folder")
-    # of this process alone, since two scripts may begin at once; renamed when complete
-    partial = place.with_name(f".{place.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        (partial / "videos").mkdir(parents=True)
-        jobs = [functools.partial(write_toy_clip, partial / "videos", m, g, c, size, frames)
-                for m in MOTIONS for g in range(1, groups + 1) for c in range(1, clips + 1)]  # fmt: skip
-        jobs += [functools.partial(write_toy_image, partial, split, i, size)
-                 for split, count in zip(("train", "val"), images) for i in range(count)]  # fmt: skip
-        for _, error in in_parallel(call, jobs, f"rendering the toy world into {folder}"):
-            if error:
-                raise error
-        (partial / "videos" / "classInd.txt").write_text("".join(f"{i} {m}\n" for i, m in enumerate(MOTIONS, 1)))
-        for fold in (1, 2, 3):  # like UCF101, whose fold 1 tests on the groups 1 to 7 of 25
-            width = max(1, groups * 7 // 25)
-            test = range(1 + (fold - 1) * width, 1 + fold * width)
-            for name, keep in (("train", lambda g: g not in test), ("test", lambda g: g in test)):
-                lines = [f"{m}/v_{m}_g{g:02d}_c{c:02d}.mp4" + (f" {i}" if name == "train" else "")
-                         for i, m in enumerate(MOTIONS, 1) for g in range(1, groups + 1) if keep(g)
-                         for c in range(1, clips + 1)]  # fmt: skip
-                (partial / "videos" / f"{name}list0{fold}.txt").write_text("\n".join(lines) + "\n")
-        if folder.exists() and not is_there():
-            folder.rmdir()
-        partial.rename(place)
-    except OSError as error:
-        if is_there():  # another script was faster
-            return False
-        raise InputError(f"cannot write the toy world to {folder}: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return True
+    S = 2 * size  # painted at twice the size and averaged, or edges would flicker
+    at = (np.arange(S) + 0.5) / S * 2 - 1
+    right, up = np.meshgrid(at * VIEW, -at * VIEW)  # slope of the ray through every pixel
+    room = np.minimum(np.where(up < 0, EYE / np.maximum(-up, 1e-3), np.inf), BACK)  # depth of floor and wall
+    floor = FLOOR * (0.55 + 0.45 * room / BACK)[..., None]
+    wall = WALL * (0.8 + 0.36 * up)[..., None]
+    frames = []
+    for t in range(len(objects[0]["place"])):
+        depth, classes, owner = room.copy(), np.where(room < BACK, 0, 1), np.full((S, S), -1)
+        color = np.where((room < BACK)[..., None], floor, wall)
+        for o in sorted(objects, key=lambda o: -o["place"][t, 2]):  # from far to near
+            x, y, z = o["place"][t]
+            u, v = (right * z - x) / o["radius"], (up * z + EYE - y) / o["radius"]
+            inside = outline(o["kind"], u, v)
+            light = 0.75 + 0.25 * np.clip(v - 0.6 * u, -1, 1)  # from above left
+            color[inside] = light[inside, None] * o["color"]
+            depth[inside], classes[inside] = z, MAPS.index(o["kind"])
+            owner[inside] = o is objects[0]
+        color = color.reshape(size, 2, size, 2, 3).mean((1, 3)) * 255
+        maps = (m[::2, ::2] for m in (depth, classes, owner == 1))
+        frames.append((color.clip(0, 255).astype(np.uint8), *maps))
+    return [np.stack(part) for part in zip(*frames)]
+
+
+def draw_scene(rng, kind, place):
+    """The object that matters at place (T, 3), and two small ones that stand still by the wall."""
+    objects = [dict(kind=kind, color=rng.choice(COLORS), radius=rng.uniform(1.0, 1.25), place=place)]
+    for side in (-1, 1):
+        spot = (side * rng.uniform(1, 3.2), 0.45, rng.uniform(6.5, 8))
+        spot = np.tile(spot, (len(place), 1))
+        objects.append(dict(kind=rng.choice(KINDS), color=rng.choice(COLORS), radius=0.45, place=spot))
+    return objects
+
+
+def draw_clip(rng, motion):
+    """Any frame alone looks alike in all motions: where the object is along each axis is a sine of a uniform phase."""
+    turns = rng.uniform(size=3) + np.array(MOTIONS[motion]) * np.arange(LENGTH)[:, None] / LENGTH  # (T, 3)
+    place = np.array([0, 1.3, 4.2]) + np.array([1.0, 0.8, 1.4]) * np.sin(2 * np.pi * turns)
+    return draw_scene(rng, rng.choice(KINDS), place)
+
+
+def draw_image(rng, kind):
+    place = np.array([0, 1.3, 4.2]) + np.array([1.0, 0.8, 1.4]) * rng.uniform(-1, 1, (1, 3))
+    return draw_scene(rng, kind, place)
+
+
+def write_toy_clip(folder, motion, group, number):
+    """One clip, and where its object is, frames below each other. All its randomness comes from its name."""
+    rng = np.random.default_rng([1, list(MOTIONS).index(motion), group, number])
+    pixels, _, _, where = render(draw_clip(rng, motion), SIDE)
+    name = f"{motion}/v_{motion}_g{group:02d}_c{number:02d}"
+    save_once(folder / f"object/{name}.png", Image.fromarray(where.reshape(-1, SIDE)).save)
+    save_once(folder / f"videos/{name}.mp4", functools.partial(write_video, pixels, Fraction(12)))
+
+
+def write_toy_image(folder, split, kind, number):
+    """One image with its depth map (16 bits), its class map, and where its object is."""
+    rng = np.random.default_rng([2, split == "val", number])
+    pixels, depth, classes, where = (x[0] for x in render(draw_image(rng, kind), SIDE))
+    depth = (depth / 16 * 65535).astype(np.uint16)  # 16 m are the most that a map can hold
+    maps = {"depth": depth, "semseg": classes.astype(np.uint8), "object": where}
+    name = f"{split}/{kind}/{number:05d}"
+    for part, array in maps.items():
+        save_once(folder / f"{part}/{name}.png", Image.fromarray(array).save)
+    save_once(folder / f"rgb/{name}.jpg", functools.partial(Image.fromarray(pixels).save, quality=95))
+
+
+def save_once(path, save):
+    """save(path) if it is not there, under another name first: what has its name is complete."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{os.getpid()}-{path.name}")
+        save(part)
+        os.replace(part, path)
+
+
+def make_toy(folder, groups=25, clips=4, images=(1600, 400), labelled=5):
+    """Write the toy world, or what is missing of it: two calls give the same files, byte for byte.
+
+    folder/videos/<Motion>/v_<Motion>_gXX_cYY.mp4, classInd.txt, trainlist01.txt ...     UCF101's format; no
+        group is in both lists of a fold, and only the first `labelled` training groups of a fold have labels
+    folder/{rgb,depth,semseg}/{train,val}/<Kind>/00000.{jpg,png,png}                     aligned maps
+    folder/object/                                        where the object is in each of these clips and images
+    """
+    folder = Path(folder)
+    lists, note = folder / "videos", folder / "TOY.txt"
+    if (lists / "classInd.txt").exists():
+        return
+    if folder.exists() and not note.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is no toy world: name a new folder")
+    lists.mkdir(parents=True, exist_ok=True)
+    note.write_text("Rendered by: python data.py toy\n")
+    numbers = range(1, clips + 1)
+    jobs = [(write_toy_clip, folder, m, g + 1, c) for m in MOTIONS for g in range(groups) for c in numbers]
+    for split, count in zip(("train", "val"), images):
+        jobs += [(write_toy_image, folder, split, KINDS[i % len(KINDS)], i) for i in range(count)]
+    for _ in in_parallel(call, jobs, f"rendering the toy world into {folder}"):
+        pass
+    width = max(1, groups * 7 // 25)  # UCF101's fold 1 tests on the groups 1 to 7 of 25
+    for fold in (1, 2, 3):
+        test = range(1 + (fold - 1) * width, 1 + fold * width)
+        train = [g for g in range(1, groups + 1) if g not in test]
+        for name, some in (("train", train), ("test", test)):
+            lines = []
+            for label, motion in enumerate(MOTIONS, 1):
+                for g in some:
+                    number = f" {label if g in train[:labelled] else 0}" if name == "train" else ""
+                    lines += [f"{motion}/v_{motion}_g{g:02d}_c{c:02d}.mp4{number}\n" for c in numbers]
+            (lists / f"{name}list0{fold}.txt").write_text("".join(lines))
+    (lists / "classInd.txt").write_text("".join(f"{i} {m}\n" for i, m in enumerate(MOTIONS, 1)))
 
 
 def call(job):
-    return job()
+    return job[0](*job[1:])
 
 
-def write_video(path, frames, rate, codec="libx264"):
-    """uint8 frames (H, W, 3), all of one even-sided size, -> a video file. H.264, or MPEG-4 where PyAV lacks it.
+def write_video(frames, rate, path):
+    """uint8 frames (H, W, 3), all of one even-sided size, -> a video file: MPEG-4, a key frame every 12 frames.
 
-    -> how many frames there were"""
-    codec = codec if codec in av.codecs_available else "mpeg4"
-    options = {"crf": "18", "preset": "veryfast", "g": "12"} if codec == "libx264" else {}
+    Nearly lossless, without B-frames: on clips this small it decodes several times faster than H.264, and the same
+    frames give the same bytes (libx264's lookahead varies with the load of the machine)."""
     with av.open(os.path.abspath(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
-        stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
-        if codec == "mpeg4":  # nearly lossless, a key frame every 12
-            stream.codec_context.qmin, stream.codec_context.qmax, stream.codec_context.gop_size = 2, 4, 12
-        count = 0
-        for count, frame in enumerate(frames, 1):
-            if count == 1:
+        stream = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream("mpeg4", rate=rate)
                 stream.height, stream.width = frame.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        if not count:
-            raise BrokenFile("no frame can be decoded")
+                stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
+                stream.codec_context.qmin, stream.codec_context.qmax = 2, 4
+                stream.codec_context.gop_size = 12
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    return count
 
 
-# ============================================================================================================
+# ==================================================================================================
 #  THE RUN: data that are made or downloaded; the commands toy, check, shrink
-# ============================================================================================================
-
-
-def fetch(name, rank, world):
-    """Data that are made or downloaded (--data toy, the default; cifar10, stl10): by the first process, others wait."""
-    if name == "toy" and rank == 0:
-        make_toy(name)
-    if name.lower() in ("cifar10", "stl10") and rank == 0 and world > 1:
-        list_images(name, "val")  # one archive holds both splits
-    if world > 1:
-        torch.distributed.barrier()
+# ==================================================================================================
 
 
 def in_parallel(work, jobs, what):
-    """Yield (result, error) of work(job) in the order of jobs, from all CPU cores, with progress and ETA."""
-    start, shown = time.perf_counter(), 0.0
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), initializer=one_thread) as pool:
-        futures = collections.deque(pool.submit(work, job) for job in jobs)
-        try:
-            for i in range(1, len(jobs) + 1):
-                future = futures.popleft()  # or every result would stay in memory
-                error = future.exception()
-                if isinstance(error, concurrent.futures.process.BrokenProcessPool):
-                    raise InputError(f"{what}: a worker process was killed (out of memory?), after {i - 1} files")
-                yield (None, error) if error else (future.result(), None)
-                now = time.perf_counter()
-                if now - shown > (0.5 if sys.stderr.isatty() else 20) or i == len(jobs):
-                    left, shown = (now - start) / i * (len(jobs) - i), now
-                    end = "\r" if sys.stderr.isatty() and i < len(jobs) else "\n"
-                    print(f"{what}: {i} of {len(jobs)}, {left:.0f} s left  ", end=end, file=sys.stderr, flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def one_thread():
-    """Begin a worker process of in_parallel."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def end_with(parent):
-    """A worker whose parent was killed would wait for ever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    """Yield work(job) of each job in order, from all CPU cores, with progress and time left on stderr."""
+    results = start_loader(jobs, os.cpu_count(), batch_size=None, collate_fn=work)
+    begin, shown, live = time.monotonic(), 0.0, sys.stderr.isatty()
+    for i in range(1, len(jobs) + 1):
+        yield take(results)
+        spent = time.monotonic() - begin
+        if i == len(jobs) or (spent > 2 and spent - shown > (0.5 if live else 20)):
+            shown, end = spent, "\r" if live and i < len(jobs) else "\n"
+            left = spent / i * (len(jobs) - i)
+            print(f"{what}: {i} of {len(jobs)}, {left:.0f} s left  ", end=end, file=sys.stderr, flush=True)
 
 
 def check_file(path):
-    """Decode one file in full: -> reason if broken (else ""), small picture of its middle."""
+    """Read one file in full, as training does: -> what is wrong with it, small picture of its middle or None."""
+    problems, middle = [], None
     try:
         if path.suffix.lower() in IMAGE:
-            return "", thumbnail(read_image(path))
-        promised = count_frames(path)
-        found, n = grab(path, np.array([0, promised // 2, 10**9]))  # from the first frame to the end
-        if n == 0:
-            raise BrokenFile("no frame can be decoded")
-        return cut_short(promised, n), thumbnail(found[max(found)])
+            middle = read_image(path)
+        else:
+            half, convert = frame_times(path)[0] // 2, av.video.reformatter.VideoReformatter()
+            for i, frame in enumerate(every_frame(path, problems)):
+                if i in (0, half):
+                    middle = to_rgb(convert, frame)
     except Exception as error:
-        return one_line(error), None
-
-
-def cut_short(promised, n):
-    """-> reason, or "": at either end B-frames may be lost, so one or two frames less is common and harmless."""
-    return f"the header says {promised} frames, {n} can be decoded" if n < 0.9 * promised - 2 else ""
-
-
-def thumbnail(pixels):
-    return np.asarray(ImageOps.pad(Image.fromarray(pixels), (96, 96)))
+        return [f"broken: {reason(error)}"], None
+    thumbnail = ImageOps.pad(Image.fromarray(middle), (96, 96))
+    return problems, np.asarray(thumbnail)
 
 
 def check(root, sheet):
-    """Decode everything below root, list what is broken, draw a contact sheet.
+    """Decode everything below root, list what is wrong, draw a contact sheet.
 
-    Exit code 1 if anything is broken, or a file of the official lists is absent."""
+    Exit code 1 if anything is broken or damaged, or a file of the official lists is absent."""
     root = Path(root)
-    if not root.is_dir():
-        raise InputError(f"{root} is no folder")
-    paths = list(walk(root, VIDEO + IMAGE))
+    paths, others = walk(root, VIDEO + IMAGE)
     if not paths:
-        raise InputError(f"{root} holds no videos and no images")
+        raise ValueError(f"{root} holds no videos and no images")
     official = find_official(root)  # now: half a download should be named before hours of decoding
-    broken, absent, pictures = [], False, []
-    shown = set(np.linspace(0, len(paths) - 1, min(len(paths), 48)).round().astype(int).tolist())
-    for i, ((report, error), path) in enumerate(zip(in_parallel(check_file, paths, f"checking {root}"), paths)):
-        reason, picture = report or (str(error), None)
-        if reason:
-            broken.append(path)
-            print(f"broken: {path}: {reason}")
+    bad, absent, pictures = 0, 0, []
+    shown = set(np.linspace(0, len(paths) - 1, 48).round().astype(int).tolist())
+    for i, (problems, picture) in enumerate(in_parallel(check_file, paths, f"checking {root}")):
+        for problem in problems:
+            report(f"{problem.partition(': ')[0]}: {paths[i]}: {problem.partition(': ')[2]}")
+        bad += any(not problem.startswith("note") for problem in problems)
         if picture is not None and i in shown:
             pictures.append(picture)
-    if official is not None:
-        for fold, split in [(f, s) for f in (1, 2, 3) for s in ("train", "val")]:
+    for fold in (1, 2, 3) if official else ():
+        for split in ("train", "val"):
             try:
                 count = len(read_official(*official, split, fold, allow_missing=False).paths)
-                print(f"fold {fold} {split}: {count} files listed, all there")
-            except InputError as error:
-                absent = True
-                print(f"fold {fold} {split}: {error}")
+                report(f"fold {fold} {split}: {count} files listed, all there")
+            except ValueError as error:
+                absent += 1
+                report(f"fold {fold} {split}: {str(error).partition('; --allow-missing')[0]}")
     if pictures:
-        columns = min(8, len(pictures))
-        canvas = Image.new("RGB", (columns * 100, -(-len(pictures) // columns) * 100), "white")
-        for i, picture in enumerate(pictures):
-            canvas.paste(Image.fromarray(picture), (i % columns * 100 + 2, i // columns * 100 + 2))
-        try:
-            canvas.save(sheet)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot write {sheet}: {error}") from None
-        print(f"wrote {sheet}")
-    print(f"{len(paths)} files decoded, {len(broken)} broken")
-    sys.exit(1 if broken or absent else 0)
+        pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % 8)
+        cells = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+        picture_table(cells.unflatten(0, (-1, 8))).save(sheet)
+        report(f"wrote {sheet}")
+    if others:
+        report("passed over: " + ", ".join(f"{n} {ending}" for ending, n in others.most_common()))
+    report(f"{len(paths)} files decoded, {bad} broken or damaged")
+    sys.exit(1 if bad or absent else 0)
 
 
 def shrink_file(job):
-    """Re-encode one video with a smaller short side and a key frame every 12 frames.
-
-    -> reason if it is broken and left out, else "", reason if it is cut short, else "" """
+    """Re-encode one video with a smaller short side.   -> what is wrong with it; a broken one is left out"""
     source, target, short = job
-    partial = target.with_name("." + target.name)  # walk() does not see it, should the work be cut off
+    problems = []
     try:
-        container, stream = open_video(source)
-        with container:
+        with open_video(source) as (_, stream):
             W, H = stream.codec_context.width, stream.codec_context.height
-            scale = min(1, short / min(W, H))
-            W, H = max(2, round(W * scale / 2) * 2), max(2, round(H * scale / 2) * 2)
-            done = target.exists() and target.stat().st_mtime >= source.stat().st_mtime  # in an earlier call
-            if done and sorted(size_of(target)) == sorted((W, H)):
-                return "", ""
             rate = Fraction(stream.average_rate or stream.guessed_rate or 25).limit_denominator(1001)
-            rate = rate if rate.numerator < 2**16 else Fraction(round(rate))  # MPEG-4 holds no more
-            convert = av.video.reformatter.VideoReformatter()
-            frames = (upright(convert.reformat(f, W, H, "rgb24", interpolation="AREA"), f)
-                      for f in container.decode(stream))  # fmt: skip
-            target.parent.mkdir(parents=True, exist_ok=True)
-            less = cut_short(stream.frames, write_video(partial, frames, rate, "mpeg4"))
-        os.replace(partial, target)
-        return "", less
+        rate = rate if rate.numerator < 2**16 else Fraction(round(rate))  # MPEG-4 holds no more
+        scale = min(1, short / min(W, H))
+        W, H = (max(2, round(side * scale / 2) * 2) for side in (W, H))
+        convert = av.video.reformatter.VideoReformatter()
+        small = (to_rgb(convert, frame, width=W, height=H, interpolation="AREA")
+                 for frame in every_frame(source, problems))  # fmt: skip
+        save_once(target, functools.partial(write_video, small, rate))
     except Exception as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise InputError(f"cannot write {target}: {error.strerror}; call again when there is room") from None
-        return one_line(error), ""
-
-
-def size_of(path):
-    """-> width, height by the header; of a file that cannot be read 0, 0."""
-    try:
-        container, stream = open_video(path)
-        with container:
-            return stream.codec_context.width, stream.codec_context.height
-    except Exception:  # decoders raise many kinds on a damaged file
-        return 0, 0
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise ValueError(f"cannot write {target}: {error.strerror}; call again when there is room") from None
+        return [f"broken, left out: {reason(error)}"]
+    return problems
 
 
 def shrink(source, target, short):
     """Re-encode every video below source into target, with the same names, and copy the lists.
 
-    MPEG-4 without B-frames: on clips this small it decodes several times faster than H.264. A second call
-    does what the first left undone, and what was replaced since.   Exit code 1 if a file is broken.
+    A copy that is there is kept: a second call does what the first left undone.   Exit code 1 if a file is broken
     """
     source, target = Path(source), Path(target)
-    if not source.is_dir():
-        raise InputError(f"{source} is no folder")
     if target.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{target} lies in {source}: the copy needs a folder of its own")
-    if short < 16:
-        raise InputError(f"--short-side {short} is too small for a picture: 128 is common")
-    videos = list(walk(source, VIDEO))
+        raise ValueError(f"{target} lies in {source}: the copy needs a folder of its own")
+    videos = walk(source, VIDEO)[0]
     if not videos:
-        raise InputError(f"{source} holds no videos")
+        raise ValueError(f"{source} holds no videos")
+    for path in walk(source, (".txt", ".csv"))[0]:
+        save_once(target / path.relative_to(source), functools.partial(shutil.copyfile, path))
     keep = (".avi", ".mp4", ".mkv", ".mov", ".m4v")  # containers that take MPEG-4; others become .mp4
-    jobs = [(p, target / (r if r.suffix.lower() in keep else r.with_suffix(".mp4")), short)
-            for p in videos for r in [p.relative_to(source)]]  # fmt: skip
-    goals = {}
-    for p, t, _ in jobs:
-        if goals.setdefault(t, p) != p:
-            raise InputError(f"{goals[t]} and {p} would both become {t}: rename one of them")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for path in walk(source, (".txt", ".csv")):
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            content = path.read_bytes()
-            for old in {os.path.join(p, "") for p in (os.path.abspath(source), source.resolve())}:
-                new = os.fsencode(os.path.join(target.resolve(), ""))  # where an absolute path leads from now on
-                content = re.sub(rb"(?m)^" + re.escape(os.fsencode(old)), lambda _: new, content)
-            copy.write_bytes(content)
-    except OSError as error:
-        raise InputError(f"cannot write to {target}: {error}") from None
-    broken = 0
-    for (result, error), (path, _, _) in zip(in_parallel(shrink_file, jobs, f"shrinking into {target}"), jobs):
-        if isinstance(error, InputError):
-            raise error
-        reason, less = result or (str(error), "")
-        if reason:
-            broken += 1
-            print(f"broken, left out: {path}: {reason}")
-        if less:  # of the copy, whose header is right, check could not tell
-            print(f"cut short: {path}: {less}")
-    sizes = [sum(p.stat().st_size for p in walk(folder, VIDEO)) / 1e6 for folder in (source, target)]
-    print(
-        f"{len(videos) - broken} videos in {target}, {sizes[0]:.1f} MB before, {sizes[1]:.1f} MB after, {broken} broken"
+    copies = [target / path.relative_to(source) for path in videos]
+    copies = [copy if copy.suffix.lower() in keep else copy.with_suffix(".mp4") for copy in copies]
+    jobs, bad = list(zip(videos, copies, [short] * len(videos))), 0
+    for path, problems in zip(videos, in_parallel(shrink_file, jobs, f"shrinking into {target}")):
+        for problem in problems:
+            report(f"{problem.partition(': ')[0]}: {path}: {problem.partition(': ')[2]}")
+        bad += any(not problem.startswith("note") for problem in problems)
+    before, after = (sum(p.stat().st_size for p in paths if p.exists()) / 1e6 for paths in (videos, copies))
+    report(f"{len(videos)} videos, {bad} broken or damaged: {before:.1f} MB, in {target} {after:.1f} MB")
+    sys.exit(1 if bad else 0)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], usage="data.py {toy,check,shrink} FOLDER ...    (--help explains them)"
     )
-    sys.exit(1 if broken else 0)
-
-
-def main():
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+    commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy world: rendered videos, images, depth and class maps")
     toy.add_argument("folder", help="new folder")
-    toy.add_argument("--size", type=int, default=64, help="side of pictures and clips in pixels (default: 64)")
-    toy.add_argument("--groups", type=int, default=25, help="groups of 4 clips a class (default: 25)")
-    toy.add_argument("--images", type=int, default=1600, help="training images; a quarter more to test (default: 1600)")
     look = commands.add_parser("check", help="decode everything, list what is broken, draw a contact sheet")
     look.add_argument("folder", help="data set, or any folder")
     look.add_argument("--sheet", default="contact_sheet.png", help="file for the contact sheet")
@@ -1167,16 +1093,14 @@ def main():
     less.add_argument("source", help="folder of videos")
     less.add_argument("target", help="folder for the smaller copies")
     less.add_argument("--short-side", type=int, default=128, help="new short side in pixels (default: 128)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.command == "check":
         check(args.folder, args.sheet)
     elif args.command == "shrink":
         shrink(args.source, args.target, args.short_side)
     else:
-        if args.size < 16 or args.size % 2 or args.groups < 4 or args.images < 4:
-            raise InputError("the toy world needs an even --size of 16 or more, 4 --groups and 4 --images")
-        written = make_toy(args.folder, args.size, groups=args.groups, images=(args.images, args.images // 4))
-        print(f"the toy world is in {args.folder}" + ("" if written else ", as it was: it is not written twice"))
+        make_toy(args.folder)
+        report(f"the toy world is in {args.folder}")
 
 
 if __name__ == "__main__":

@@ -1,40 +1,42 @@
 """finetune.py - what the pretraining was for: a classifier around the pretrained encoder, and how it is tested.
 
-Papers  MAE 2111.06377 (App. A.1), VideoMAE 2203.12602 (App. 7), MAE-ST 2205.09113 (Sec. 4), all on arXiv
-Covers  MAE App. A.1 "End-to-end fine-tuning", Table 9    Classifier, layer_groups, mix, Augmented; --mode finetune
+Fine-tunes, probes or trains from scratch on labelled images or videos, tests with several views, and writes
+predictions, a confusion matrix and results. Takes our checkpoints and public ones of all five papers.
+
+Papers  MAE 2111.06377 (App. A.1), VideoMAE 2203.12602 (App. 7), MAE-ST 2205.09113 (Sec. 4), all arXiv
+Covers  MAE App. A.1 "End-to-end fine-tuning", Table 9    Classifier, layer_groups, mix, Augmented
         MAE App. A.1 "Linear probing", Table 10           Classifier(frozen=True), LARS; --mode linear
-        VideoMAE Table 2 "from scratch"                   --mode scratch: no weights, no layer decay (paper: longer)
-        MAE-ST Sec. 4 "Settings", VideoMAE App. 7         ViewDataset, summarise: clips x crops views of every video
+        VideoMAE Table 2 "from scratch"                   --mode scratch: no weights, no layer decay
+        MAE-ST Sec. 4 "Settings", VideoMAE App. 7         ViewDataset, summarise: clips x crops views
         MAE-ST App. A, last paragraph (image -> video)    inflate
-        MultiMAE, dense transfers                         DenseHead, a plain linear layer; --dense
         random erasing (arXiv 1708.04896)                 erase
-        not in the papers                                 nearest_neighbours of frozen features; --mode knn
-        public files of all five papers, HuggingFace's    read_init, recognise, from_huggingface
-Not     detection; MAE's segmentation (App. A.4), recipe from scratch (App. A.2) and partial fine-tuning (Fig. 9);
-        VideoMAE's probe (SGD, Table 11).
+        not in the papers                                 nearest_neighbours; --mode knn
+Not     detection; MAE's segmentation (App. A.4), recipe from scratch (App. A.2) and partial fine-tuning
+        (Fig. 9); VideoMAE's probe (SGD, Table 11)
 
-The four modes answer different questions. finetune: is the encoder a good place to start from? scratch: what would
-it have learnt without? linear and knn: what does the encoder know already? Masked autoencoders are strong in the
-first and weak in the last two (VideoMAE Table 3: 69.6 fine-tuned, 38.9 linear): do not expect miracles of a probe.
+The four modes answer different questions. finetune: is the encoder a good place to start from? scratch: what
+would it have learnt without? linear and knn: what does the encoder know already? Masked autoencoders are strong
+in the first and weak in the last two (VideoMAE Table 3: 69.6 fine-tuned, 38.9 linear): do not expect miracles of
+a probe.
 
-Run     python finetune.py                                (4 min on 2 CPU cores: the toy world, runs/mae_video)
-        python finetune.py --mode scratch --out runs/scratch      (the same network and budget without pretraining)
+Run     python finetune.py                                (4 min on 2 CPU cores, after python mae_video.py)
+        python finetune.py --mode scratch --out runs/scratch      (the same network without pretraining)
         python finetune.py --mode linear --out runs/linear        (--mode knn needs no training at all)
         python finetune.py --data UCF101 --preset ucf101 --init runs/ucf101/checkpoint.pt --out runs/ucf101_ft
-        python finetune.py --predict clip.avi --init runs/finetune/checkpoint.pt
-        It ends with "done: top-1 ... (chance ...) ... see runs/finetune".
+        python finetune.py --predict clip.avi                     (with the classifier in runs/finetune)
+        It ends with "done: top-1 ... see runs/finetune".
 Next    this is the last file. tests/ shows what was checked, and how.
 """
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import math
 import re
 import time
 import typing
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,22 +48,39 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from data import BrokenFile, make_crop, read_clips, read_image, seeded, select, views_of
-from mae_image import (DECODER, ENCODERS, MAE, Batches, Run, StopOnSignal, agree, check_divides, choose_precision,
-                       encoder_size, load_file, lr_at, open_loader, pieces_of, public_tensors, read_config, shuffled,
-                       sincos_2d, start_processes, write_whole)  # fmt: skip
-from mae_video import MAEST, VideoMAE, resize_table
-from masking import InputError, last_line, run_script, say
-from multimae import MODALITIES, PLANES, STRIDE, AlignedDataset, MultiMAE, list_aligned, parse_modalities
-from omni import OmniMAE
+from mae_image import (
+    DECODER,
+    ENCODERS,
+    MAE,
+    RunConfig,
+    choose_precision,
+    encoder_size,
+    fetch,
+    height_width,
+    load_into,
+    parts_of,
+    public_mae,
+    rank_and_world,
+    read_config,
+    save_picture,
+    sincos_2d,
+    start_processes,
+    train,
+)
+from mae_video import MAEST, ClipDataset, VideoMAE, public_maest, public_videomae, resize_table, views_of
+from masking import is_first, picture_table, report, run_script
+from multimae import MODALITIES, PLANES, AlignedDataset, DenseHead, MultiMAE, list_aligned, parse_modalities, public_multimae
+from omni import OmniMAE, public_omni
 
 MODELS = {"mae": MAE, "videomae": VideoMAE, "mae_st": MAEST, "omni": OmniMAE, "multimae": MultiMAE}
+READERS = {"multimae": public_multimae, "omni": public_omni, "mae": public_mae, "mae_st": public_maest,
+           "videomae": public_videomae}  # fmt: skip
 
 
-# ============================================================================================================
+# ==================================================================================================
 #  THE PAPERS, part 1: a classifier around the encoder
-#  (needs: torch; mae_image.py DECODER, part 3; mae_video.py resize_table, part 3; multimae.py STRIDE)
-# ============================================================================================================
+#  (needs: torch; mae_image.py DECODER, part 3; mae_video.py resize_table, part 3)
+# ==================================================================================================
 
 
 class TunedBlock(nn.Module):
@@ -80,7 +99,7 @@ class TunedBlock(nn.Module):
             self.register_parameter(name, scale)
 
     def branch(self, x, gamma):
-        """What a half of the block adds: scaled, and for some samples nothing; the others make up for it."""
+        """What a half of the block adds: for some samples nothing, for the others as much more."""
         x = x if gamma is None else gamma * x
         if self.drop_path and self.training:
             keep = 1 - self.drop_path
@@ -95,11 +114,11 @@ class TunedBlock(nn.Module):
 class Classifier(nn.Module):
     """Pretrained encoder -> pooled token -> LayerNorm -> linear layer.   logits = model(x)
 
-    x       what the encoder's `encode` takes, e.g. clips (B, 3, T, H, W), normalised;   logits (B, classes)
+    x       what the encoder's `encode` takes, e.g. clips (B, C, T, H, W), normalised;   logits (B, classes)
     pool    "mean" over the tokens without the class token (MultiMAE's global token does count), or "first": the class
             token. Models without one take their first cube or patch, as VideoMAE's public code does with --use_cls
     fresh_norm  the norm before the head is new. Fine-tuned, MAE, VideoMAE and OmniMAE throw the pretrained final norm
-            away, MultiMAE has none; MAE-ST, every probe, and who pools "first" go on with the pretrained one
+            away, MultiMAE has none; MAE-ST, every probe, and pool "first" keep the pretrained one
     frozen  linear probing: BatchNorm without affine before the linear layer, and nothing else learns or moves
 
     The norm comes after the pooling everywhere. For "first" that is no difference: LayerNorm looks at one token.
@@ -110,7 +129,7 @@ class Classifier(nn.Module):
         super().__init__()
         drop_decoder(encoder)
         D, depth = encoder.blocks[0].norm1.normalized_shape[0], len(encoder.blocks)
-        self.pool, self.frozen = pool, frozen
+        self.pool, self.frozen, self.WARMUP_INCLUSIVE = pool, frozen, encoder.WARMUP_INCLUSIVE
         # important: MAE-ST leaves token 0 out even when it has no class token, and so loses a cube (public code)
         self.skip = 1 if isinstance(encoder, (MAE, MAEST)) else 0
         self.norm = nn.LayerNorm(D, eps=1e-6) if fresh_norm else encoder.norm
@@ -152,41 +171,6 @@ class Classifier(nn.Module):
         return self(x).softmax(dim=-1)
 
 
-class DenseHead(nn.Module):
-    """A class map or depth map from a MultiMAE encoder: one linear layer on every patch.   pred = model(x) (B, N, P)
-
-    MultiMAE's public code puts ConvNeXt blocks or a DPT head here. This one is ours, and as plain as can be, so that
-    what it finds was in the tokens. Of several modalities the tokens at one place are averaged.
-
-    classifier  the Classifier whose encoder is used;   inputs: modalities it sees;   task: "semseg" or "depth"
-    """
-
-    def __init__(self, classifier, inputs, task):
-        super().__init__()
-        self.encoder, self.norm, self.inputs, self.task = classifier.encoder, classifier.norm, inputs, task
-        if task in self.encoder.input_adapters:
-            del self.encoder.input_adapters[task]  # it is read from the files, but the encoder does not see it
-        patch, classes = self.encoder.patch, self.encoder.classes
-        values = classes * (patch // STRIDE) ** 2 if task == "semseg" else patch**2
-        self.head = nn.Linear(self.norm.normalized_shape[0], values)
-
-    def forward(self, x):
-        tokens = self.encoder.encode({m: x[m] for m in self.inputs})[:, :-1]  # (B, sum of N, D), no global token
-        tokens = tokens.unflatten(1, (len(self.inputs), -1)).mean(dim=1)  # (B, N, D)
-        return self.head(self.norm(tokens))
-
-    def loss(self, pred, x, labels, smoothing):
-        nothing = torch.zeros(len(pred), len(self.inputs) * pred.shape[1], dtype=torch.bool)
-        return self.encoder.task_losses({self.task: pred}, x, {m: x[m] for m in self.inputs}, nothing)[self.task]
-
-    def answers(self, x):
-        """-> (B, 2 * values): what is painted (of classes the numbers) and what would be right, pixel by pixel."""
-        pred, target = self(x), self.encoder.target(self.task, x[self.task])
-        if self.task == "semseg":
-            pred = pred.unflatten(2, (self.encoder.classes, -1)).argmax(dim=2)
-        return torch.cat([pred.flatten(1), target.flatten(1)], dim=1)
-
-
 def drop_decoder(model):
     """The decoder has done its work: MAE Sec. 3 "MAE decoder"."""
     for parts in (model._modules, model._parameters, model._buffers):
@@ -205,12 +189,20 @@ def own_positions(encoder):
 
 
 def change_grid(encoder, new):
-    """Another image size or clip length than in pretraining: every table of positions is interpolated."""
-    old, encoder.grid = encoder.grid, tuple(new)
-    if old == encoder.grid:
+    """Another image size or clip length than in pretraining: every table of positions is interpolated.
+
+    DIFFERS from VideoMAE's public code, which makes a new sine table: then every token has another position than in
+    pretraining. MultiMAE resizes its positions to every input itself.
+    """
+    old = encoder.grid
+    if old == tuple(new) or isinstance(encoder, MultiMAE):
         return
-    tables = {"pos_embed_spatial": ((1, *old[1:]), (1, *new[1:])), "pos_embed": (old, new),
-              "pos_embed_temporal": ((old[0], 1, 1), (new[0], 1, 1))}  # fmt: skip
+    encoder.grid = tuple(new)
+    tables = {
+        "pos_embed_spatial": ((1, *old[1:]), (1, *new[1:])),
+        "pos_embed_temporal": ((old[0], 1, 1), (new[0], 1, 1)),
+        "pos_embed": (old, new),
+    }
     for name, (a, b) in tables.items():
         if (table := getattr(encoder, name, None)) is not None:
             extra = table.shape[1] - math.prod(a)  # MAE-ST's joint table begins with the class token's row
@@ -219,9 +211,9 @@ def change_grid(encoder, new):
             setattr(encoder, name, nn.Parameter(resized.detach(), table.requires_grad) if learns else resized)
 
 
-# ============================================================================================================
-#  THE PAPERS, part 2: the recipe          (needs: torch, torchvision; data.py seeded, torchvision_draws_from)
-# ============================================================================================================
+# ==================================================================================================
+#  THE PAPERS, part 2: the recipe   (needs: torch, torchvision; data.py seeded, torchvision_draws_from)
+# ==================================================================================================
 
 
 def layer_groups(model, weight_decay, layer_decay):
@@ -239,11 +231,11 @@ def layer_groups(model, weight_decay, layer_decay):
         if not parameter.requires_grad:
             continue
         block = re.match(r"encoder\.blocks\.(\d+)\.", name)
-        layer = int(block[1]) + 1 if block else 0 if name.startswith("encoder.") else last
-        plain = parameter.ndim < 2 or any(part in name for part in ("_token", "pos_embed"))
-        group = groups.setdefault((layer, plain), {"params": [], "lr_scale": layer_decay ** (last - layer),
-                                                   "weight_decay": 0.0 if plain else weight_decay})  # fmt: skip
-        group["params"].append(parameter)
+        layer = 0 if name.startswith("encoder.") else last
+        layer = int(block[1]) + 1 if block else layer
+        plain = parameter.ndim < 2 or "_token" in name or "pos_embed" in name
+        new = {"params": [], "lr_scale": layer_decay ** (last - layer), "weight_decay": 0.0 if plain else weight_decay}
+        groups.setdefault((layer, plain), new)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -253,7 +245,7 @@ class LARS(torch.optim.Optimizer):
     A matrix moves by lr x trust x its own norm, whatever the length of its gradient. Vectors: plain momentum SGD.
     """
 
-    def __init__(self, groups, lr, momentum=0.9, trust=0.001):
+    def __init__(self, groups, lr=0.1, momentum=0.9, trust=0.001):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -270,9 +262,9 @@ class LARS(torch.optim.Optimizer):
 
 
 def mix(x, labels, classes, mixup, cutmix):
-    """Mixup or CutMix, by chance, of the samples of a batch: MAE Table 9.   -> x, labels (B,) or soft (B, classes)
+    """Mixup or CutMix, one of them at random, of the samples of a batch: MAE Table 9.
 
-    All frames of a clip are mixed alike: to torchvision they are channels of one image."""
+    -> x, labels (B,) or soft (B, classes).   All frames of a clip are mixed alike: to torchvision they are channels."""
     kinds = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
     kinds += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
     if not kinds:
@@ -284,9 +276,9 @@ def mix(x, labels, classes, mixup, cutmix):
 
 
 def erase(x, chance):
-    """Random erasing (arXiv 1708.04896): a box of noise, the same box in all frames.   x (B, C, [T,] H, W)"""
+    """Random erasing (arXiv 1708.04896): the same box in all frames, filled with new noise.   x (B, C, [T,] H, W)"""
     eraser = v2.RandomErasing(p=chance, value="random")
-    return torch.stack([eraser(sample.transpose(0, -3)).transpose(0, -3) for sample in x]) if chance else x
+    return torch.stack([eraser(sample.flatten(0, -3)).reshape(sample.shape) for sample in x]) if chance else x
 
 
 class Augmented(Dataset):
@@ -294,7 +286,8 @@ class Augmented(Dataset):
 
     All frames of a clip get the same operations. important: frames augmented one by one would flicker, and the
     network would learn from motion that is not there.
-    DIFFERS from the official code (timm's): torchvision's operations and scale, without noise on the magnitude.
+    DIFFERS from the official code (timm's): torchvision's operations and scale, after the crop and not before it,
+    without noise on the magnitude, and each operation always, not with a chance of 0.5.
     """
 
     def __init__(self, dataset, operations, magnitude):
@@ -306,109 +299,113 @@ class Augmented(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key):
-        pixels, number, broken = self.dataset[key]
-        with data.torchvision_draws_from(seeded(self.dataset.seed, 5, *key)):
+        pixels, number, problems = self.dataset[key]
+        with data.torchvision_draws_from(data.seeded(self.dataset.seed, 5, *key)):
             pixels = torch.stack([self.augment(x.movedim(-1, -3)).movedim(-3, -1) for x in pixels])
-        return pixels, number, broken
+        return pixels, number, problems
 
 
-# ============================================================================================================
-#  THE PAPERS, part 3: testing
-#  (needs: torch, torchvision, is_video, planes_of, open_aligned; data.py parts 2-5;
-#   mae_image.py choose_precision, open_loader, start_processes;
-#   multimae.py MODALITIES, PLANES, parse_modalities, part 4; masking.py InputError, last_line, say)
-# ============================================================================================================
+# ==================================================================================================
+#  THE PAPERS, part 3: testing      (needs: torch, torchvision, is_video, planes_of, open_aligned;
+#  data.py parts 2-4; mae_image.py choose_precision, rank_and_world; mae_video.py part 4;
+#  multimae.py MODALITIES, PLANES, parse_modalities, part 4; masking.py report)
+# ==================================================================================================
 
 
 def spatial_views(pixels, size, crops):
-    """Short side to `size`, then `crops` squares at even distances along the long side; one: the middle.
+    """Whole frame to `size`, then `crops` boxes at even distances along what is too long; one: the middle.
 
-    uint8 (T, H, W, 3) -> (crops, T, size, size, 3)"""
+    uint8 (T, H, W, 3) -> (crops, T, *size, 3)"""
+    (H, W), (h, w) = pixels.shape[1:3], size
     if crops == 1:
-        return make_crop(pixels, size, "center", 1, False, None)[None]
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (T, 3, H, W)
-    H, W = x.shape[-2:]
-    H, W = max(size, round(H * size / min(H, W))), max(size, round(W * size / min(H, W)))
-    x = TF.resize(x, [H, W], antialias=True)
-    places = [round(i * max(H - size, W - size) / (crops - 1)) for i in range(crops)]
-    views = [x[..., p : p + size, :size] if H > W else x[..., :size, p : p + size] for p in places]
+        return data.make_crop(pixels, size, data.center_box((H, W), size))[None]
+    scale = max(h / H, w / W)
+    H, W = max(h, round(H * scale)), max(w, round(W * scale))
+    x = TF.resize(torch.from_numpy(pixels).permute(0, 3, 1, 2), [H, W], antialias=True)  # (T, 3, H, W)
+    views = []
+    for i in range(crops):
+        top, left = round(i * (H - h) / (crops - 1)), round(i * (W - w) / (crops - 1))
+        views.append(x[..., top : top + h, left : left + w])
     return torch.stack(views).permute(0, 1, 3, 4, 2).contiguous()
 
 
 class ViewDataset(Dataset):
-    """dataset[i] -> uint8 (clips * crops, T, H, W, 3), i, [(path, reason) if broken]: all views, no randomness.
+    """dataset[i] -> uint8 (clips * crops, T, H, W, 3), i, [(path, problem)]: all views of a file, no randomness.
 
-    Images have one view, the whole centre square (DIFFERS from MAE's public code: resized to 256, cropped to 224). A
-    broken file gives zeros and is named: it is never replaced by another one, as in training, or its label would be
-    counted twice.
+    Images have one view, the whole centre (DIFFERS from MAE's public code: resized to 256, cropped to 224). A
+    broken file gives None and is named: it is never replaced by another one, as in training, or its label would
+    count twice.
     """
 
     def __init__(self, files, cfg, clips, crops):
         self.files, self.cfg, self.clips, self.crops = files, cfg, clips, crops
+        self.size = height_width(cfg.img_size)
         several = cfg.model == "multimae" and planes_of(cfg) != ["rgb"]
         self.aligned = open_aligned(files, cfg, train=False) if several else None
+        self.images = data.ImageDataset(files, self.size, 0, train=False)
 
     def __len__(self):
         return len(self.files.paths)
 
     def __getitem__(self, i):
-        path, size = self.files.paths[i], self.cfg.img_size
+        path, cfg = self.files.paths[i], self.cfg
         try:
-            if is_video(self.cfg):
-                choose = lambda n: views_of(self.cfg.sampling, n, self.cfg.frames, self.cfg.stride, self.clips)
-                clips = read_clips(path, choose)  # (clips, T, H, W, 3)
-                return torch.cat([spatial_views(c, size, self.crops) for c in clips]), i, []
-            if self.aligned:
-                return self.aligned.read(i, None), i, []
-            pixels = self.files.pixels[i] if self.files.pixels is not None else read_image(path)
-            return make_crop(pixels[None], size, "center", 1, False, None, bicubic=True), i, []
-        except BrokenFile as error:
-            frames = (self.clips * self.crops, self.cfg.frames) if is_video(self.cfg) else (1,)
-            planes = sum(PLANES[m] for m in planes_of(self.cfg))
-            return torch.zeros(*frames, size, size, planes, dtype=torch.uint8), i, [(str(path), str(error))]
-
-
-def deliver(loader):
-    """The batches of a loader.   Raises InputError where it cannot deliver: a worker was killed (out of memory?)"""
-    try:
-        yield from loader
-    except (RuntimeError, OSError, EOFError) as error:
-        raise InputError(f"the loader failed: {last_line(error)}") from None
+            if not is_video(cfg):
+                pixels, problem = (self.aligned or self.images).read(i, None)
+            else:
+                clips, problem = data.read_clips(path, lambda n: views_of(cfg.sampling, n, cfg.frames, cfg.stride, self.clips))
+                pixels = torch.cat([spatial_views(clip, self.size, self.crops) for clip in clips])
+            return data.share(pixels), i, [(str(path), problem)] if problem else []
+        except data.BrokenFile as error:
+            return None, i, [(str(path), f"broken, left out: {error}")]
 
 
 def run_views(model, files, cfg, clips, crops, output):
-    """output(x), a method of the model, of every view of every file -> (files, views, width), broken files.
+    """output(x), a method of the model, of every view of every file -> (files, views, width); NaN for broken files.
 
     Each process takes every world-th file, so each is done exactly once, whatever the number of files."""
-    rank, world, device = start_processes(cfg)
+    (rank, world), device = rank_and_world(), next(model.parameters()).device
     own, views = range(rank, len(files.paths), world), clips * crops if is_video(cfg) else 1
+    dtype, outputs, problems = choose_precision(cfg, device), {}, []
+    loader = data.start_loader(ViewDataset(files, cfg, clips, crops), cfg.workers, sampler=own, batch_size=None)
     size = max(cfg.batch // (world * cfg.accum), 1)  # of a forward pass, as in training
-    at_once = max(size // views, 1)  # files
-    batches = [own[i : i + at_once] for i in range(0, len(own), at_once)]
-    loader = open_loader(ViewDataset(files, cfg, clips, crops), batches, cfg.workers, device)
-    dtype, outputs, broken = choose_precision(cfg, device), [], []
-    shown = start = time.perf_counter()
+    waiting, begin = [], time.monotonic()
+    shown = begin
     model.eval()
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for done, (pixels, _, errors) in enumerate(deliver(loader), 1):
-            broken += errors
-            outputs += [output(model.encoder.normalize(p.to(device))).float().cpu() for p in pixels.split(size)]
-            now = time.perf_counter()
-            if rank == 0 and now - shown > 20:
-                left, shown = (now - start) / done * (len(loader) - done), now
-                say(f"testing: {done} of {len(loader)} batches, {left:.0f} s left")
-    parts = [(list(own), outputs, broken)]
-    if world > 1:  # one such triple of each process
-        mine, parts = parts[0], [None] * world
-        torch.distributed.all_gather_object(parts, mine)
-    numbers, outputs, broken = (sum(lists, []) for lists in zip(*parts))
-    results = torch.cat(outputs).reshape(len(numbers), views, -1)[torch.tensor(numbers).argsort()]  # in file order
-    named = dict(broken)
-    lost = torch.tensor([path in named for path in map(str, files.paths)])
-    if not results[~lost].isfinite().all():
-        raise InputError("the network's answers are not finite: try --precision float32")
-    results[lost] = float("nan")
-    return results, broken
+
+    def flush():
+        """The network's answers to the views that were collected."""
+        x = torch.cat([pixels for _, pixels in waiting])
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            parts = [output(model.encoder.normalize(part.to(device))).float().cpu() for part in x.split(size)]
+        for (i, _), answer in zip(waiting, torch.cat(parts).unflatten(0, (len(waiting), -1))):
+            outputs[i] = answer
+        waiting.clear()
+
+    for done in range(1, len(own) + 1):
+        pixels, i, found = data.take(loader)
+        problems += found
+        if pixels is not None:
+            waiting.append((i, pixels))
+        if waiting and (len(waiting) * views >= size or done == len(own)):
+            flush()
+        if time.monotonic() - shown > 20:
+            shown = time.monotonic()
+            report(f"testing: {done} of {len(own)} files, {(shown - begin) / done * (len(own) - done):.0f} s left")
+    everything = [(outputs, problems)] * world
+    if world > 1:
+        torch.distributed.all_gather_object(everything, (outputs, problems))
+    for path, problem in (one for _, found in everything for one in found):
+        report(f"{path}: {problem}")
+    outputs = {i: answer for part, _ in everything for i, answer in part.items()}
+    if not outputs:
+        raise ValueError("not one file could be read")
+    answers = torch.stack(list(outputs.values()))
+    if not answers.isfinite().all():
+        raise ValueError("the network's answers are not finite: try --precision float32")
+    results = torch.full((len(files.paths), *answers.shape[1:]), math.nan)
+    results[list(outputs)] = answers
+    return results
 
 
 def summarise(probabilities, labels):
@@ -420,60 +417,61 @@ def summarise(probabilities, labels):
     """
     good = probabilities[:, 0, 0].isfinite()
     probabilities, labels = probabilities[good], labels[good]
-    if not len(labels):
-        raise InputError("not one test file could be read")
     N, V, C = probabilities.shape
-    hits = lambda p, y, k: (p.topk(min(k, C)).indices == y[:, None]).any(dim=1).double()
-    video = probabilities.mean(dim=1)  # (N, C)
-    clips, clip_labels = probabilities.flatten(0, 1), labels.repeat_interleave(V)
-    right, count = hits(video, labels, 1), labels.bincount(minlength=C)
-    per_class = torch.zeros(C).double().index_add(0, labels, right) / count  # NaN where there is no test file
+    video, clips = probabilities.mean(dim=1), probabilities.flatten(0, 1)  # (N, C), (N*V, C)
+
+    def share(p, y, k):
+        return (p.topk(min(k, C)).indices == y[:, None]).any(dim=1).double().mean().item()
+
     confusion = torch.zeros(C, C).index_put((labels, video.argmax(dim=1)), torch.ones(N), accumulate=True)
-    wrong = confusion.fill_diagonal_(0).flatten()
-    pairs = [(int(i) // C, int(i) % C, int(wrong[i])) for i in wrong.argsort(descending=True)[:5] if wrong[i]]
-    return {"files": N, "unreadable": int((~good).sum()), "views": V, "top1": right.mean().item(),
-            "top5": hits(video, labels, 5).mean().item(), "view_top1": hits(clips, clip_labels, 1).mean().item(),
-            "view_top5": hits(clips, clip_labels, 5).mean().item(), "class_mean": per_class.nanmean().item(),
-            "chance": (count.max() / N).item(), "per_class": per_class.tolist(), "confused": pairs}  # fmt: skip
+    count = confusion.sum(dim=1)
+    per_class = confusion.diag() / count  # NaN where there is no test file
+    return {"files": N, "unreadable": int((~good).sum()), "views": V, "top1": share(video, labels, 1),
+            "top5": share(video, labels, 5), "view_top1": share(clips, labels.repeat_interleave(V), 1),
+            "view_top5": share(clips, labels.repeat_interleave(V), 5), "class_mean": per_class.nanmean().item(),
+            "most_frequent": (count.max() / N).item(), "per_class": per_class.tolist(),
+            "confusion": confusion.int().tolist()}  # fmt: skip
 
 
 def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.07):
-    """Weighted vote of the k nearest training features (arXiv 1805.01978).   (n, D), (n,), (m, D) -> (m, classes)
+    """Weighted vote of the k nearest training features (arXiv 1805.01978).
 
+    (n, D), (n,), (m, D) -> votes (m, classes), numbers of the neighbours (m, k)
     Nearness is the cosine after subtracting the mean of the training features; a neighbour's vote weighs
     exp(cosine / temperature)."""
-    mean, answers = train.mean(dim=0), []
+    mean, votes, neighbours = train.mean(dim=0), [], []
     train = F.normalize(train - mean, dim=1)
     for part in test.split(1024):  # all cosines at once would be 250 GB for ImageNet
         weight, index = (F.normalize(part - mean, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(part), classes).scatter_add(1, train_labels[index], (weight / temperature).exp())
-        answers.append(votes / votes.sum(dim=1, keepdim=True))
-    return torch.cat(answers)
+        vote = torch.zeros(len(part), classes).scatter_add(1, train_labels[index], (weight / temperature).exp())
+        votes.append(vote / vote.sum(dim=1, keepdim=True))
+        neighbours.append(index)
+    return torch.cat(votes), torch.cat(neighbours)
 
 
-# ============================================================================================================
+# ==================================================================================================
 #  THE RUN, part 1: settings
-# ============================================================================================================
+# ==================================================================================================
 
 
-@dataclass
-class Config:
+@dataclasses.dataclass
+class Config(RunConfig):
+    SCRIPT, BASELINE = "finetune", "uniform guess"
+
     # what to do
     mode: typing.Literal["finetune", "linear", "scratch", "knn", "features"] = "finetune"  # features: one vector a file
-    init: str = "auto"  # pretrained file, ours or a public one; auto: run of --model's script; for tests of this one
-    eval_only: bool = False  # no training: test the classifier in --init
-    predict: str = ""  # no training: what the classifier in --init says about this one file
+    eval_only: bool = False  # no training: test the classifier in --init, or in --out
+    predict: str = ""  # no training: what the classifier in --init, or in --out, says about this one file
     # data
-    data: str = "toy"  # UCF101, HMDB51, a folder, a list file, cifar10 or stl10
-    fold: int = 1  # of the official lists: 1, 2 or 3
+    data: str = "toy"  # UCF101, HMDB51, a folder, a list file or cifar10
+    fold: int = 1  # of the official lists: 1, 2 or 3; as in pretraining
     allow_missing: bool = False  # a list may name files that are not there: use the others
     share: float = 1.0  # share of the training files of each class that is used, the same for a --seed
-    frames: int = 0  # frames per clip; 0: as in pretraining
-    stride: int = 0  # frames from one to the next; 0: as in pretraining
-    img_size: int = 0  # side of the square that the model sees; 0: as in pretraining; else positions are resized
-    sampling: typing.Literal["auto", "dense", "linspace", "segments"] = "auto"  # auto: as in pretraining; toy: segments
-    workers: int = 2  # processes that load data
-    # augmentation
+    frames: int = 8  # frames per clip
+    stride: int = 2  # frames from one to the next
+    sampling: typing.Literal["segments", "dense", "linspace"] = "segments"  # whole video, window, MAE-ST's window
+    img_size: str = "48"  # side in pixels, or HEIGHTxWIDTH; other than in pretraining: positions are resized
+    # augmentation, none of it in a probe but crop and flip
     min_crop: float = 0.8  # smallest share of the frame that a random crop takes; the public codes have 0.08
     flip: bool = True  # mirror half of the samples; --no-flip where left and right are classes
     repeat: int = 1  # clips of every decoded video: repeated augmentation
@@ -484,63 +482,46 @@ class Config:
     cutmix: float = 0.0  # alpha of CutMix; the papers' is 1.0
     smoothing: float = 0.0  # label smoothing; the papers' is 0.1
     # model
-    model: typing.Literal[("auto", *MODELS)] = "auto"  # auto: that of --init; from scratch videomae
-    images: bool = False  # --model omni: classify images, else videos
+    model: typing.Literal["mae", "videomae", "mae_st", "omni", "multimae"] = "videomae"  # as in --init, or mae inflated
+    classify: typing.Literal["videos", "images"] = "videos"  # --model omni: which of both
     inputs: str = "rgb"  # --model multimae: what the classifier sees, any of rgb,depth,semseg
     dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: predict this map, linearly from each patch
+    classes: int = 6  # --model multimae: classes of the semantic maps; the toy world has 6
     ignore: int = -1  # --dense semseg: class that does not count (void), -1: none
-    maps: int = 0  # --model multimae: classes of the semantic maps; 0: those of --init, else 6 (the toy world)
-    class_width: int = 16  # --model multimae: width of a class's learned vector; that of --init, if given
-    size: str = "auto"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS; auto: that of --init
-    patch: int = 0  # side of a patch or cube in pixels; 0: that of --init
-    tubelet: int = 0  # frames in a cube; 0: that of --init
-    pool: typing.Literal["auto", "mean", "first"] = "auto"  # auto: mean; of a frozen MAE the class token
+    class_width: int = 16  # --model multimae: width of a class's learned vector
+    size: str = "nano"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS
+    patch: int = 8  # side of a patch or cube in pixels
+    tubelet: int = 2  # frames in a cube
+    pool: typing.Literal["paper", "mean", "first"] = "paper"  # paper: mean; of a frozen MAE the class token
     drop_path: float = 0.0  # chance to skip attention or MLP of the last block, lower in earlier ones; papers 0.1-0.2
     dropout: float = 0.0  # before the head
     # optimiser
     epochs: int = 40  # passes over the training files; each gives --repeat samples
     batch: int = 16  # samples per update, over all processes, accumulation steps and repeats
-    accum: int = 1  # forward-backward passes per update: raise it when memory runs out
-    lr: float = 0.0  # base rate, for a batch of 256; 0: 5e-2, made for nano (ViT-B: 1e-3); --mode linear 100 (LARS)
-    min_lr: float = 0.0  # base rate at the end of the cosine
+    lr: float = 5e-2  # base rate, for a batch of 256, made for nano; ViT-B: 1e-3
+    probe_lr: float = 100.0  # base rate of --mode linear (LARS); the paper's is 0.1, for a batch of 16,384
     warmup: float = 3  # epochs of linear warm-up
-    weight_decay: float = 0.05  # of matrices; --mode linear has none (MAE Table 10)
     layer_decay: float = 0.9  # rate of a layer: this times that of the one above; papers 0.7-0.75; scratch 1
-    clip: float = 0.0  # largest norm of the gradient, 0: no clipping
     # test
-    clips: int = 5  # clips of every test video (images, knn, features: 1); with sampling "segments" 2 is the paper's
-    crops: int = 1  # squares along the long side of every clip; the papers' is 3
-    check_every: int = 10  # epochs between two looks at the test set, one view each; 0: only at the end
+    clips: int = 5  # clips of every test video (knn, features: 1); with sampling "segments" 2 is the paper's
+    crops: int = 1  # boxes along the long side of every clip; the papers' is 3
     # run
-    out: str = "runs/finetune"  # folder for checkpoint, log and predictions
-    resume: bool = False  # go on with the run in --out
-    seed: int = 0  # of head, order, crops, drop path, --share
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
-    compile: bool = False  # torch.compile: slow start, faster steps
-    log_every: int = 10  # updates between two lines of the log
-    smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
+    out: str = "runs/finetune"  # folder for checkpoint, log, predictions and results
 
-
-LIMITS = [("share", 0.001, 1), ("rand_augment", 0, 10), ("rand_ops", 1, 10), ("erase", 0, 1), ("smoothing", 0, 0.99)]
-LIMITS += [("mixup", 0, 100), ("cutmix", 0, 100), ("drop_path", 0, 0.99), ("dropout", 0, 0.99), ("clips", 1, 1000)]
-LIMITS += [("crops", 1, 100), ("layer_decay", 0.01, 1), ("check_every", 0, 10**9)]
-LIMITS += [(name, 0, 10**9) for name in ("frames", "stride", "img_size", "patch", "tubelet", "maps")]  # 0: --init's
-TEST_FLAGS = ("clips", "crops", "check_every")  # may change when a run goes on
 
 _recipe = dict(smoothing=0.1, erase=0.25, rand_augment=7, rand_ops=4, mixup=0.8, cutmix=1.0, repeat=2, crops=3)
-_one_gpu = dict(_recipe, min_crop=0.3, batch=128, lr=1e-3, layer_decay=0.7, drop_path=0.1, epochs=100, warmup=5,
-                workers=8)  # fmt: skip
+_gpu = dict(_recipe, min_crop=0.3, batch=128, lr=1e-3, layer_decay=0.7, drop_path=0.1, epochs=100, warmup=5,
+            workers=8)  # fmt: skip
 # VideoMAE App. 7 "UCF101", "HMDB51": batch 128, base rates 5e-4 and 1e-3. Our --batch counts both clips of a video,
 # so it is twice that and the base rate half. RandAugment, dropout and the end of the cosine: public UCF101 script
 _paper = dict(_recipe, min_crop=0.08, batch=256, layer_decay=0.7, drop_path=0.2, dropout=0.5, warmup=5, min_lr=5e-6,
               workers=16)  # fmt: skip
 PRESETS = {
-    # small sets on a CPU, in minutes: the recipe of most sets in tests/claims.py
-    "laptop": dict(batch=32, lr=1.6e-2, layer_decay=0.75, drop_path=0.1, smoothing=0.1, min_crop=0.5, epochs=15,
-                   warmup=2),
-    "ucf101": dict(_one_gpu, clips=5, out="runs/ucf101_ft"),
-    "hmdb51": dict(_one_gpu, clips=10, out="runs/hmdb51_ft"),
+    # some hundred clips of your own, on a CPU or one GPU: the recipe of most sets in tests/claims.py
+    "small": dict(batch=32, lr=1.6e-2, layer_decay=0.75, drop_path=0.1, smoothing=0.1, min_crop=0.5, epochs=15,
+                  warmup=2, clips=2, out="runs/small_ft", init="runs/small/checkpoint.pt"),
+    "ucf101": dict(_gpu, clips=5, out="runs/ucf101_ft"),
+    "hmdb51": dict(_gpu, clips=10, out="runs/hmdb51_ft"),
     "ucf101_paper": dict(_paper, lr=2.5e-4, epochs=100, clips=5, out="runs/ucf101_paper_ft"),
     "hmdb51_paper": dict(_paper, lr=5e-4, epochs=50, clips=10, out="runs/hmdb51_paper_ft"),
     "cifar10": dict(data="cifar10", smoothing=0.1, drop_path=0.1, batch=512, lr=1e-3, epochs=100, warmup=5,
@@ -550,250 +531,65 @@ PRESETS = {
     "mae_paper": dict(smoothing=0.1, min_crop=0.08, erase=0.25, rand_augment=9, mixup=0.8, cutmix=1.0, batch=1024,
                       lr=1e-3, epochs=100, warmup=5, layer_decay=0.75, drop_path=0.1, workers=16),
     # MAE Table 10; the class token of MAE, the mean of others
-    "mae_probe_paper": dict(mode="linear", min_crop=0.08, batch=16384, lr=0.1, epochs=90, warmup=10, workers=16),
+    "mae_probe_paper": dict(mode="linear", min_crop=0.08, batch=16384, probe_lr=0.1, epochs=90, warmup=10, workers=16),
 }  # fmt: skip
+FROZEN = ("linear", "knn", "features")  # modes in which the encoder learns nothing
 
 
-def for_mode(preset, given):
-    """A linear probe leaves out the rates and augmentations of a preset for fine-tuning, and takes the rest."""
-    own = ("lr", "min_lr", "clip", "dropout", "erase", "rand_augment", "mixup", "cutmix")
-    probe = given.get("mode") == "linear" and "mode" not in preset
-    return {k: v for k, v in preset.items() if not (probe and k in own)}
-
-
-# what a file may say of its model, and what is taken where neither it nor a flag says it
-LAPTOP = {"model": "videomae", "size": "nano", "patch": 8, "tubelet": 2, "frames": 8, "stride": 2, "img_size": 64,
-          "sampling": "dense", "maps": 6}  # fmt: skip
-
-
-PROBES = ("linear", "knn", "features")  # modes in which the encoder is frozen
+def default_file(cfg):
+    """Where a classifier or encoder is looked for without --init."""
+    if cfg.eval_only or cfg.predict:
+        return f"{cfg.out}/checkpoint.pt"
+    script = {"mae": "mae_image", "omni": "omni", "multimae": "multimae"}.get(cfg.model, "mae_video")
+    return "" if cfg.mode == "scratch" else f"runs/{script}/checkpoint.pt"
 
 
 def is_video(cfg):
-    return cfg.model in ("videomae", "mae_st") or (cfg.model == "omni" and not cfg.images)
-
-
-# ============================================================================================================
-#  THE RUN, part 2: pretrained files from anywhere
-# ============================================================================================================
-
-
-@dataclass
-class Found:
-    """What a file holds: which model, its settings, its tensors, and whether their names are the public ones."""
-
-    model: str
-    settings: dict
-    state: dict
-    public: bool = True
-    classes: list = ()  # names of the classes of a fine-tuned file of ours
-
-
-def read_init(path):
-    """Recognise a file by its contents.   -> Found.   Raises InputError for a file of no known layout."""
-    content = read_safetensors(path) if str(path).endswith(".safetensors") else load_file(path)
-    if "script" not in content:
-        return recognise(public_tensors(content), path)
-    config, state, script = content["config"], content["model"], content["script"]
-    model = {"mae_image": "mae", "omni": "omni", "multimae": "multimae"}.get(script, config.get("model"))
-    if model not in MODELS:
-        raise InputError(f"checkpoint {path} was written by {script}.py, which this version does not know")
-    settings = {k: config[k] for k in (*LAPTOP, "fold") if k in config and k != "model"}
-    if script == "multimae":
-        settings.update(maps=config["classes"], class_width=config["class_width"])
-    if script == "finetune":
-        kept = ("mode", "pool", "images", "inputs", "dense", "maps", "class_width")
-        settings.update({k: config[k] for k in kept if k in config})
-        # names as if it were a public file: fc_norm is the norm before the head
-        rename = lambda k: k.removeprefix("encoder.") if k.startswith("encoder.") else k.replace("norm.", "fc_norm.", 1)
-        state = {rename(k): v for k, v in state.items()}
-    return Found(model, settings, state, False, content.get("classes", []))
-
-
-def read_safetensors(path):
-    try:
-        from safetensors.torch import load_file as load
-    except ImportError:
-        raise InputError(f"{path}: to read this format, pip install safetensors") from None
-    try:
-        return load(path)
-    except Exception as error:
-        raise InputError(f"cannot read {path}: {error}".splitlines()[0]) from None
-
-
-def recognise(state, path):
-    """Public layouts of the five papers, pretrained or fine-tuned, by the names and shapes of their tensors.
-
-    Heads are not written in any file: by width and depth if it is a published size, else slices of 64."""
-    if any("patch_embeddings.projection" in k for k in state):
-        state = from_huggingface(state)
-    kernels = ("patch_embed.proj.weight", "encoder.patch_embed.proj.weight", "trunk.patch_embed.proj.1.weight",
-               "input_adapters.rgb.proj.weight")  # fmt: skip
-    kernel = next((state[k] for k in kernels if k in state), None)
-    block = re.compile(r"(?:(?:encoder\.|trunk\.)?blocks|encoder)\.(\d+)\.")
-    numbers = [int(m[1]) for m in map(block.match, state) if m]
-    no_mae = kernel is not None and kernel.ndim == 4 and "pos_embed" in state and "cls_token" not in state
-    if kernel is None or kernel.ndim not in (4, 5) or not numbers or no_mae:
-        raise InputError(f"{path} has no layout that is known here: MAE, MAE-ST, VideoMAE, OmniMAE, MultiMAE, "
-                         "HuggingFace")  # fmt: skip
-    D, _, *sides = kernel.shape
-    depth, patch = max(numbers) + 1, sides[-1]
-    heads = {(d, n): h for d, n, h in ENCODERS.values()}.get((D, depth), max(D // 64, 1))
-    settings = {"size": f"{D}x{depth}x{heads}", "patch": patch}
-    tables = {k: v.shape[1] for k, v in state.items() if re.fullmatch(r"pos_embed(_spatial|_temporal)?", k)}
-    if "input_adapters.rgb.proj.weight" in state:
-        table = state.get("input_adapters.rgb.pos_emb")  # (1, D, h, w)
-        settings["img_size"] = patch * (14 if table is None else table.shape[-1])
-        if (embedding := state.get("input_adapters.semseg.class_emb.weight")) is not None:
-            settings.update(maps=embedding.shape[0], class_width=embedding.shape[1])
-        named = {"output_adapters.cls.norm.": "fc_norm.", "output_adapters.cls.head.": "head."}  # if it is fine-tuned
-        rename = lambda k: next((k.replace(a, b) for a, b in named.items() if k.startswith(a)), k)
-        return Found("multimae", settings, {rename(k): v for k, v in state.items()})
-    if len(sides) == 2:
-        side = math.isqrt(tables["pos_embed"] - 1) if "pos_embed" in tables else 14
-        return Found("mae", {**settings, "img_size": side * patch}, state)
-    settings.update(tubelet=sides[0], frames=16, stride=4, img_size=14 * patch, sampling="dense")
-    if "trunk.patch_embed.proj.1.weight" in state:
-        N = state["trunk.pos_embed"].shape[1] if "trunk.pos_embed" in state else 8 * 14 * 14
-        side = math.isqrt(N // (settings["frames"] // sides[0]))  # huge: patches of 14 pixels, 16 x 16 of them
-        return Found("omni", {**settings, "img_size": side * patch}, state)
-    if not tables:
-        return Found("videomae", settings, state)
-    if "pos_embed_spatial" in tables:
-        side, slots = math.isqrt(tables["pos_embed_spatial"]), tables["pos_embed_temporal"]
-        settings.update(img_size=side * patch, frames=slots * sides[0])
-    return Found("mae_st", {**settings, "sampling": "linspace"}, state)
-
-
-HUGGINGFACE = [  # both the names on the hub and those of transformers 5 -> public names of MAE and VideoMAE
-    (r"^(vit|videomae)\.", ""), (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
-    (r"^embeddings\.cls_token", "cls_token"), (r"^embeddings\.position_embeddings", "pos_embed"),
-    (r"^(encoder\.layer|layers)\.", "blocks."), (r"attention\.attention\.(q|k|v)(uery|ey|alue)\.", r"attn.\1."),
-    (r"attention\.attention\.(q|v)_bias", r"attn.\1.bias"), (r"attention\.(q|k|v)_proj", r"attn.\1"),
-    (r"attention\.(output\.dense|o_proj)", "attn.proj"), (r"intermediate\.dense", "mlp.fc1"),
-    (r"(blocks\.\d+)\.output\.dense", r"\1.mlp.fc2"), (r"layernorm_before", "norm1"), (r"layernorm_after", "norm2"),
-    (r"^layernorm\.", "norm."), (r"^classifier\.", "head."),
-]  # fmt: skip
-
-
-def from_huggingface(state):
-    """HuggingFace's ViTMAE and VideoMAE, old and new names -> the papers' public names; q, k and v become one."""
-    renamed = {}
-    for key, value in state.items():
-        if not key.startswith(("decoder", "encoder_to", "mask_token")):
-            for pattern, name in HUGGINGFACE:
-                key = re.sub(pattern, name, key)
-        renamed[key] = value
-    for key in [k for k in renamed if ".attn.q." in k]:
-        q, k, v = (renamed.pop(key.replace(".q.", f".{part}."), None) for part in "qkv")
-        renamed[key.replace(".q.", ".qkv.")] = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
-    return renamed
-
-
-def settle(cfg, found):
-    """Settings left open are those of the file, else those of a laptop; what must agree is compared."""
-    settings = {**LAPTOP, **(found.settings if found else {}), "model": found.model if found else "videomae"}
-    fresh = cfg.mode == "scratch" and not only_tests(cfg)  # no weights are used, so nothing has to fit
-    inflated = found is not None and found.model == "mae" and cfg.model in ("videomae", "mae_st")
-    if found and cfg.model not in ("auto", found.model) and not inflated:
-        if fresh:
-            return settle(cfg, None)
-        raise InputError(f"--model {cfg.model}: {cfg.init} holds a {found.model}; only an image MAE can become another")
-    compared = ["size", "patch", "tubelet"] + ["maps"] * ("semseg" in cfg.inputs) if found and not fresh else []
-    for name in compared:
-        given, there = getattr(cfg, name), settings[name]
-        if given in (0, "auto") or (name == "tubelet" and inflated):
-            continue
-        if (encoder_size(given) != encoder_size(there)) if name == "size" else given != there:
-            raise InputError(f"--{name} {given}: the model in {cfg.init} has {there}; leave the flag out")
-    if cfg.data == "toy" and cfg.sampling == "auto" and not only_tests(cfg):
-        cfg = replace(cfg, sampling="segments")  # which motion it is shows in the whole video
-    left_open = lambda k: k == "class_width" or (k in LAPTOP and getattr(cfg, k) in (0, "auto"))
-    cfg = replace(cfg, **{k: v for k, v in settings.items() if left_open(k)})
-    check_combinations(cfg)
-    if only_tests(cfg) and (dense := settings.get("dense")):
-        raise InputError(f"{cfg.init} paints {dense} maps and is no classifier: --eval-only and --predict need one")
-    if only_tests(cfg):  # a classifier is tested as it was built
-        mean = "fc_norm.weight" in found.state or cfg.model in ("mae_st", "omni")
-        built = {"mode": "finetune", "pool": "mean" if mean else "first", **settings}
-        if (cfg.images and not built.get("images", True)) or cfg.mode not in ("finetune", built["mode"]):
-            raise InputError(f"--eval-only and --predict test what is in {cfg.init}: leave --images and --mode out")
-        if cfg.fold not in (1, fold := built.get("fold", cfg.fold)):
-            raise InputError(f"--fold {cfg.fold}: {cfg.init} was trained on fold {fold}, test files of others among it")
-        cfg = replace(cfg, **{k: built[k] for k in ("mode", "pool", "images", "inputs", "fold") if k in built})
-    if cfg.pool == "auto":
-        cfg = replace(cfg, pool="first" if cfg.model == "mae" and cfg.mode in PROBES else "mean")
-    if not cfg.lr:
-        cfg = replace(cfg, lr=100.0 if cfg.mode == "linear" else 5e-2)
-    return cfg
-
-
-def check_combinations(cfg):
-    """Raises InputError for settings that mean nothing together."""
-    if cfg.images and cfg.model != "omni":
-        raise InputError(f"--images is for OmniMAE, which takes both: {cfg.model} takes only one kind")
-    if cfg.inputs != "rgb" and cfg.model != "multimae":
-        raise InputError(f"--inputs {cfg.inputs} is for --model multimae: {cfg.model} sees RGB")
-    if cfg.repeat > 1 and not is_video(cfg) and not only_tests(cfg) and cfg.mode not in ("knn", "features"):
-        raise InputError(f"--repeat {cfg.repeat} takes several clips of a video: images have none")
-    if cfg.fold != 1 and not is_video(cfg) and not only_tests(cfg):
-        raise InputError(f"--fold {cfg.fold} is of the lists of UCF101 and HMDB51: images have none")
-    if cfg.dense and (cfg.model != "multimae" or cfg.mode not in ("finetune", "scratch") or only_tests(cfg)):
-        raise InputError("--dense is for --model multimae and --mode finetune or scratch, and has no --eval-only")
-    if cfg.ignore >= cfg.maps:
-        raise InputError(f"--ignore {cfg.ignore}: classes of the maps are 0 to {cfg.maps - 1}, -1 is none")
-
-
-def grid_of(cfg):
-    """-> token grid (t, h, w).   Raises InputError if a side cannot be cut evenly."""
-    check_divides(cfg.img_size, cfg.patch, "frame side", "patch", "--img-size")
-    side = cfg.img_size // cfg.patch
-    if cfg.model in ("mae", "multimae"):
-        return 1, side, side
-    check_divides(cfg.frames, cfg.tubelet, "clip length", "tubelet", "--frames")
-    return cfg.frames // cfg.tubelet, side, side
-
-
-def build(cfg, classes, found=None):
-    """-> Classifier, report. Without weights unless `found` has some for it."""
-    inflated = found is not None and found.model != cfg.model  # an image model that becomes a video model
-    start = replace(cfg, **found.settings) if found and not inflated else cfg  # its own token grid first, then ours
-    shape, options = (encoder_size(start.size), (4, 0, 1)), {}  # the decoder will go: the smallest there is
-    state = dict(found.state) if found else {}
-    if cfg.model == "mae":
-        encoder = MAE(start.img_size, start.patch, *shape)
-    elif cfg.model == "multimae":
-        encoder = MultiMAE(start.img_size, start.patch, *shape, planes_of(cfg), cfg.maps, cfg.class_width, cfg.ignore)
-    else:
-        if found and found.model == "mae_st":
-            options = {"separable": "pos_embed" not in state, "cls": "cls_token" in state}
-        encoder = MODELS[cfg.model](start.frames, start.img_size, start.tubelet, start.patch, *shape, **options)
-    if found and found.public:
-        table = state.get("pos_embed") if found.model == "mae" else None
-        state = (MAE if inflated else encoder).from_public(state)
-        if table is not None and not inflated:  # MAE's table has a row for the class token, and may have been trained
-            state.update(pos_embed=table[:, 1:], cls_token=state["cls_token"] + table[:, :1])
-    if inflated:
-        state = inflate(state, encoder, found.settings["img_size"] // cfg.patch)
-    frozen = cfg.mode in PROBES
-    fresh_norm = cfg.model == "multimae" or not (frozen or cfg.model == "mae_st" or cfg.pool == "first")
-    layer_scale = float("blocks.0.gamma_1" in state)  # its values are in the file
-    model = Classifier(encoder, classes, cfg.pool, fresh_norm, cfg.drop_path, cfg.dropout, layer_scale, frozen)
-    said = load(model, state, cfg, fresh_norm) if found else "no weights: the network starts from scratch"
-    change_grid(model.encoder, grid_of(cfg))
-    return DenseHead(model, parse_modalities(cfg.inputs, "--inputs"), cfg.dense) if cfg.dense else model, said
+    return cfg.model in ("videomae", "mae_st") or (cfg.model == "omni" and cfg.classify == "videos")
 
 
 def planes_of(cfg):
     """The modalities that are read from files: the inputs and, with --dense, the map that is to be painted."""
-    inputs = parse_modalities(cfg.inputs, "--inputs")
+    inputs = parse_modalities(cfg.inputs)
     if cfg.dense in inputs:
-        raise InputError(f"--dense {cfg.dense} is also among --inputs {cfg.inputs}: nothing would be left to do")
+        raise ValueError(f"--dense {cfg.dense} is also among --inputs {cfg.inputs}: nothing would be left to do")
     return [m for m in MODALITIES if m in inputs or m == cfg.dense]
 
 
-def inflate(state, encoder, side):
-    """Image MAE -> video encoder: MAE-ST App. A, last paragraph.
+# ==================================================================================================
+#  THE RUN, part 2: from a file to a classifier
+# ==================================================================================================
+
+
+def build(cfg, classes, found=None):
+    """-> Classifier (or DenseHead), what was loaded in words. Without weights unless `found` has some for it."""
+    tested, inflated = cfg.eval_only or bool(cfg.predict), found is not None and found.model != cfg.model
+    said = {} if found is None or inflated else found.settings
+    size, frames = height_width(said.get("img_size", cfg.img_size)), said.get("frames", cfg.frames)
+    state = dict(found.state) if found else {}
+    shape = encoder_size(cfg.size), (4, 0, 1)  # the decoder will go: the smallest there is
+    if cfg.model == "mae":
+        encoder = MAE(size, cfg.patch, *shape)
+    elif cfg.model == "multimae":
+        encoder = MultiMAE(size, cfg.patch, *shape, planes_of(cfg), cfg.classes, cfg.class_width, cfg.ignore)
+    else:
+        joint = found is not None and found.model == "mae_st"
+        options = {"separable": "pos_embed" not in state, "cls": "cls_token" in state} if joint else {}
+        encoder = MODELS[cfg.model](frames, size, cfg.tubelet, cfg.patch, *shape, **options)
+    frozen, first = cfg.mode in FROZEN, cfg.pool == "first"
+    fresh_norm = cfg.model == "multimae" or not (frozen or cfg.model == "mae_st" or first)
+    layer_scale = float("blocks.0.gamma_1" in state)  # its values are in the file
+    if inflated:
+        state = inflate(state, encoder, height_width(found.settings["img_size"]))
+    model = Classifier(encoder, classes, cfg.pool, fresh_norm, cfg.drop_path, cfg.dropout, layer_scale, frozen)
+    text = load_encoder(model, state, cfg, found.path, fresh_norm, tested) if found else "from scratch: no weights"
+    slots = parts_of(cfg.frames, cfg.tubelet, "clip length") if hasattr(encoder, "tubelet") else 1
+    change_grid(encoder, (slots, *(parts_of(side, cfg.patch, "image side") for side in height_width(cfg.img_size))))
+    return DenseHead(encoder, model.norm, parse_modalities(cfg.inputs), cfg.dense) if cfg.dense else model, text
+
+
+def inflate(state, encoder, size):
+    """Image MAE -> video encoder: MAE-ST App. A, last paragraph.   size (H, W) of the MAE's images
 
     The kernel is repeated over the frames of a cube and divided by their number, so that a still clip gives what
     the image gives. Where positions are learned, space takes MAE's fixed table, and time and class token start at zero.
@@ -803,287 +599,56 @@ def inflate(state, encoder, side):
     state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][:, :, None].repeat(1, 1, u, 1, 1) / u
     if isinstance(encoder, MAEST):
         D, (t, h, w) = encoder.cls_token.shape[2], encoder.grid
-        space = resize_table(sincos_2d(D, side, side)[None], (1, side, side), (1, h, w))
-        state.update(pos_embed_spatial=space, pos_embed_temporal=torch.zeros(1, t, D),
-                     pos_embed_class=torch.zeros(1, 1, D), cls_token=torch.zeros(1, 1, D))  # fmt: skip
+        old = tuple(side // encoder.patch for side in size)
+        space = resize_table(sincos_2d(D, *old)[None], (1, *old), (1, h, w))
+        state |= {"pos_embed_spatial": space, "pos_embed_temporal": torch.zeros(1, t, D),
+                  "pos_embed_class": torch.zeros(1, 1, D), "cls_token": torch.zeros(1, 1, D)}  # fmt: skip
     return state
 
 
-def load(model, state, cfg, fresh_norm):
-    """Copy what fits. Each tensor of the file is used, left over as it should be, or wrong; the report says which.
-
-    Raises InputError for anything else: a tensor that is unknown, missing or of another shape is never passed over.
-    """
-    own, tested = model.state_dict(), only_tests(cfg)
-    norms = ("fc_norm.", "norm.") if tested else () if fresh_norm else ("norm.", "fc_norm.")
-    norm = next((n for n in norms if n + "weight" in state), "-")  # becomes the norm before our head; "-": none does
-    unneeded = (*DECODER, "norm.", "fc_norm.") + (() if tested else ("head.",))
-    seen = parse_modalities(cfg.inputs, "--inputs")  # the map of --dense is painted, not seen
-    unneeded += tuple(f"input_adapters.{m}." for m in MODALITIES if m not in seen)
-    used, left, wrong = {}, [], []
+def load_encoder(model, state, cfg, path, fresh_norm, tested):
+    """Copy a file's weights into a classifier, all of them into one that is tested.   -> what was done, in words"""
+    if isinstance(model.encoder, MAE) and "pos_embed" in state:  # public: a row for the class token, perhaps trained
+        table, extra = state["pos_embed"], state["pos_embed"].shape[1] - math.prod(model.encoder.grid)
+        state |= {"pos_embed": table[:, extra:], "cls_token": state["cls_token"] + table[:, :extra].sum(dim=1, keepdim=True)}
+    norms = ["norm.", "fc_norm."] if not fresh_norm else []  # the first that is there becomes the one before our head
+    norms = ["fc_norm.", "norm."] if tested else norms
+    norm = next((n for n in norms if n + "weight" in state), None)
+    mapped = {}
     for key, value in state.items():
-        is_norm = key.startswith(norm)
-        ours = key.removeprefix("fc_") if is_norm else key if key.startswith("head.") else f"encoder.{key}"
-        if key.startswith(unneeded) and not is_norm:
-            left.append(key)
-        elif ours not in own:
-            wrong.append(f"unknown {key}")
-        elif own[ours].shape != value.shape:
-            wrong.append(f"{key} {tuple(value.shape)}, here {tuple(own[ours].shape)}")
-        else:
-            used[ours] = value
-    # positions are fixed, and not in every file, where they are not learned
-    fresh = () if tested else ("norm.", "head.") if fresh_norm else ("head.",)
-    fresh += () if isinstance(model.encoder, MAEST) else ("encoder.pos_embed",)
-    fresh += (f"encoder.input_adapters.{cfg.dense}.",) if cfg.dense else ()  # DenseHead throws it away
-    missing = [k for k in own if k not in used]
-    wrong += [f"no {k}" for k in missing if not k.startswith(fresh)]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise InputError(f"checkpoint {cfg.init} does not fit this model: {wrong[0]}{more}")
-    model.load_state_dict(used, strict=False)
-    groups = lambda names: ", ".join(sorted({k.removeprefix("encoder.").split(".")[0] for k in names})) or "nothing"
-    return f"{cfg.init}: {len(used)} tensors used; left over, as expected: {groups(left)}; new: {groups(missing)}"
+        if norm and key.startswith(norm):
+            key = key.replace(norm, "norm.", 1)
+        elif not key.startswith(("head.", "fc_norm.")):
+            key = f"encoder.{key}"
+        mapped[key] = value
+    fresh = [] if tested else ["head."] + ["norm."] * fresh_norm
+    unused = ["encoder.norm.", "fc_norm."] + [f"encoder.{name}" for name in DECODER] + ([] if tested else ["head."])
+    if not isinstance(model.encoder, MAEST):
+        fresh.append("encoder.pos_embed")  # fixed, and not in every file
+    seen = parse_modalities(cfg.inputs)  # the map of --dense is painted, not seen
+    unused += [f"encoder.input_adapters.{m}." for m in MODALITIES if m not in seen]
+    fresh += [f"encoder.input_adapters.{cfg.dense}."] if cfg.dense else []
+    count, missing, left = load_into(model, mapped, fresh, unused)
+
+    def groups(names):
+        return ", ".join(sorted({k.removeprefix("encoder.").split(".")[0] for k in names})) or "nothing"
+
+    missing = [k for k in missing if "pos_embed" not in k]
+    return f"{path}: {count} tensors used; left over, as expected: {groups(left)}; new: {groups(missing)}"
 
 
-# ============================================================================================================
-#  THE RUN, part 3: the training loop
-# ============================================================================================================
-
-
-def train_classifier(model, train, look, cfg, extra):
-    """Supervised training: the other loop of the project, see mae_image.pretrain for the first.
-
-    look   model -> text: a look at the test set, for the log only. What is reported is the last epoch's model.
-    extra  what else goes into the checkpoint
-    returns  run (mae_image.Run), whether all updates were done (else Ctrl-C was pressed)
-    """
-    rank, world, device = start_processes(cfg)
-    pieces = pieces_of(cfg, world, train.repeat)
-    if cfg.mode == "linear" and cfg.batch == pieces:
-        raise InputError(f"--mode linear has a BatchNorm, which needs two samples at a time: raise --batch {cfg.batch}")
-    plan = lambda epoch: shuffled(cfg.seed, epoch, len(train), cfg.batch // train.repeat)
-    per_epoch = len(plan(0))
-    if not per_epoch:
-        raise InputError(f"{len(train)} files do not fill one update of {cfg.batch // train.repeat}: lower --batch")
-    total = min(cfg.epochs * per_epoch, 3 if cfg.smoke else math.inf)
-    peak, classes = cfg.lr * cfg.batch / 256, len(train.classes)
-
-    dtype = choose_precision(cfg, device)
-    groups = layer_groups(model, cfg.weight_decay, 1.0 if cfg.mode == "scratch" else cfg.layer_decay)
-    if cfg.mode == "linear":
-        optimizer = LARS([{"params": g["params"], "lr_scale": 1.0} for g in groups], peak)
-    else:
-        optimizer = torch.optim.AdamW(groups, peak, betas=(0.9, 0.999), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(Path(cfg.out), cfg, "finetune", model, optimizer, scaler, train, writes=rank == 0, extra=extra)
-    start = run.open()
-    run.scores = {"chance": math.log(max(classes, 1)) if not cfg.dense else float("nan"), "val_loss": float("nan")}
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    where = f"{dtype} on {world} x {device}, {per_epoch} updates x {cfg.epochs} epochs".replace("torch.", "")
-    run.say(f"{learning / 1e6:.2f} M parameters learn, {where}")
-    run.say(f"learning rate {cfg.lr:g} x batch {cfg.batch} / 256 = {peak:g}")
-    if 0 < cfg.epochs <= cfg.warmup:
-        run.say(f"warning: all {cfg.epochs} epochs are warm-up, the rate never reaches its peak: lower --warmup")
-
-    if cfg.compile:
-        model.compile()
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    loader = open_loader(train, Batches(plan, start, total, rank, world, cfg.accum), cfg.workers, device)
-    run.begin(start, total, per_epoch, world, device)
-    done = start
-    with StopOnSignal() as stop:
-        for step in range(start, total):
-            model.train()
-            lr = lr_at(step, peak, cfg.min_lr * cfg.batch / 256, cfg.warmup * per_epoch, total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            # drop path, Mixup and erasing draw from torch's global generator: a function of (seed, step, process)
-            torch.manual_seed(seeded(cfg.seed, 6, step, rank).initial_seed())
-            update_loss, names = 0.0, []
-            for a in range(cfg.accum):
-                batch, index = run.next_batch(loader, step)
-                names += [str(train.paths[i]) for i in index]
-                labels = torch.from_numpy(train.labels[index]).repeat_interleave(train.repeat).to(device)
-                x = erase(model.encoder.normalize(batch.to(device, non_blocking=True)), cfg.erase)
-                x, labels = mix(x, labels, classes, cfg.mixup, cfg.cutmix)
-                hold = parallel.no_sync() if world > 1 and a + 1 < cfg.accum else contextlib.nullcontext()
-                with hold:
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        logits = parallel(x)
-                    loss = model.loss(logits.float(), x, labels, cfg.smoothing)
-                    scaler.scale(loss / cfg.accum).backward()
-                update_loss = update_loss + loss.detach() / cfg.accum
-            if cfg.clip:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-
-            done = step + 1
-            ending = done == total or agree(bool(stop), world, device)
-            run.after_update(done, update_loss, names, lr, ending)
-            run.save_if_due(done, ending)
-            if cfg.check_every and done % (cfg.check_every * per_epoch) == 0 and not ending:
-                run.say(look(model))
-                run.clock, run.mark, run.wait = time.perf_counter(), done, 0.0  # the look is not training time
-            if ending:
-                break
-    if world > 1:
-        for buffer in model.buffers():  # BatchNorm's statistics: the ones that are saved
-            torch.distributed.broadcast(buffer, 0)
-    return run, done == total
-
-
-# ============================================================================================================
-#  THE RUN, part 4: results, and main
-# ============================================================================================================
-
-
-def only_tests(cfg):
-    return cfg.eval_only or bool(cfg.predict)
-
-
-def check_labels(train, test, cfg):
-    """Raises InputError for files without labels, labels out of range, and classes without a training file."""
-    classes = len(train.classes)
-    if min(train.labels.min(), test.labels.min()) < 0 or not classes:
-        raise InputError(f"{cfg.data} has files without a class: use class folders or lines 'path label'")
-    if len(test.classes) > classes or test.labels.max() >= classes:
-        raise InputError(f"the test files of {cfg.data} have label {test.labels.max()}, but the {classes} classes of "
-                         f"the training files are 0 to {classes - 1}")  # fmt: skip
-    count = np.bincount(train.labels, minlength=classes)
-    if not count.all() and not cfg.allow_missing:
-        raise InputError(f"class {train.classes[int(count.argmin())]} of {cfg.data} has no training file; "
-                         "--allow-missing goes on without it")  # fmt: skip
-
-
-def take_share(files, share, seed):
-    """A share of the files of each class, at least one, always the same for a seed: for "few labels" experiments."""
-    if share == 1:
-        return files
-    keep = []
-    for label in range(max(len(files.classes), 1)):  # --dense may have no classes: all labels are -1
-        own = np.flatnonzero(np.maximum(files.labels, 0) == label)
-        order = torch.randperm(len(own), generator=seeded(seed, 7, label)).numpy()
-        keep += own[order[: max(1, round(share * len(own)))]].tolist()
-    return select(files, sorted(keep))
-
-
-def top5(probabilities, classes):
-    """-> [(class name, probability), ...], the five most likely first."""
-    best = probabilities.topk(min(5, len(classes)))
-    return [(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]
-
-
-def write(path, content):
-    """Bytes -> a file, whose folder is made.   Raises InputError where that cannot be done."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write(content))
-    except OSError as error:
-        raise InputError(str(error) if not error.errno else f"cannot write {path}: {error.strerror}") from None
-
-
-def without(broken):
-    return f", {len(broken)} files unreadable and left out: {', '.join(p for p, _ in broken[:5])}" if broken else ""
-
-
-def report(probabilities, files, classes, cfg, broken):
-    """Print accuracies, write predictions.csv and results.json into --out. -> the line for the log."""
-    scores = summarise(probabilities, torch.from_numpy(files.labels))
-    scores["per_class"] = {classes[i]: a for i, a in enumerate(scores["per_class"]) if math.isfinite(a)}
-    scores["confused"] = [[classes[a], classes[b], n] for a, b, n in scores["confused"]]
-    say(f"test: {scores['files']} files x {scores['views']} views{without(broken)}")
-    say("  file level  top-1 {top1:.1%}  top-5 {top5:.1%}  mean over classes {class_mean:.1%}\n"
-        "  view level  top-1 {view_top1:.1%}  top-5 {view_top5:.1%}\n"
-        "  chance      top-1 {chance:.1%}  (always the most frequent class)".format(**scores))  # fmt: skip
-    worst = sorted((a, name) for name, a in scores["per_class"].items())[:5]
-    say("  worst classes: " + ", ".join(f"{name} {a:.0%}" for a, name in worst))
-    if scores["confused"]:
-        say("  most confused: " + ", ".join(f"{a} taken for {b} {n}x" for a, b, n in scores["confused"]))
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["path", "label"] + [f"{what}{k}" for k in range(1, 6) for what in ("class", "score")])
-    for path, label, p in zip(files.paths, files.labels, probabilities.mean(dim=1)):
-        best = [(c, f"{s:.4f}") for c, s in top5(p, classes)] if p.isfinite().all() else [("unreadable", "")]
-        table.writerow([path, classes[label], *sum(best, ())])
-    # surrogateescape: a name on a disk need not be valid text, and is written as it is
-    write(Path(cfg.out, "predictions.csv"), text.getvalue().encode("utf-8", "surrogateescape"))
-    numbers = json.dumps({**scores, "mode": cfg.mode, "init": cfg.init}, indent=1)
-    write(Path(cfg.out, "results.json"), numbers.encode())
-    return f"top-1 {scores['top1']:.1%} (chance {scores['chance']:.1%})"
-
-
-def report_dense(answers, cfg, classes, broken=(), last=True):
-    """Mean IoU or absolute depth error, beside a map that is the same for every picture; the last one is written.
-
-    answers (files, 1, 2 * values), see DenseHead.answers.   -> the line for the log"""
-    guess, truth = answers[answers[:, 0, 0].isfinite(), 0].chunk(2, dim=1)  # each (files, values)
-    if not len(guess):
-        raise InputError("not one test file could be read")
-    counted = truth != cfg.ignore
-
-    def mean_iou(x):
-        pairs = torch.bincount((truth * classes + x)[counted].long(), minlength=classes**2)
-        pairs = pairs.reshape(classes, classes).double()  # [right class, painted class]
-        union = pairs.sum(0) + pairs.sum(1) - pairs.diag()
-        valid = (union > 0) & (torch.arange(classes) != cfg.ignore)  # void may be painted, and does not count
-        return (pairs.diag() / union)[valid].mean().item()
-
-    if cfg.dense == "depth":
-        name, score, map_of_all = "depth error", lambda x: (x - truth).abs().mean().item(), truth.median(dim=0).values
-    else:
-        most = torch.stack([((truth == c) & counted).sum(dim=0) for c in range(classes)]).argmax(dim=0)
-        name, score, map_of_all = "mean IoU", mean_iou, most.to(truth)
-    ours, constant = score(guess), score(map_of_all.expand_as(truth))
-    if last:
-        say(f"test: {len(guess)} files{without(broken)}")
-        scores = {"task": cfg.dense, name: ours, "constant map": constant, "unreadable": len(broken)}
-        write(Path(cfg.out, "results.json"), json.dumps(scores).encode())
-    task = name if cfg.dense == "depth" else f"semseg {name}"
-    return f"{task} {ours:.3f} (the same map for all: {constant:.3f})"
-
-
-def find_init(cfg, rank):
-    """--init auto: the default run of this script for a test alone, else of mae_video.py (with --model mae: of
-    mae_image.py and so on). Where that is not there, how to get it is printed and the answer is "": from scratch."""
-    if cfg.init != "auto":
-        return cfg.init
-    script = {"mae": "mae_image", "omni": "omni", "multimae": "multimae"}.get(cfg.model, "mae_video")
-    script = "finetune" if only_tests(cfg) else script
-    path = Path("runs") / script / "checkpoint.pt"
-    if path.exists():
-        return str(path)
-    if cfg.mode != "scratch" and rank == 0:
-        print(f"{path} is not there: run python {script}.py first, or name a file with --init")
-    if only_tests(cfg):
-        raise InputError("--eval-only and --predict need --init FILE: a checkpoint of this script, or a public "
-                         "classifier")  # fmt: skip
-    if cfg.mode in PROBES:
-        raise InputError(f"--mode {cfg.mode} needs --init FILE: a network without pretraining knows nothing")
-    return ""
-
-
-def classes_of(found, path):
-    """How many classes the classifier in a file knows.   Raises InputError if there is none."""
-    head = next((found.state[k] for k in ("head.weight", "head.1.weight") if k in found.state), None)
-    if head is None:
-        raise InputError(f"{path} holds no classifier, only a pretrained encoder: train one first, without --eval-only "
-                         "and --predict")  # fmt: skip
-    return len(head)
+# ==================================================================================================
+#  THE RUN, part 3: data, results, main
+# ==================================================================================================
 
 
 def open_aligned(files, cfg, train):
-    return AlignedDataset(cfg.data, files, planes_of(cfg), cfg.img_size, cfg.maps, cfg.seed, cfg.min_crop,
-                          cfg.flip, train)  # fmt: skip
+    return AlignedDataset(cfg.data, files, planes_of(cfg), height_width(cfg.img_size), cfg.classes, cfg.ignore,
+                          cfg.seed, cfg.min_crop, cfg.flip, train)  # fmt: skip
 
 
 def open_data(cfg):
     """-> dataset for training, files for training, files for testing."""
-    if cfg.model == "multimae" and max(cfg.rand_augment, cfg.erase, cfg.mixup, cfg.cutmix) > 0:
-        raise InputError("--rand-augment, --erase, --mixup and --cutmix are not built for multimae: set them to 0")
 
     def open_files(split):
         if cfg.model == "multimae":
@@ -1092,126 +657,242 @@ def open_data(cfg):
             return data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
         return data.list_images(cfg.data, split, cfg.allow_missing)
 
-    train, test = open_files("train"), open_files("val")
-    if train.pixels is not None:  # STL-10: images without a label are for pretraining
-        train = select(train, train.labels >= 0)
-    if not (cfg.dense or cfg.mode == "features"):
-        check_labels(train, test, cfg)
-    train = take_share(train, cfg.share, cfg.seed)
+    train_files, test_files = open_files("train"), open_files("val")
+    report(data.describe(train_files, test_files))
+    if not cfg.dense and cfg.mode != "features":
+        train_files = labelled(train_files, cfg)
+        test_files = test_files.select(test_files.labels >= 0)
+        check_classes(train_files, test_files, cfg)
+    train_files = take_share(train_files, cfg.share, cfg.seed)
+    size = height_width(cfg.img_size)
     if cfg.model == "multimae":
-        dataset = open_aligned(train, cfg, train=True)
+        dataset = open_aligned(train_files, cfg, train=True)
     elif is_video(cfg):
-        dataset = data.ClipDataset(train, cfg.frames, cfg.stride, cfg.img_size, cfg.seed, cfg.sampling, "random",
-                                   cfg.min_crop, cfg.flip, cfg.repeat)  # fmt: skip
+        dataset = ClipDataset(train_files, cfg.frames, cfg.stride, size, cfg.seed, cfg.sampling, "random",
+                              cfg.min_crop, cfg.flip, cfg.repeat)  # fmt: skip
     else:
-        dataset = data.ImageDataset(train, cfg.img_size, cfg.seed, cfg.min_crop, cfg.flip)
+        dataset = data.ImageDataset(train_files, size, cfg.seed, cfg.min_crop, cfg.flip)
     if cfg.rand_augment:
         dataset = Augmented(dataset, cfg.rand_ops, cfg.rand_augment)
-    return dataset, train, test
+    return dataset, train_files, test_files
 
 
-def main():
-    cfg = read_config(Config, PRESETS, __doc__, "finetune", limits=LIMITS, may_change=TEST_FLAGS, adapt=for_mode)
-    rank, world, device = start_processes(cfg)
-    if cfg.resume:  # the weights come later, with the optimiser; how MAE-ST was built is seen in the file alone
-        found = read_init(Path(cfg.out) / "checkpoint.pt")
-    else:
-        init = find_init(cfg, rank)
-        found = read_init(init) if init else None
-        if not init and cfg.mode == "finetune":
-            cfg = replace(cfg, mode="scratch")
-        cfg = settle(replace(cfg, init=init), found)
-        seen = found.settings.get("fold", cfg.fold) if found and cfg.mode != "scratch" else cfg.fold
-        if seen != cfg.fold and rank == 0:
-            print(f"warning: {init} has seen fold {seen}: of the same data, that is test files of fold {cfg.fold}")
+def labelled(files, cfg):
+    """The files whose class is known: pretraining has use for the others, too."""
+    known = files.labels >= 0
+    if not known.any():
+        raise ValueError(f"{cfg.data} has no file whose class is known: use class folders or lines 'path label'")
+    if not known.all():
+        report(f"{known.sum()} of {len(known)} training files have a label: these are used")
+    return files.select(known)
+
+
+def check_classes(train, test, cfg):
+    """Raises ValueError for data from which nothing can be learnt."""
+    classes = len(train.classes)
+    count = np.bincount(train.labels, minlength=classes)
+    if classes < 2:
+        raise ValueError(f"{cfg.data} has one class, {train.classes[0]}: nothing to tell apart. Is it the right folder?")
+    if len(count) > classes or test.labels.max(initial=-1) >= classes:
+        raise ValueError(f"labels of {cfg.data} go beyond the {classes} classes of its training files")
+    if not count.all() and not cfg.allow_missing:
+        raise ValueError(f"class {train.classes[int(count.argmin())]} of {cfg.data} has no training file with a label")
+    if empty := classes - len(set(test.labels.tolist())):
+        report(f"warning: {empty} of {classes} classes have no test file")
+
+
+def take_share(files, share, seed):
+    """A share of the files of each class, at least one, always the same for a seed: for "few labels" experiments."""
+    keep = []
+    for label in sorted(set(files.labels.tolist())):
+        own = np.flatnonzero(files.labels == label)
+        order = torch.randperm(len(own), generator=data.seeded(seed, 7, max(label, 0))).numpy()
+        keep += own[order[: max(1, round(share * len(own)))]].tolist()
+    return files if share == 1 else files.select(sorted(keep))
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.write_whole(path, lambda file: file.write(content))
+
+
+def write_results(probabilities, files, cfg):
+    """Print accuracies; write predictions.csv, results.json and confusion.png into --out. -> the line for the log"""
+    classes, scores = files.classes, summarise(probabilities, torch.from_numpy(files.labels))
+    five = "  top-5 {top5:.1%}" if len(classes) > 5 else ""
+    left_out = f", {scores['unreadable']} unreadable and left out" if scores["unreadable"] else ""
+    report("test: {files} files x {views} views".format(**scores) + left_out)
+    report(f"  file level  top-1 {{top1:.1%}}{five}  mean over classes {{class_mean:.1%}}".format(**scores))
+    report("  view level  top-1 {view_top1:.1%}".format(**scores))
+    report("  always the most frequent class: {most_frequent:.1%}".format(**scores))
+    known = sorted((a, name) for name, a in zip(classes, scores["per_class"]) if math.isfinite(a))
+    report("  worst classes: " + ", ".join(f"{name} {a:.0%}" for a, name in known[:5]))
+    wrong = torch.tensor(scores["confusion"]).fill_diagonal_(0).flatten()
+    pairs = [divmod(int(i), len(classes)) + (int(wrong[i]),) for i in wrong.argsort(descending=True)[:5] if wrong[i]]
+    if pairs:
+        report("  most confused: " + ", ".join(f"{classes[a]} for {classes[b]} {n}x" for a, b, n in pairs))
+    if is_first():
+        text = io.StringIO()
+        table = csv.writer(text)
+        table.writerow(["path", "label"] + [f"{what}{k}" for k in range(1, 6) for what in ("class", "score")])
+        for path, label, p in zip(files.paths, files.labels, probabilities.mean(dim=1)):
+            best = [(c, f"{s:.4f}") for c, s in top5(p, classes)] if p.isfinite().all() else [("unreadable", "")]
+            row = [str(path), classes[label], *sum(best, ())]
+            table.writerow(["'" + cell if cell[:1] in "=+-@" and cell else cell for cell in row])  # no formula
+        # surrogateescape: a name on a disk need not be valid text, and is written as it is
+        write(Path(cfg.out, "predictions.csv"), text.getvalue().encode("utf-8", "surrogateescape"))
+        scores |= {"per_class": {name: a for a, name in known}, "mode": cfg.mode, "init": cfg.init}
+        write(Path(cfg.out, "results.json"), json.dumps(scores, indent=1).encode())
+        share = torch.tensor(scores["confusion"]).float()
+        share = (share / share.sum(dim=1, keepdim=True).clamp(min=1))[:, :, None, None, None]
+        cells = 1 - share * torch.tensor([0.8, 0.65, 0.2])[:, None, None].expand(-1, 24, 24)  # (C, C, 3, 24, 24)
+        names = [f"{i} {name}" for i, name in enumerate(classes, 1)]
+        note = "a row for each class, a column for each answer"
+        table = picture_table(cells, [str(i) for i in range(1, len(classes) + 1)], names, note, side=24)
+        save_picture(table, Path(cfg.out, "confusion.png"))
+    return "top-1 {top1:.1%} (most frequent class {most_frequent:.1%})".format(**scores)
+
+
+def top5(probabilities, classes):
+    """-> [(class name, probability), ...], the five most likely first."""
+    best = probabilities.topk(min(5, len(classes)))
+    return [(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]
+
+
+def draw_neighbours(test_files, train_files, neighbours, cfg):
+    """neighbours.png: some test files, each beside the training files that are most like it."""
+    some = np.linspace(0, len(neighbours) - 1, min(8, len(neighbours))).astype(int)
+    views, rows = [ViewDataset(files, cfg, 1, 1) for files in (test_files, train_files)], []
+    for i in some:
+        pixels = [views[0][i][0], *(views[1][int(k)][0] for k in neighbours[i][:5])]
+        rows.append(torch.stack([x.flatten(0, -4)[x.flatten(0, -4).shape[0] // 2, ..., :3] for x in pixels]))
+    cells = torch.stack(rows).permute(0, 1, 4, 2, 3) / 255  # (8, 6, 3, H, W)
+    titles = ["test", "nearest", "2nd", "3rd", "4th", "5th"]
+    names = [test_files.classes[test_files.labels[i]] for i in some]
+    save_picture(picture_table(cells, titles[: cells.shape[1]], names), Path(cfg.out, "neighbours.png"))
+
+
+@torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
+def main(argv=None):
+    cfg, found = read_config(Config, PRESETS, __doc__, READERS, argv, default_file)
+    device, tested = start_processes(cfg), cfg.eval_only or bool(cfg.predict)
+    if found and found.script == "finetune":  # names as if it were a public file
+        found.state = {k.removeprefix("encoder.") if k.startswith("encoder.") else k.replace("norm.", "fc_norm.", 1): v
+                       for k, v in found.state.items()}  # fmt: skip
+    if tested:
+        cfg = as_it_was_built(cfg, found)
+    if cfg.pool == "paper":
+        cfg = dataclasses.replace(cfg, pool="first" if cfg.model == "mae" and cfg.mode in FROZEN else "mean")
+    if cfg.mode == "linear":
+        cfg = dataclasses.replace(cfg, lr=cfg.probe_lr, erase=0.0, rand_augment=0, mixup=0.0, cutmix=0.0, dropout=0.0)
+    if found and found.settings.get("fold", cfg.fold) != cfg.fold:
+        report(f"warning: {found.path} has seen fold {found.settings['fold']}: test files of fold {cfg.fold} are among it")
     torch.manual_seed(cfg.seed)
     if cfg.predict:
         return predict(cfg, found, device)
-    data.fetch(cfg.data, rank, world)
-    train, train_files, test_files = open_data(cfg)
-    classes = train.classes
-    if cfg.eval_only and len(classes) != (known := classes_of(found, cfg.init)):
-        raise InputError(f"{cfg.data} has {len(classes)} classes, the classifier in {cfg.init} was trained for {known}")
-    if cfg.eval_only and len(found.classes) and list(found.classes) != list(classes):
-        raise InputError(f"the classes of {cfg.data} ({', '.join(classes[:3])} ...) are not those of {cfg.init} "
-                         f"({', '.join(found.classes[:3])} ...)")  # fmt: skip
-    if (cfg.eval_only or cfg.mode == "knn") and (Path(cfg.out) / "checkpoint.pt").exists():
-        raise InputError(f"{cfg.out} holds a trained run, whose results would be lost: name another --out")
-    model, said = build(cfg, max(len(classes), 1), None if cfg.mode == "scratch" and not cfg.eval_only else found)
-    if rank == 0:
-        counts = f"{len(train)} files to train, {len(test_files.paths)} to test, {len(classes)} classes"
-        print(f"{counts}; {said}" if not cfg.resume else counts, flush=True)
-        if (empty := len(classes) - len(set(test_files.labels.tolist()))) > 0:
-            print(f"warning: {empty} of {len(classes)} classes have no test file: make folders train/ and val/")
+    if (cfg.eval_only or cfg.mode == "knn") and Path(cfg.out, "checkpoint.pt").exists() and cfg.init:
+        raise ValueError(f"{cfg.out} holds a trained run, whose results would be lost: name another --out")
+    fetch(cfg.data)
+    dataset, train_files, test_files = open_data(cfg)
+    classes = test_files.classes = train_files.classes
+    if cfg.eval_only and list(found.classes or classes) != list(classes):
+        raise ValueError(f"the classes of {cfg.data} ({', '.join(classes[:3])} ...) are not those of {found.path}")
+    weights = None if cfg.mode == "scratch" and not tested else found
+    model, text = build(cfg, len(found.state["head.weight"]) if tested and not found.classes else max(len(classes), 1), weights)
+    report(text)
     model.to(device)
-    test = lambda clips, crops: run_views(model, test_files, cfg, clips, crops, model.answers)
-
-    def look(model):
-        results, _ = test(1, 1)
-        if cfg.dense:
-            return report_dense(results, cfg, cfg.maps, last=False)
-        return f"test, one view: top-1 {summarise(results, torch.from_numpy(test_files.labels))['top1']:.1%}"
-
-    run, finished, result = None, True, ""
     if cfg.mode in ("knn", "features"):
-        both = (train_files, test_files)
-        (a, lost), (b, broken) = (run_views(model, files, cfg, 1, 1, model.features) for files in both)
-        if rank == 0:
-            for path, reason in lost + broken:
-                print(f"left out, unreadable: {path}: {reason}")
-        if cfg.mode == "features":
-            return save_features(cfg, rank, {"train": (a[:, 0], train_files), "test": (b[:, 0], test_files)})
-        known = a[:, 0, 0].isfinite()
-        results = nearest_neighbours(a[known, 0], torch.from_numpy(train_files.labels)[known], b[:, 0],
-                                     len(classes))[:, None]  # fmt: skip
+        result = use_features(model, train_files, test_files, cfg)
+    elif cfg.eval_only:
+        result = write_results(run_views(model, test_files, cfg, cfg.clips, cfg.crops, model.answers), test_files, cfg)
     else:
-        if not cfg.eval_only:
-            run, finished = train_classifier(model, train, look, cfg, {"classes": list(classes)})
-        if finished:
-            try:
-                results, broken = test(cfg.clips, cfg.crops)
-            except (KeyboardInterrupt, InputError):
-                if run and rank == 0:
-                    print(f"\nthe training is saved, its test is not done: python finetune.py --resume --out {cfg.out}")
-                raise
-    if finished and rank == 0:
-        result = (report_dense(results, cfg, cfg.maps, broken) if cfg.dense else
-                  report(results, test_files, classes, cfg, broken))  # fmt: skip
-    if run:
-        run.finish(run.total, result)
-    elif rank == 0:
-        print(f"done: {result}, see {cfg.out}")
+        return train_classifier(model, dataset, test_files, cfg)
+    report(f"done: {result}, see {cfg.out}")
 
 
-def save_features(cfg, rank, splits):
-    """features.npz: for train and test the vectors (N, D) float32, labels (N,) and paths (N,) of readable files."""
-    if rank:
-        return
+def train_classifier(model, dataset, test_files, cfg):
+    """Supervised training, then the test."""
+    device, classes = next(model.parameters()).device, len(dataset.classes)
+    groups = layer_groups(model, cfg.weight_decay, 1.0 if cfg.mode == "scratch" else cfg.layer_decay)
+    if cfg.mode == "linear":  # without weight decay: MAE Table 10
+        optimizer = LARS([{"params": group["params"]} for group in groups])
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+    def loss_of(net, batch, items, step, piece):
+        labels = torch.from_numpy(dataset.labels[items]).repeat_interleave(dataset.repeat).to(device)
+        x = erase(model.encoder.normalize(batch), cfg.erase)
+        x, labels = mix(x, labels, classes, cfg.mixup, cfg.cutmix)
+        return model.loss(net(x).float(), x, labels, cfg.smoothing)
+
+    def look(path):
+        """One view of every test file, for the log alone: what is reported is the last epoch's model."""
+        answers = run_views(model, test_files, cfg, 1, 1, model.answers)[:, 0]
+        if cfg.dense:
+            return {"val_loss": math.nan, "baseline": math.nan, **model.score(answers[answers[:, 0].isfinite()])}
+        good, labels = answers[:, 0].isfinite(), torch.from_numpy(test_files.labels)
+        loss = F.nll_loss(answers[good].clamp(min=1e-9).log(), labels[good]).item()
+        top1 = (answers[good].argmax(dim=1) == labels[good]).float().mean().item()
+        return {"val_loss": loss, "baseline": math.log(classes), "top-1": top1}
+
+    run = train(model, dataset, loss_of, optimizer, look, cfg)
+    result = ""
+    if not run.stopping:
+        answers = run_views(model, test_files, cfg, cfg.clips, cfg.crops, model.answers)
+        if cfg.dense:
+            scores = model.score(answers[answers[:, 0, 0].isfinite(), 0])
+            if is_first():
+                write(Path(cfg.out, "results.json"), json.dumps({"task": cfg.dense, **scores}).encode())
+            (name, ours), (_, constant) = scores.items()
+            result = f"{cfg.dense}: {name} {ours:.3f} (the same map for all: {constant:.3f})"
+        else:
+            result = f"{cfg.mode}: " + write_results(answers, test_files, cfg)
+    run.finish(result)
+
+
+def as_it_was_built(cfg, found):
+    """A classifier is tested with the head, the pooling and the inputs that it was built with."""
+    if not any(k in found.state for k in ("head.weight", "head.1.weight")):
+        raise ValueError(f"{found.path} holds no classifier, only a pretrained encoder: fine-tune it first")
+    pool = "mean" if "fc_norm.weight" in found.state or cfg.model in ("mae_st", "omni") else "first"
+    pool = found.settings.get("pool", pool)
+    return dataclasses.replace(cfg, mode="linear" if "head.1.weight" in found.state else "finetune", pool=pool)
+
+
+def use_features(model, train_files, test_files, cfg):
+    """--mode knn: classify by the nearest training files; --mode features: save a vector of every file."""
+    vectors = [run_views(model, files, cfg, 1, 1, model.features)[:, 0] for files in (train_files, test_files)]
+    good = [x[:, 0].isfinite() for x in vectors]
+    if cfg.mode == "knn":
+        known = train_files.select(good[0].numpy())
+        labels, classes = torch.from_numpy(known.labels), len(known.classes)
+        answers, neighbours = nearest_neighbours(vectors[0][good[0]], labels, vectors[1], classes)
+        result = write_results(answers[:, None], test_files, cfg)
+        if is_first():
+            draw_neighbours(test_files, known, neighbours, cfg)
+        return result
     arrays = {}
-    for name, (vectors, files) in splits.items():
-        readable = vectors.isfinite().all(dim=1).numpy()
-        for what, value in (("features", vectors), ("labels", files.labels), ("paths", files.paths)):
-            arrays[f"{name}_{what}"] = np.asarray(value)[readable]
-    np.savez(file := io.BytesIO(), **arrays)
-    write(Path(cfg.out, "features.npz"), file.getvalue())
-    print(f"done: {', '.join(f'{k} {v.shape}' for k, v in arrays.items())} in {cfg.out}/features.npz")
+    for name, x, files, keep in zip(("train", "test"), vectors, (train_files, test_files), good):
+        kept = files.select(keep.numpy())
+        arrays |= {f"{name}_features": x[keep].numpy(), f"{name}_labels": kept.labels, f"{name}_paths": kept.paths}
+    if is_first():
+        np.savez(file := io.BytesIO(), **arrays)
+        write(Path(cfg.out, "features.npz"), file.getvalue())
+    return ", ".join(f"{k} {v.shape}" for k, v in arrays.items())
 
 
 def predict(cfg, found, device):
     """Class names with probabilities for one file, the mean over its views."""
-    if cfg.model == "multimae" and planes_of(cfg) != ["rgb"]:
-        raise InputError(f"--predict reads one file, but the classifier in {cfg.init} sees {cfg.inputs}")
-    if Path(cfg.predict).suffix.lower() not in (kinds := data.VIDEO if is_video(cfg) else data.IMAGE):
-        raise InputError(f"--predict {cfg.predict}: the classifier in {cfg.init} reads one file, {', '.join(kinds)}")
-    rows = classes_of(found, cfg.init)
-    classes = found.classes if len(found.classes) == rows else [f"class {i}" for i in range(rows)]
-    model = build(cfg, rows, found)[0].to(device)
-    files, here = data.Files(np.array([cfg.predict]), np.array([-1]), classes), replace(cfg, workers=0)
-    probabilities, broken = run_views(model, files, here, cfg.clips, cfg.crops, model.answers)
-    if broken:
-        raise InputError(f"cannot read {cfg.predict}: {broken[0][1]}")
-    for name, p in top5(probabilities[0].mean(dim=0), classes):
-        print(f"{p:6.1%}  {name}")
+    kinds = data.VIDEO if is_video(cfg) else data.IMAGE
+    if Path(cfg.predict).suffix.lower() not in kinds or not Path(cfg.predict).is_file() or cfg.inputs != "rgb":
+        raise ValueError(f"--predict {cfg.predict}: {found.path} classifies one file, that ends in {', '.join(kinds)}")
+    head = found.state.get("head.weight", found.state.get("head.1.weight"))
+    classes = list(found.classes) or [f"class {i}" for i in range(len(head))]
+    model = build(cfg, len(head), found)[0].to(device)
+    one = data.Files(np.array([cfg.predict]), np.array([-1]), classes, "")
+    answers = run_views(model, one, dataclasses.replace(cfg, workers=0), cfg.clips, cfg.crops, model.answers)
+    for name, p in top5(answers[0].mean(dim=0), classes):
+        report(f"{p:6.1%}  {name}")
 
 
 if __name__ == "__main__":

@@ -1,39 +1,45 @@
 """mae_video.py - the same idea with a time axis: hide 90 % of a clip, two models side by side.
 
-Papers  VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video Pre-Training.
-        Tong, Song, Wang, Wang, 2022, arXiv 2203.12602
-        MAE-ST: Masked Autoencoders As Spatiotemporal Learners. Feichtenhofer, Fan, Li, He, 2022, arXiv 2205.09113
-Covers  VideoMAE Sec. 3.3 "cube embedding", Table 8      patchify, PatchEmbed with a kernel (u, p, p)
+Trains VideoMAE or MAE-ST on any folder of videos, on UCF101 or HMDB51 as they are downloaded; draws, as
+pictures and films, what it paints. --picture shows what a trained model makes of one clip.
+
+Papers  VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video
+        Pre-Training. Tong, Song, Wang, Wang, 2022, arXiv 2203.12602
+        MAE-ST: Masked Autoencoders As Spatiotemporal Learners. Feichtenhofer, Fan, Li, He, 2022,
+        arXiv 2205.09113
+Covers  VideoMAE Sec. 3.3 "cube embedding", Table 8      patchify_clips, PatchEmbed (u, p, p)
         VideoMAE Sec. 3.3 "tube masking"                 masking.tube_mask
-        VideoMAE Eq. (1); per channel: public code       VideoMAE.forward_loss, standardise_channels
+        VideoMAE Sec. 3.3 "temporal downsampling"        dense_clip, segment_clip
+        VideoMAE Eq. (1); per channel: public code       VideoMAE.standardise
         MAE-ST Sec. 3 "Masking", Fig. 4                  masking.random_mask, block_mask, frame_mask
-        MAE-ST Sec. 3 "Autoencoding", one frame a cube   MAEST.target_patches, target_frames
+        MAE-ST Sec. 3 "Autoencoding", one frame a cube   MAEST.patches, target_frames
         MAE-ST Sec. 4 "Architecture", separable tables   MAEST.positions
-        MAE-ST Sec. 4 "Data pre-processing", Table 2(d)  --repeat (repeated sampling), data.ClipDataset
-Not     fine-tuning (finetune.py); MAE-ST's HOG and dVAE targets (Table 2(b)).
+        MAE-ST Sec. 4 "Data pre-processing", Table 2(d)  ClipDataset, --repeat
+Not     fine-tuning (finetune.py); MAE-ST's HOG and dVAE targets (Table 2(b))
 
 What changes against mae_image.py, and where the two papers part:
-                     MAE                     MAE-ST                            VideoMAE
-    token            p x p pixels            u x p x p                         u x p x p
-    mask             random 75 %             random in space-time 90 %         tubes 90 % (UCF101, HMDB51: 75 %)
-    positions        fixed, rows and columns learned, space + time             fixed, one sine over the token number
-    class token      one for both parts      one each, the decoder's its own   none
-    decoder order    raster                  raster                            visible first, then hidden
-    target           the patch               one frame of every cube           the cube, in [0, 1]
-    normalised over  all channels            all channels                      each channel by itself
+                     MAE                   MAE-ST                         VideoMAE
+    token            p x p pixels          u x p x p                      u x p x p
+    mask             random 75 %           random in space-time 90 %      tubes 90 % (UCF101: 75 %)
+    positions        fixed, row + column   learned, space + time          fixed, of the token number
+    class token      one for both parts    one each                       none
+    decoder order    raster                raster                         visible first, then hidden
+    target           the patch             one frame of every cube        the cube, in [0, 1]
+    normalised over  all channels          all channels                   each channel by itself
 
-Run     python mae_video.py                                  (4 min on 2 CPU cores: writes a toy world, pretrains)
-        python mae_video.py --model mae_st
-        python mae_video.py --data UCF101 --preset ucf101    (one GPU, 112 px; ucf101_paper is the paper's recipe)
-        python mae_video.py --resume                         (goes on where a run was stopped)
+Run     python mae_video.py                                  (5 min on 2 CPU cores, with the toy world)
+        python mae_video.py --model mae_st --out runs/mae_st
+        python mae_video.py --picture clip.avi               (with the run in runs/mae_video)
+        python mae_video.py --data my_videos --preset small  (some hundred clips of your own)
+        python mae_video.py --data UCF101 --preset ucf101    (one GPU, 112 px; ucf101_paper: the paper's)
         It ends with "done: ... see runs/mae_video".
 Next    omni.py: one model for images and videos.
 """
 
+import dataclasses
 import math
 import typing
-from dataclasses import dataclass
-from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,42 +47,71 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LEAK_NOTE, MAE, Block, PatchEmbed, check_divides,
-                       check_grid, check_mask, encoder_size, held_out, init_weights, normalize, picture_table, pretrain,
-                       read_config, reconstruct, save_picture, start_processes, to_unit_range)  # fmt: skip
-from masking import MASKS, InputError, hidden, restore, run_script, say, visible
+from mae_image import (
+    ENCODERS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LEAK_NOTE,
+    MAE,
+    Block,
+    PatchEmbed,
+    RunConfig,
+    blocks_in,
+    encoder_size,
+    explained_objects,
+    fetch,
+    from_huggingface,
+    fuse_qkv,
+    guess_heads,
+    height_width,
+    held_out,
+    init_weights,
+    load_pretrained,
+    normalize,
+    of_channels,
+    param_groups,
+    parts_of,
+    pretraining_loss,
+    read_config,
+    reconstruct,
+    save_film,
+    save_picture,
+    show_one,
+    start_processes,
+    to_unit_range,
+    train,
+)
+from masking import MASKS, hidden, numbers, picture_table, report, restore, run_script, visible
 
-# ============================================================================================================
+# ==================================================================================================
 #  THE PAPERS, part 1: from frames to cubes and back, positions, the target
-#  (needs: torch; mae_image.py check_divides; masking.py InputError)
-# ============================================================================================================
+#  (needs: torch; mae_image.py parts_of)
+# ==================================================================================================
 
 
-def check_clip(frames, img_size, tubelet, patch):
-    """-> token grid (t, h, w).   Raises InputError if a side cannot be cut evenly."""
+def grid_of(frames, img_size, tubelet, patch):
+    """-> token grid (t, h, w).   Raises ValueError if a side cannot be cut evenly"""
     H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
-    check_divides(frames, tubelet, "clip length", "tubelet", "--frames")
-    check_divides(H, patch, "frame height", "patch", "--img-size")
-    check_divides(W, patch, "frame width", "patch", "--img-size")
-    return frames // tubelet, H // patch, W // patch
+    t = parts_of(frames, tubelet, "clip length")
+    return t, parts_of(H, patch, "frame height"), parts_of(W, patch, "frame width")
 
 
-def patchify(clips, u, p):
+def patchify_clips(clips, u, p):
     """Cut clips into cubes: (B, C, T, H, W) -> (B, N, u*p*p*C), time-major, values (frame, row, col, channel)."""
     B, C, T, H, W = clips.shape
-    t, h, w = check_clip(T, (H, W), u, p)
+    t, h, w = grid_of(T, (H, W), u, p)
     x = clips.reshape(B, C, t, u, h, p, w, p)
     x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (B, t, h, w, u, p, p, C)
     return x.reshape(B, t * h * w, u * p * p * C)
 
 
-def unpatchify(patches, p, t, h, w):
-    """The inverse: (B, N, u*p*p*3) -> (B, 3, t*u, h*p, w*p); u follows from the number of values."""
+def unpatchify_clips(patches, p, t, h, w, channels=3):
+    """The inverse: (B, N, u*p*p*C) -> (B, C, t*u, h*p, w*p); u follows from the number of values."""
     B, N, P = patches.shape
-    u = P // (p * p * 3)
-    x = patches.reshape(B, t, h, w, u, p, p, 3)
+    u, C = P // (p * p * channels), channels
+    x = patches.reshape(B, t, h, w, u, p, p, C)
     x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, t, u, h, p, w, p)
-    return x.reshape(B, 3, t * u, h * p, w * p)
+    return x.reshape(B, C, t * u, h * p, w * p)
 
 
 def sinusoid(width, N):
@@ -105,56 +140,56 @@ def resize_table(table, old, new, mode="bicubic"):
     return x.permute(0, 2, 3, 1).reshape(1, -1, D)
 
 
-def standardise_channels(patches, deviation):
+def standardise_channels(patches, channels, deviation):
     """Each cube by its own mean and standard deviation, each channel by itself.
 
-    patches    (B, M, P) -> target, mean, std, each (B, M, P)
-    deviation  function, unbiased variance -> standard deviation: VideoMAE adds epsilon outside the root, OmniMAE inside
+    patches    (B, M, P), channels last -> target, mean, std, each (B, M, P)
+    deviation  unbiased variance -> deviation: VideoMAE adds its epsilon outside the root, OmniMAE inside
     """
     B, M, P = patches.shape
-    per_channel = lambda v: v.expand(B, M, P // 3, 3).reshape(B, M, P)
-    mean = per_channel(patches.reshape(B, M, P // 3, 3).mean(dim=2, keepdim=True))
-    x = patches - mean
+    values = patches.reshape(B, M, P // channels, channels)  # (B, M, P / C, C)
+    mean = values.mean(dim=2, keepdim=True)
     # torch's var takes four times as long as this where the channels come last
-    var = x.reshape(B, M, P // 3, 3).square().sum(dim=2, keepdim=True) / (P // 3 - 1)  # (B, M, 1, 3)
-    std = per_channel(deviation(var))
-    return x / std, mean, std
+    var = (values - mean).square().sum(dim=2, keepdim=True) / (P // channels - 1)  # (B, M, 1, C)
+    std = deviation(var)
+    return tuple(x.expand_as(values).reshape(B, M, P) for x in ((values - mean) / std, mean, std))
 
 
-# ============================================================================================================
+# ==================================================================================================
 #  THE PAPERS, part 2: VideoMAE
-#  (needs: torch, part 1; mae_image.py ENCODERS, IMAGENET_*, parts 1-3; masking.py InputError, part 3)
-# ============================================================================================================
+#  (needs: torch, part 1; mae_image.py ENCODERS, IMAGENET_*, parts 1-3; masking.py part 3)
+# ==================================================================================================
 
 
 class VideoMAE(nn.Module):
     """VideoMAE.   loss, pred = model(clips, mask)
 
-    clips  (B, 3, T, H, W) float, normalised with MEAN and STD;   mask (B, N) bool, True = hidden
-    loss   float32 scalar;   pred (B, M, u*p*p*3), the painted hidden cubes, in the form of the target
+    clips  (B, C, T, H, W) float, normalised with mean and std;   mask (B, N) bool, True = hidden
+    loss   float32 scalar;   pred (B, M, u*p*p*C), the painted hidden cubes, in the form of the target
 
-    size     name in ENCODERS or (width, blocks, heads)
-    decoder  (width, blocks, heads); published: half the encoder's width, heads of 64 (huge 80), 4 blocks (12 from
-             large on)
-    raises   InputError if frames or sides cannot be cut evenly, or a width by its heads
+    size      name in ENCODERS or (width, blocks, heads)
+    decoder   (width, blocks, heads); published: half the encoder's width, heads of 64 (huge 80), 4 blocks
+              (12 from large on)
+    channels, mean, std: as in MAE.   Raises ValueError if a side cannot be cut evenly, or a width into heads
 
-    DIFFERS from the official code: its attention has no key bias, ours does. A constant added to every key changes
-    no softmax, so the numbers agree; public files load with a key bias of zero.
+    DIFFERS from the official code: its attention has no key bias, ours does. A constant added to every key
+    changes no softmax, so the numbers agree; public files load with a key bias of zero.
     """
 
-    MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
     NO_DECAY = ("mask_token",)
     WARMUP_INCLUSIVE = True
 
-    def __init__(self, frames=16, img_size=224, tubelet=2, patch=16, size="base", decoder=(384, 4, 6), norm_pix=True):
+    def __init__(self, frames=16, img_size=224, tubelet=2, patch=16, size="base", decoder=(384, 4, 6), norm_pix=True,
+                 channels=3, mean=None, std=None):  # fmt: skip
         super().__init__()
-        self.grid = check_clip(frames, img_size, tubelet, patch)
+        self.grid = grid_of(frames, img_size, tubelet, patch)
         self.tubelet, self.patch, self.norm_pix = tubelet, patch, norm_pix
+        self.mean, self.std = of_channels(mean, IMAGENET_MEAN, channels), of_channels(std, IMAGENET_STD, channels)
         D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
         E, decoder_depth, decoder_heads = decoder
-        N, P = math.prod(self.grid), tubelet * patch * patch * 3
+        N = math.prod(self.grid)
 
-        self.patch_embed = PatchEmbed((tubelet, patch, patch), 3, D)
+        self.patch_embed = PatchEmbed((tubelet, patch, patch), channels, D)
         self.blocks = nn.ModuleList([Block(D, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
@@ -162,31 +197,26 @@ class VideoMAE(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
         self.decoder_blocks = nn.ModuleList([Block(E, decoder_heads) for _ in range(decoder_depth)])
         self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
-        self.decoder_pred = nn.Linear(E, P)
+        self.decoder_pred = nn.Linear(E, tubelet * patch * patch * channels)
 
         self.register_buffer("pos_embed", sinusoid(D, N)[None], persistent=False)  # (1, N, D)
         self.register_buffer("decoder_pos_embed", sinusoid(E, N)[None], persistent=False)  # (1, N, E)
 
-        # patch_embed and decoder_embed keep PyTorch's default: the official initialisation never reaches them.
+        # patch_embed and decoder_embed keep PyTorch's default: the official initialisation never reaches them
         self.blocks.apply(init_weights)
         self.decoder_blocks.apply(init_weights)
         init_weights(self.decoder_pred)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
-    def normalize(self, clips):
-        """Batch from the loader, uint8 (B, T, H, W, 3) -> (B, 3, T, H, W) float32."""
-        return normalize(clips, self.MEAN, self.STD)
-
     def forward(self, clips, mask):
-        patches = patchify(clips, self.tubelet, self.patch)  # (B, N, P)
-        latent = self.forward_encoder(patches, mask)  # (B, K, D)
+        latent = self.forward_encoder(clips, mask)  # (B, K, D)
         pred = self.forward_decoder(latent, mask)  # (B, M, P)
         return self.forward_loss(clips, pred, mask), pred
 
-    def forward_encoder(self, patches, mask):
-        """Joint space-time attention over the visible cubes.   (B, N, P), (B, N) -> (B, K, D)"""
+    def forward_encoder(self, clips, mask=None):
+        """Joint space-time attention over the visible cubes.   -> (B, K, D)"""
+        patches = self.cubes(clips)  # (B, N, P)
         B, N, P = patches.shape
-        check_grid(N, self.grid, mask)
         x = self.patch_embed(visible(patches, mask))  # (B, K, D)
         x = x + visible(self.pos_embed.expand(B, -1, -1), mask)  # (B, K, D)
         for block in self.blocks:
@@ -204,56 +234,37 @@ class VideoMAE(nn.Module):
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x[:, K:]))
 
-    def target_patches(self, clips):
-        """Cubes of pixels in [0, 1], the network's normalisation undone.   (B, 3, T, H, W) -> (B, N, P)
+    def cubes(self, clips):
+        """The network's input, cut.   (B, C, T, H, W) -> (B, N, u*p*p*C)"""
+        t, h, w = self.grid
+        size = t * self.tubelet, h * self.patch, w * self.patch
+        if clips.shape[2:] != size:
+            raise ValueError(f"clips of {tuple(clips.shape[2:])}, but the model was built for (T, H, W) = {size}")
+        return patchify_clips(clips, self.tubelet, self.patch)
+
+    def patches(self, clips):
+        """What is to be painted: cubes of pixels in [0, 1], the network's normalisation undone.   -> (B, N, P)
 
         For a target that is normalised per channel this matters by its epsilon only; for raw pixels it sets the scale.
         """
-        return patchify(to_unit_range(clips.float(), self.MEAN, self.STD), self.tubelet, self.patch)
+        return patchify_clips(to_unit_range(clips.float(), self.mean, self.std), self.tubelet, self.patch)
 
     def standardise(self, patches):
-        """standardise_channels with the epsilon outside the root (MAE: inside)."""
-        return standardise_channels(patches, lambda var: var.sqrt() + 1e-6)
+        """Each cube by its own mean and deviation, each channel by itself; epsilon outside the root (MAE: inside)."""
+        return standardise_channels(patches, len(self.mean), lambda var: var.sqrt() + 1e-6)
 
-    @torch.no_grad()
-    def forward_target(self, patches):
-        """Hidden cubes -> what pred is compared with, float32 (B, M, P)."""
-        return self.standardise(patches)[0] if self.norm_pix else patches
-
-    def forward_loss(self, clips, pred, mask):
-        """Eq. (1): mean squared error on hidden cubes only."""
-        if pred.shape[1] == 0:
-            return pred.float().sum()  # nothing hidden: 0, not 0 / 0
-        return F.mse_loss(pred.float(), self.forward_target(hidden(self.target_patches(clips), mask)))
-
-    def encode(self, clips):
-        """Every token, no mask: fine-tuning, probing, features.   (B, 3, T, H, W) -> (B, N, D)"""
-        patches = patchify(clips, self.tubelet, self.patch)  # (B, N, P)
-        return self.forward_encoder(patches, torch.zeros(patches.shape[:2], dtype=torch.bool))
+    # as in MAE: mean squared error on hidden cubes only, Eq. (1)
+    normalize, target, forward_loss, encode = MAE.normalize, MAE.target, MAE.forward_loss, MAE.encode
 
     def to_pictures(self, patches):
-        """Target cubes (B, N, P) -> frames (B, T, 3, H, W) in [0, 1]."""
-        return unpatchify(patches, self.patch, *self.grid).transpose(1, 2)
-
-    def from_public(self, state):
-        """Names of MCG-NJU/VideoMAE -> ours; q_bias and v_bias become one bias with a zero for the keys."""
-        renamed = {}
-        for key, value in state.items():
-            key = key.removeprefix("encoder.").replace("encoder_to_decoder.", "decoder_embed.")
-            key = key.replace("decoder.blocks.", "decoder_blocks.").replace("decoder.norm.", "decoder_norm.")
-            renamed[key.replace("decoder.head.", "decoder_pred.")] = value
-        for key in [k for k in renamed if k.endswith("q_bias")]:
-            q, v = renamed.pop(key), renamed.pop(key.replace("q_bias", "v_bias"), None)
-            if v is None:
-                raise InputError(f"the file has {key} but no v_bias")
-            renamed[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-        return renamed
+        """Cubes (B, N, P) -> frames (B, T, C, H, W) in [0, 1]."""
+        return unpatchify_clips(patches, self.patch, *self.grid, len(self.mean)).transpose(1, 2)
 
 
-# ============================================================================================================
+# ==================================================================================================
 #  THE PAPERS, part 3: MAE-ST
-#  (needs: torch, parts 1, 2; mae_image.py ENCODERS, parts 1-3; masking.py InputError, part 3)
-# ============================================================================================================
+#  (needs: torch, parts 1, 2; mae_image.py ENCODERS, parts 1-3; masking.py part 3)
+# ==================================================================================================
 
 
 def target_frames(frames, predicted):
@@ -267,8 +278,8 @@ def target_frames(frames, predicted):
 class MAEST(nn.Module):
     """MAE-ST.   loss, pred = model(clips, mask)
 
-    clips  (B, 3, T, H, W) float, normalised with MEAN and STD;   mask (B, N) bool, True = hidden
-    loss   float32 scalar;   pred (B, M, P), the painted hidden cubes: `predicted` of the T frames, P = u'*p*p*3
+    clips  (B, C, T, H, W) float, normalised with mean and std;   mask (B, N) bool, True = hidden
+    loss   float32 scalar;   pred (B, M, P), the painted hidden cubes: `predicted` of the T frames, P = u'*p*p*C
            with u' = u * predicted / T, 1 in the paper: of each cube of two frames, one is painted
 
     size       name in ENCODERS or (width, blocks, heads)
@@ -276,24 +287,24 @@ class MAEST(nn.Module):
     predicted  frames that are painted, a multiple of the time slots; None: one per time slot
     separable  positions are a spatial plus a temporal table, else one joint table
     cls        class token; its encoder output is dropped, the decoder begins with a class token of its own
+    mean, std  of each channel; None: 0.45 and 0.225 for all, not ImageNet's
     """
 
-    MEAN, STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)  # not ImageNet's
     NO_DECAY = ()  # so the tokens and the learned tables decay
     WARMUP_INCLUSIVE = False
 
     def __init__(self, frames=16, img_size=224, tubelet=2, patch=16, size="base", decoder=(512, 4, 16), norm_pix=True,
-                 predicted=None, separable=True, cls=True):  # fmt: skip
+                 predicted=None, separable=True, cls=True, channels=3, mean=None, std=None):  # fmt: skip
         super().__init__()
-        self.grid = t, h, w = check_clip(frames, img_size, tubelet, patch)
+        self.grid = t, h, w = grid_of(frames, img_size, tubelet, patch)
         predicted = predicted or t
-        check_divides(predicted, t, "number of predicted frames", "time slots", "predicted =")
         self.tubelet, self.patch, self.norm_pix, self.cls = tubelet, patch, norm_pix, cls
+        self.mean, self.std = mean or (0.45,) * channels, std or (0.225,) * channels
         D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
         E, decoder_depth, decoder_heads = decoder
-        P = predicted // t * patch * patch * 3
+        P = parts_of(predicted, t, "number of painted frames") * patch * patch * channels
 
-        self.patch_embed = PatchEmbed((tubelet, patch, patch), 3, D)
+        self.patch_embed = PatchEmbed((tubelet, patch, patch), channels, D)
         self.blocks = nn.ModuleList([Block(D, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
@@ -325,25 +336,24 @@ class MAEST(nn.Module):
 
     def positions(self, prefix=""):
         """-> table of the tokens (1, N, D), row of the class token (1, 1, D) or None; width E for the decoder's."""
-        get = lambda part: getattr(self, f"{prefix}pos_embed{part}", None)
-        if (joint := get("")) is not None:
-            return joint[:, self.cls :], joint[:, :1] if self.cls else None
+        joint = getattr(self, f"{prefix}pos_embed", None)
+        if joint is not None:
+            return joint[:, self.cls :], joint[:, :1]
         t, h, w = self.grid
-        # token (s, r, c) gets spatial[r, c] + temporal[s]; time-major, so space repeats and time is held
-        table = get("_spatial").repeat(1, t, 1) + get("_temporal").repeat_interleave(h * w, dim=1)
-        return table, get("_class")
+        space, time = getattr(self, f"{prefix}pos_embed_spatial"), getattr(self, f"{prefix}pos_embed_temporal")
+        # token (s, r, c) gets space[r, c] + time[s]; time-major, so space repeats and time is held
+        table = space.repeat(1, t, 1) + time.repeat_interleave(h * w, dim=1)
+        return table, getattr(self, f"{prefix}pos_embed_class", None)
 
     def forward(self, clips, mask):
-        patches = patchify(clips, self.tubelet, self.patch)  # (B, N, u*p*p*3)
-        latent = self.forward_encoder(patches, mask)  # (B, 1+K, D)
-        x = self.forward_decoder(latent, mask)  # (B, N, E)
-        pred = self.decoder_pred(hidden(x, mask))  # (B, M, P)
+        latent = self.forward_encoder(clips, mask)  # (B, 1+K, D)
+        pred = self.forward_decoder(latent, mask)  # (B, M, P)
         return self.forward_loss(clips, pred, mask), pred
 
-    def forward_encoder(self, patches, mask):
-        """Visible cubes, wherever in space-time they are.   (B, N, u*p*p*3) -> (B, 1+K, D), or (B, K, D) without cls"""
+    def forward_encoder(self, clips, mask=None):
+        """Visible cubes, wherever in space-time they are.   -> (B, 1+K, D), or (B, K, D) without cls"""
+        patches = self.cubes(clips)  # (B, N, u*p*p*C)
         B, N, _ = patches.shape
-        check_grid(N, self.grid, mask)
         table, cls_row = self.positions()
         x = self.patch_embed(visible(patches, mask)) + visible(table.expand(B, -1, -1), mask)  # (B, K, D)
         if self.cls:
@@ -353,7 +363,7 @@ class MAEST(nn.Module):
         return self.norm(x)
 
     def forward_decoder(self, latent, mask):
-        """All tokens in raster order.   (B, [1+]K, D) -> (B, N, E)"""
+        """All tokens in raster order.   (B, [1+]K, D) -> (B, M, P)"""
         table, cls_row = self.positions("decoder_")
         vis = self.decoder_embed(latent[:, self.cls :])  # (B, K, E)
         x = restore(vis, mask, self.mask_token) + table  # (B, N, E)
@@ -361,172 +371,343 @@ class MAEST(nn.Module):
             x = torch.cat([(self.decoder_cls_token + cls_row).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_norm(x)[:, self.cls :]
+        x = self.decoder_norm(x)[:, self.cls :]  # (B, N, E)
+        return self.decoder_pred(hidden(x, mask))
 
-    def target_patches(self, clips):
+    def patches(self, clips):
         """The frames that are painted, as cubes of u' frames: Sec. 3 "Autoencoding".   -> (B, N, P)"""
-        return patchify(clips.float()[:, :, self.frame_index], len(self.frame_index) // self.grid[0], self.patch)
+        painted = clips.float()[:, :, self.frame_index]
+        return patchify_clips(painted, len(self.frame_index) // self.grid[0], self.patch)
 
     standardise = MAE.standardise  # each cube by its own mean and variance, over all channels together
-    normalize, forward_target, forward_loss = VideoMAE.normalize, VideoMAE.forward_target, VideoMAE.forward_loss
-    encode = VideoMAE.encode  # (B, 3, T, H, W) -> (B, 1+N, D), class token first
+    normalize, target, forward_loss, encode = MAE.normalize, MAE.target, MAE.forward_loss, MAE.encode
+    cubes = VideoMAE.cubes
 
     def to_pictures(self, patches):
-        """Target cubes (B, N, P) -> the painted frames (B, predicted, 3, H, W) in [0, 1]."""
-        x = unpatchify(patches, self.patch, *self.grid)  # (B, 3, predicted, H, W)
-        return to_unit_range(x, self.MEAN, self.STD).transpose(1, 2)
-
-    def from_public(self, state):
-        """Names of facebookresearch/mae_st (and of the SlowFast files it reads) -> ours.
-
-        q, k, v are three linears there, or one where a file was written so; learned tables are resized to our
-        grid. Of SlowFast files only the encoder fits: its decoder is another one.
-        """
-        slowfast = any(k.startswith(("dec_pos_embed", "pred_head")) for k in state)
-        decoder = ("dec_pos_embed", "pred_head", "decoder_embed", "mask_token") if slowfast else ()
-        renamed = {k: v for k, v in state.items() if not k.startswith(decoder)}
-        for key in [k for k in renamed if ".attn.q." in k]:
-            parts = [renamed.pop(key.replace(".attn.q.", f".attn.{part}."), None) for part in "qkv"]
-            if any(p is None for p in parts):
-                raise InputError(f"the file has {key} but not its k and v")
-            renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-        for key in [k for k in renamed if "pos_embed" in k]:
-            renamed[key] = self.resize(key, renamed[key])
-        return renamed
-
-    def resize(self, name, table):
-        """A learned table for another grid -> ours; one that cannot be resized stays, and load_weights names it."""
-        t, h, w = self.grid
-        own, side = getattr(self, name, None), math.isqrt(table.shape[1]) if table.ndim == 3 else 0
-        if own is None or not side or own.shape == table.shape or own.shape[2] != table.shape[2]:
-            return table
-        if name.endswith("spatial") and side * side == table.shape[1]:
-            return resize_table(table, (1, side, side), (1, h, w))
-        return resize_table(table, (table.shape[1], 1, 1), (t, 1, 1)) if name.endswith("temporal") else table
+        """Cubes (B, N, P) -> the painted frames (B, predicted, C, H, W) in [0, 1]."""
+        x = unpatchify_clips(patches, self.patch, *self.grid, len(self.mean))  # (B, C, predicted, H, W)
+        return to_unit_range(x, self.mean, self.std).transpose(1, 2)
 
 
-# ============================================================================================================
+# ==================================================================================================
+#  THE PAPERS, part 4: which frames, which crop
+#  (needs: numpy, torch; data.py parts 2-4)
+#
+#  n is the number of frames of the video. Frame numbers are int (T,) in [0, n); a video that is too short gives its
+#  last frames several times.
+# ==================================================================================================
+
+
+def dense_clip(n, length, stride, start):
+    """`length` frames, `stride` apart: VideoMAE Sec. 3.3 "temporal downsampling" (stride 4, on SSv2 2)."""
+    frames = start + stride * np.arange(length)
+    return np.minimum(frames, start + (n - 1 - start) // stride * stride)
+
+
+def dense_start(n, length, stride, generator):
+    """A random start for dense_clip, each equally likely where length * stride frames fit; else 0."""
+    return int(torch.randint(max(n - length * stride + 1, 1), (1,), generator=generator))
+
+
+def dense_views(n, length, stride, views):
+    """Test-time clips at even distances over the whole video -> (views, T). One view: the middle of the video.
+
+    VideoMAE's public code thins the video to every stride-th frame and moves a window over what is left."""
+    thin = -(-n // stride)  # how many are left
+    room = max(thin - length, 0)
+    starts = [room // 2] if views == 1 else [int(i * room / (views - 1)) for i in range(views)]
+    return stride * np.minimum(np.array(starts)[:, None] + np.arange(length), thin - 1)
+
+
+def linspace_clip(n, length, stride, start):
+    """MAE-ST's (public code): a real-valued start, `length` points from start to start + length*stride - 1,
+    truncated. The step drifts a little: 0, 4, 8, 12, 16, 21, ..."""
+    points = np.linspace(start, start + length * stride - 1, length, dtype=np.float32)
+    return np.clip(points, 0, n - 1).astype(np.int64)
+
+
+def segment_clip(n, length, generator):
+    """One random frame from each of `length` equal segments of the whole video (TSN; VideoMAE on SSv2).
+
+    DIFFERS from VideoMAE's public code, which rounds the segments down and so never sees the end of a video."""
+    edges = np.arange(length + 1) * n / length
+    u = torch.rand(length, generator=generator).double().numpy()
+    low, high = np.floor(edges[:-1]), np.maximum(np.floor(edges[1:]), np.floor(edges[:-1]) + 1)
+    return np.minimum(low + np.floor(u * (high - low)), n - 1).astype(np.int64)
+
+
+def segment_views(n, length, views):
+    """Test-time clips of one frame per segment -> (views, T). One view: the middle of each segment.
+
+    Two views, as in VideoMAE's public code for SSv2: the starts of the segments, and their middles."""
+    shifts = [0.5] if views == 1 else [v / views for v in range(views)]
+    return np.stack([np.minimum((np.arange(length) + s) * n / length, n - 1).astype(np.int64) for s in shifts])
+
+
+def views_of(sampling, n, length, stride, views):
+    """Test-time clips of a video of n frames, no randomness: frame numbers (views, T). One view: the middle."""
+    if sampling == "segments":
+        return segment_views(n, length, views)
+    if sampling == "dense":
+        return dense_views(n, length, stride, views)
+    gap = max(n - length * stride, 0)  # linspace, MAE-ST: starts at whole distances, public code
+    starts = [gap // 2] if views == 1 else [v * (gap // (views - 1)) for v in range(views)]
+    return np.stack([linspace_clip(n, length, stride, s) for s in starts])
+
+
+def multi_scale_box(shape, size, generator):
+    """VideoMAE's crop (public code).   shape, size (H, W) -> top, left, height, width
+
+    Sides are 1, .875, .75 or .66 of the largest box of the shape of `size`, height and width at most one step
+    apart, and `size` itself where they are within 2 pixels of it; the corner is one of 13 places on a grid of
+    quarters: the four corners, the centre, and eight between them.
+    """
+
+    def pick(n):
+        return int(torch.randint(n, (1,), generator=generator))
+
+    sides = []
+    for side, goal in zip(data.center_box(shape, size)[2:], size):
+        scaled = [max(1, int(side * s)) for s in (1, 0.875, 0.75, 0.66)]
+        sides.append([goal if abs(x - goal) <= 2 and goal <= side else x for x in scaled])
+    pairs = [(i, j) for i in range(4) for j in range(4) if abs(i - j) <= 1]
+    i, j = pairs[pick(len(pairs))]
+    h, w = sides[0][i], sides[1][j]
+    places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
+    row, col = places[pick(len(places))]
+    return row * ((shape[0] - h) // 4), col * ((shape[1] - w) // 4), h, w
+
+
+class ClipDataset(data.FileDataset):
+    """Items uint8 (R, T, H, W, 3): R clips of one video, with one crop and one flip for all frames of a clip.
+
+    frames, stride   T frames, `stride` apart ("dense", "linspace"), or spread over the video ("segments")
+    size             (H, W);   crop: "random", "multiscale" or "center";   min_crop: see data.random_box
+    repeat           R clips of every decoded video, with their own position and crop: MAE-ST Sec. 4 "Data
+                     pre-processing". Decoding is the slow part, so R clips cost little more than one
+    train            False: one clip without randomness, of the middle of the video or of every segment; centre crop
+    """
+
+    def __init__(self, files, frames, stride, size, seed, sampling="dense", crop="random", min_crop=0.5, flip=True,
+                 repeat=1, train=True):  # fmt: skip
+        super().__init__(files, seed)
+        self.frames, self.stride, self.size, self.sampling, self.train = frames, stride, size, sampling, train
+        self.crop, self.min_crop, self.flip, self.repeat = crop if train else "center", min_crop, flip, repeat
+
+    def read(self, i, generator):
+        clips, problem = data.read_clips(self.paths[i], lambda n: self.choose(n, generator))
+        return torch.stack([self.cut(clip, generator) for clip in clips]), problem
+
+    def choose(self, n, generator=None):
+        """Frame numbers (R, T) for a video of n frames."""
+        T, stride, R = self.frames, self.stride, self.repeat
+        if not self.train:
+            return views_of(self.sampling, n, T, stride, 1)
+        if self.sampling == "segments":
+            return np.stack([segment_clip(n, T, generator) for _ in range(R)])
+        if self.sampling == "dense":
+            return np.stack([dense_clip(n, T, stride, dense_start(n, T, stride, generator)) for _ in range(R)])
+        starts = torch.rand(R, generator=generator).numpy() * max(n - T * stride, 0)
+        return np.stack([linspace_clip(n, T, stride, s) for s in starts])
+
+    def cut(self, clip, generator):
+        shape = clip.shape[1:3]
+        if self.crop == "center":
+            return data.make_crop(clip, self.size, data.center_box(shape, self.size))
+        if self.crop == "multiscale":
+            box = multi_scale_box(shape, self.size, generator)
+        else:
+            box = data.random_box(shape, self.size, self.min_crop, generator)
+        flip = self.flip and torch.rand(1, generator=generator) < 0.5
+        return data.make_crop(clip, self.size, box, flip)
+
+
+# ==================================================================================================
 #  THE RUN
-# ============================================================================================================
+# ==================================================================================================
 
 MODELS = {"videomae": VideoMAE, "mae_st": MAEST}
 
 
-@dataclass
-class Config:
+@dataclasses.dataclass
+class Config(RunConfig):
+    SCRIPT, BASELINE = "mae_video", "mean prediction"
+
     # data
     data: str = "toy"  # UCF101, HMDB51, folder of videos or list file; "toy" is written first if it is not there
     fold: int = 1  # of the official lists: 1, 2 or 3
-    allow_missing: bool = False  # a list may name files that are not there: use the others
     frames: int = 8  # frames per clip; the papers have 16
     stride: int = 2  # frames from one to the next (Kinetics, UCF101: 4; SSv2, HMDB51: 2)
-    sampling: typing.Literal["dense", "linspace", "segments"] = "dense"  # linspace: MAE-ST's; segments: whole video
-    img_size: int = 64  # side of the square that the model sees, in pixels
+    sampling: typing.Literal["segments", "dense", "linspace"] = "segments"  # whole video, window, MAE-ST's window
+    img_size: str = "48"  # side of the frames that the model sees in pixels, or HEIGHTxWIDTH
     crop: typing.Literal["random", "multiscale", "center"] = "random"  # multiscale: VideoMAE's
-    min_crop: float = 0.5  # smallest share of the frame that a random crop takes (only --crop random)
-    flip: bool = True  # mirror half of the clips (not with --crop center); --no-flip where left and right are classes
+    min_crop: float = 0.5  # smallest share of the frame that a random crop takes
+    flip: bool = True  # mirror half of the clips; --no-flip where left and right are classes
     repeat: int = 1  # clips taken from every decoded video: repeated sampling
-    workers: int = 2  # processes that load data
+    allow_missing: bool = False  # a list may name files that are not there: use the others
+    picture: str = ""  # no training: hide parts of this one clip and paint them, with the model in --init
     # model
     model: typing.Literal["videomae", "mae_st"] = "videomae"  # which paper
     size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
+    decoder: str = "64x1x2"  # WIDTHxBLOCKSxHEADS; VideoMAE: half of the encoder, 4 blocks; MAE-ST: 512x4x16
     patch: int = 8  # side of a cube in pixels
     tubelet: int = 2  # frames in a cube
-    decoder_width: int = 64  # VideoMAE: half of the encoder; MAE-ST: 512
-    decoder_depth: int = 1  # blocks; both papers have 4 (VideoMAE large and huge 12)
-    decoder_heads: int = 2  # VideoMAE: decoder width / 64 (huge: / 80); MAE-ST: 16
-    mask: typing.Literal["auto", "tube", "random", "frame", "block", "causal"] = "auto"  # auto: tube; mae_st: random
+    mask: typing.Literal["paper", "tube", "random", "frame", "block", "causal"] = "paper"  # tube; mae_st: random
     mask_ratio: float = 0.75  # share of cubes that are hidden; the papers: 0.9, on UCF101 and HMDB51 0.75
     norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as the papers do
     # optimiser
     epochs: int = 70  # passes over the videos; each gives --repeat clips
     batch: int = 16  # clips per update, over all processes, accumulation steps and repeats
-    accum: int = 1  # forward-backward passes per update: raise it when memory runs out
-    lr: float = 8e-2  # base rate, for a batch of 256; papers and public codes: 1.5e-4 to 4e-4, for much longer runs
-    min_lr: float = 0.0  # base rate at the end of the cosine; VideoMAE: 1e-5
+    lr: float = 8e-2  # base rate, for a batch of 256; the papers: 1.5e-4 to 4e-4, for much longer runs
     warmup: float = 5  # epochs of linear warm-up
-    weight_decay: float = 0.05  # of matrices; vectors have none
-    clip: float = 0.0  # largest norm of the gradient, 0: no clipping (MAE-ST's public code: 0.02)
     # run
     out: str = "runs/mae_video"  # folder for checkpoint, log and pictures
-    resume: bool = False  # go on with the run in --out
-    init: str = ""  # start from the weights in this file: ours, or a public one of the same paper
-    seed: int = 0  # of weights, masks, order, crops
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
-    compile: bool = False  # torch.compile: slow start, faster steps
-    log_every: int = 10  # updates between two lines of the log
-    pictures: int = 5  # how often pictures are drawn, evenly over the run, the last at its end; and once before
-    smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
-_one_gpu = dict(frames=16, img_size=112, patch=8, size="small", decoder_width=192, decoder_depth=4, decoder_heads=3,
-                mask_ratio=0.75, norm_pix=True, crop="multiscale", flip=False, batch=64, lr=3e-4, warmup=20,
-                workers=8)  # fmt: skip
-_paper = dict(frames=16, img_size=224, patch=16, size="base", decoder_width=384, decoder_depth=4, decoder_heads=6,
-              mask_ratio=0.75, norm_pix=True, crop="multiscale", batch=192, lr=3e-4, min_lr=1e-5, warmup=40,
-              flip=False, workers=16)  # fmt: skip
+_gpu = dict(frames=16, stride=4, sampling="dense", img_size="112", patch=8, size="small", decoder="192x4x3",
+            mask_ratio=0.75, norm_pix=True, crop="multiscale", flip=False, epochs=200, batch=64, lr=3e-4, warmup=20,
+            workers=8)  # fmt: skip
+_paper = dict(frames=16, stride=4, sampling="dense", img_size="224", patch=16, size="base", decoder="384x4x6",
+              mask_ratio=0.75, norm_pix=True, crop="multiscale", flip=False, epochs=3200, batch=192, lr=3e-4,
+              min_lr=1e-5, warmup=40, workers=16)  # fmt: skip
 PRESETS = {
-    "ucf101": dict(_one_gpu, stride=4, epochs=200, out="runs/ucf101"),
-    "hmdb51": dict(_one_gpu, stride=2, epochs=400, out="runs/hmdb51"),
+    # some hundred clips of your own, on a CPU or one GPU
+    "small": dict(frames=16, size="96x4x3", decoder="64x1x2", mask_ratio=0.85, norm_pix=True, batch=32, lr=2e-2,
+                  epochs=300, warmup=15, out="runs/small"),
+    "gpu": dict(_gpu, out="runs/video_gpu"),
+    "ucf101": dict(_gpu, out="runs/ucf101"),
+    "hmdb51": dict(_gpu, stride=2, epochs=400, out="runs/hmdb51"),
     # VideoMAE App. 7 "UCF101" and "HMDB51" (8 GPUs); no flip and the end of the cosine as in the public code
-    "ucf101_paper": dict(_paper, stride=4, epochs=3200, out="runs/ucf101_paper"),
+    "ucf101_paper": dict(_paper, out="runs/ucf101_paper"),
     "hmdb51_paper": dict(_paper, stride=2, epochs=4800, out="runs/hmdb51_paper"),
     # MAE-ST Sec. 4: 800 epochs are 200 passes x 4 clips. Passes from SlowFast's configuration; warm-up 30 passes, the
     # 120 epochs of Table 5. Rate and clipping from mae_st's PRETRAIN.md, where 1.6e-3 is for 256 videos, that is 1024
     # clips; here it is for 256 clips, so a quarter. not verified: whether the paper's batch of 512 counts clips, as
     # here, or videos
-    "mae_st_paper": dict(model="mae_st", frames=16, stride=4, sampling="linspace", img_size=224, patch=16, size="large",
-                         decoder_width=512, decoder_depth=4, decoder_heads=16, mask_ratio=0.9, norm_pix=True, repeat=4,
-                         batch=512, lr=4e-4, clip=0.02, epochs=200, warmup=30, workers=16, out="runs/mae_st_paper"),
+    "mae_st_paper": dict(model="mae_st", frames=16, stride=4, sampling="linspace", img_size="224", patch=16,
+                         size="large", decoder="512x4x16", mask_ratio=0.9, norm_pix=True, repeat=4, batch=512, lr=4e-4,
+                         clip=0.02, epochs=200, warmup=30, workers=16, out="runs/mae_st_paper"),
 }  # fmt: skip
 
 
-def write_strips(pictures, titles, path, note):
-    """Three of the clips as a PNG (a line per kind of picture, a column per frame) and as a video file.
-
-    pictures (clips, kinds, frames, 3, H, W) in [0, 1]"""
-    columns = torch.linspace(0, pictures.shape[2] - 1, min(8, pictures.shape[2])).round().long()
-    # from the second quarter on: the first clips of the toy world stand still
-    pictures = pictures[torch.linspace(len(pictures) // 4, len(pictures) - 1, min(3, len(pictures))).long()]
-    rows = pictures[:, :, columns].flatten(0, 1)  # (3 * kinds, frames, 3, H, W)
-    save_picture(picture_table(rows, [", ".join(titles)], note), f"{path}.png")
-    # the film: a row per clip, a column per kind of picture; three times over, or it would last a second
-    frames = [picture_table(pictures[:, :, f], titles, note) for f in range(pictures.shape[2])]
-    even = [np.asarray(f)[: f.height // 2 * 2, : f.width // 2 * 2] for f in frames]
-    try:
-        data.write_video(f"{path}.mp4", even * 3, Fraction(8))
-    except OSError as error:
-        say(f"warning: cannot write {path}.mp4: {error}")
-
-
-def main():
-    cfg = read_config(Config, PRESETS, __doc__, "mae_video")
-    rank, world, device = start_processes(cfg)
-    data.fetch(cfg.data, rank, world)
+@torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
+def main(argv=None):
+    readers = {"videomae": public_videomae, "mae_st": public_maest}
+    cfg, found = read_config(Config, PRESETS, __doc__, readers, argv)
+    device = start_processes(cfg)
     torch.manual_seed(cfg.seed)
-    decoder = (cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
-    model = MODELS[cfg.model](cfg.frames, cfg.img_size, cfg.tubelet, cfg.patch, encoder_size(cfg.size), decoder,
-                              cfg.norm_pix)  # fmt: skip
-    kind = {"videomae": "tube", "mae_st": "random"}[cfg.model] if cfg.mask == "auto" else cfg.mask
-    draw_mask = lambda batch, rows, generator: MASKS[kind](rows, model.grid, cfg.mask_ratio, generator)
-    check_mask(draw_mask(None, 1, torch.Generator()))
+    size, decoder = height_width(cfg.img_size), numbers(cfg.decoder, 3)
+    model = MODELS[cfg.model](cfg.frames, size, cfg.tubelet, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)
+    load_pretrained(model, found and resize_learned(found, model))
+    model.to(device)
+    kind = cfg.mask
+    if kind == "paper":
+        kind = "tube" if cfg.model == "videomae" else "random"
 
-    def open_clips(split):
-        files = data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
-        return data.ClipDataset(files, cfg.frames, cfg.stride, cfg.img_size, cfg.seed, cfg.sampling, cfg.crop,
-                                cfg.min_crop, cfg.flip, cfg.repeat, train=split == "train")  # fmt: skip
+    def draw_mask(batch, rows, generator):
+        return MASKS[kind](rows, model.grid, cfg.mask_ratio, generator)
 
-    train = open_clips("train")
-    batch, mask = held_out(open_clips("val"), draw_mask, cfg.seed, 16)
+    def open_clips(files, train):
+        return ClipDataset(files, cfg.frames, cfg.stride, size, cfg.seed, cfg.sampling, cfg.crop, cfg.min_crop,
+                           cfg.flip, cfg.repeat, train)  # fmt: skip
 
-    def validate(model, path):
-        loss, chance, pictures = reconstruct(model, model.normalize(batch.to(device)), mask)
-        cells = torch.stack(list(pictures.values()), dim=1)  # (clips, kinds, frames, 3, H, W)
-        write_strips(cells, list(pictures), path, LEAK_NOTE if model.norm_pix else "")
-        return {"val_loss": loss, "chance": chance}
+    if cfg.picture:
+        one = data.Files(np.array([cfg.picture]), np.array([-1]), [], "")
+        return show_one(model, open_clips(one, False).read(0, None)[0], draw_mask, cfg)
+    fetch(cfg.data)
+    train_files, val_files = (data.list_videos(cfg.data, s, cfg.fold, cfg.allow_missing) for s in ("train", "val"))
+    report(data.describe(train_files, val_files))
+    val = open_clips(val_files, False)
+    batch, mask, paths = held_out(val, draw_mask, cfg.seed, 16)
 
-    pretrain(model, train, draw_mask, validate, cfg, "mae_video")
+    def look(path):
+        loss, baseline, pictures, hole = reconstruct(model, model.normalize(batch.to(device)), mask)
+        draw_clips(pictures, path, LEAK_NOTE * cfg.norm_pix)
+        objects = explained_objects(pictures, hole, paths, lambda n: val.choose(n)[0])
+        return {"val_loss": loss, "baseline": baseline, **objects}
+
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
+    loss_of = pretraining_loss(model, draw_mask, cfg)
+    train(model, open_clips(train_files, True), loss_of, optimizer, look, cfg).finish()
+
+
+def draw_clips(pictures, path, note):
+    """Three of the clips: as a PNG, a line for each kind of picture and a column for each frame, and as a film."""
+    clips = torch.stack(list(pictures.values()), dim=1)  # (clips, kinds, frames, 3, H, W)
+    clips = clips[torch.linspace(0, len(clips) - 1, min(3, len(clips))).long()]
+    frames = torch.linspace(0, clips.shape[2] - 1, min(8, clips.shape[2])).round().long()
+    rows = clips[:, :, frames].flatten(0, 1)  # (3 * kinds, frames, 3, H, W)
+    titles = [title for _ in clips for title in pictures]
+    save_picture(picture_table(rows, [f"frame {f}" for f in frames.tolist()], titles, note), path.with_suffix(".png"))
+    save_film(clips, list(pictures), note, path.with_suffix(".gif"))
+
+
+# --------------------------------------------------------------------------------------------------
+#  Public files of the two papers
+# --------------------------------------------------------------------------------------------------
+
+
+def public_videomae(state):
+    """MCG-NJU/VideoMAE, HuggingFace's VideoMAE -> settings, our names, guesses; None: another layout."""
+    renamed, names = {}, {"encoder_to_decoder.": "decoder_embed.", "decoder.blocks.": "decoder_blocks.",
+                          "decoder.norm.": "decoder_norm.", "decoder.head.": "decoder_pred."}  # fmt: skip
+    for key, value in from_huggingface(state).items():
+        key = key.removeprefix("encoder.").removeprefix("backbone.")
+        for theirs, ours in names.items():
+            key = ours + key.removeprefix(theirs) if key.startswith(theirs) else key
+        renamed[key] = value
+    kernel = renamed.get("patch_embed.proj.weight", torch.empty(0))
+    if kernel.ndim != 5 or any("pos_embed" in k or k.startswith("trunk.") for k in renamed):
+        return None
+    state = fuse_qkv(renamed)
+    D, _, u, p, _ = kernel.shape
+    depth = blocks_in(state, "blocks.")
+    said = {"model": "videomae", "tubelet": u, "patch": p, "size": f"{D}x{depth}x{guess_heads(D, depth)}",
+            "frames": 16, "stride": 4, "sampling": "dense", "img_size": str(14 * p)}  # fmt: skip
+    guesses = ["size", "frames", "img_size"]
+    if "decoder_embed.weight" in state:
+        E, blocks = len(state["decoder_embed.weight"]), blocks_in(state, "decoder_blocks.")
+        said |= {"decoder": f"{E}x{blocks}x{8 if E > 512 else max(E // 64, 1)}", "norm_pix": True}
+        guesses += ["decoder", "norm_pix"]
+    return said, state, guesses
+
+
+def public_maest(state):
+    """facebookresearch/mae_st, and the encoder of SlowFast's files -> settings, our names, guesses; None: another."""
+    kernel = state.get("patch_embed.proj.weight", torch.empty(0))
+    if kernel.ndim != 5 or not any(k.startswith("pos_embed") for k in state):
+        return None
+    if any(k.startswith(("dec_pos_embed", "pred_head")) for k in state):  # SlowFast: its decoder is another one
+        theirs = ("dec_pos_embed", "pred_head", "decoder_embed", "mask_token")
+        state = {k: v for k, v in state.items() if not k.startswith(theirs)}
+    state = fuse_qkv(state)
+    D, _, u, p, _ = kernel.shape
+    depth = blocks_in(state, "blocks.")
+    said = {"model": "mae_st", "tubelet": u, "patch": p, "size": f"{D}x{depth}x{guess_heads(D, depth)}",
+            "frames": 16, "stride": 4, "sampling": "linspace", "img_size": str(14 * p)}  # fmt: skip
+    guesses = ["size"]
+    if "pos_embed_spatial" in state:
+        said["img_size"] = str(math.isqrt(state["pos_embed_spatial"].shape[1]) * p)
+        said["frames"] = state["pos_embed_temporal"].shape[1] * u
+    if "decoder_embed.weight" in state:
+        E, blocks = len(state["decoder_embed.weight"]), blocks_in(state, "decoder_blocks.")
+        said |= {"decoder": f"{E}x{blocks}x16", "norm_pix": True}
+        guesses += ["decoder", "norm_pix"]
+    return said, state, guesses
+
+
+def resize_learned(found, model):
+    """Learned tables of a square grid -> those of another one, as a pretraining at another size needs them."""
+    _, h, w = model.grid
+    for name, table in list(found.state.items()):
+        own = getattr(model, name, table)
+        if "pos_embed" in name and own.shape != table.shape and own.shape[2] == table.shape[2]:
+            side = math.isqrt(table.shape[1])
+            if name.endswith("spatial") and side**2 == table.shape[1]:
+                found.state[name] = resize_table(table, (1, side, side), (1, h, w))
+            elif name.endswith("temporal"):
+                found.state[name] = resize_table(table, (table.shape[1], 1, 1), (own.shape[1], 1, 1))
+    return found
 
 
 if __name__ == "__main__":

@@ -1,80 +1,72 @@
 """masking.py - which tokens does the encoder not get to see?
 
-An image or a clip becomes a grid of tokens, t time slots x h rows x w columns (t = 1 for an image). A masked
-autoencoder hides most of them and asks a network to paint them back. *How the hidden ones are chosen* is one
-thing in which papers differ; this file holds every kind, and the gather / scatter that obeys a mask.
+An image or a clip becomes a grid of tokens: t time slots x h rows x w columns (t = 1 for an image).
+A masked autoencoder hides most of them and learns to paint them back. *How the hidden ones are chosen*
+is one thing in which papers differ. This file draws every kind of mask, and obeys it.
 
-    MAE       He et al. 2021, arXiv 2111.06377         random 75 %                    random_mask
-    VideoMAE  Tong et al. 2022, arXiv 2203.12602       tubes 90 %  (small sets 75 %)  tube_mask
-    MAE-ST    Feichtenhofer et al. 2022, 2205.09113    random in space-time 90 %      random_mask
-    OmniMAE   Girdhar et al. 2022, arXiv 2206.08356    images 90 %, videos 95 %       random_mask
-              also in its public code:           the last tokens in raster order       causal_mask
-    MultiMAE  Bachmann et al. 2022, arXiv 2204.01678   1/6 visible over modalities    dirichlet_mask
-    ablations MAE Fig. 6, MAE-ST Fig. 4, VideoMAE Table 1(b)                          block_mask, grid_mask, frame_mask
+    MAE       He et al. 2021, arXiv 2111.06377         random 75 %                   random_mask
+    VideoMAE  Tong et al. 2022, arXiv 2203.12602       tubes 90 % (small sets 75 %)  tube_mask
+    MAE-ST    Feichtenhofer et al. 2022, 2205.09113    random in space-time 90 %     random_mask
+    OmniMAE   Girdhar et al. 2022, arXiv 2206.08356    images 90 %, videos 95 %      random_mask
+              also in its public code                  the last tokens               causal_mask
+    MultiMAE  Bachmann et al. 2022, arXiv 2204.01678   1/6 visible of 3 modalities   dirichlet_mask
+    ablations MAE Fig. 6, MAE-ST Fig. 4, VideoMAE Table 1(b)          block_mask, grid_mask, frame_mask
 
-A mask is a bool tensor (B, N) with N = t*h*w, True = hidden. Tokens are time-major: the token in time slot s,
-row r, column c has the number (s*h + r)*w + c ("raster order"). Every row of a batch hides the same number of
-tokens, or the visible ones would not fit into one tensor (B, K, D).
+A mask is a bool tensor (B, N) with N = t*h*w, True = hidden. Tokens are time-major: the token in time
+slot s, row r, column c has number (s*h + r)*w + c ("raster order"). Every row of a batch hides the
+same number of tokens, or the visible ones would not fit into one tensor (B, K, D).
 
 Run   python masking.py                       (3 s; ends with "wrote masks.png")
-      python masking.py --ratio 0.9 --grid 8 14 14 --out my_masks.png
+      python masking.py --ratio 0.9 --grid 8x14x14 --out my_masks.png
 Next  data.py: from a file on disk to a batch.
 """
 
 import argparse
-import contextlib
-import difflib
-import errno
-import os
-import signal
+import dataclasses
+import inspect
+import re
 import sys
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
-
-class InputError(ValueError):
-    """What the user gave (a flag, a path, a file, a shape) cannot be used. The message is one line for people."""
-
-
-# ============================================================================================================
-#  THE PAPER, part 1: how many tokens are hidden                                           (needs: InputError)
-# ============================================================================================================
+# ==================================================================================================
+#  THE PAPER, part 1: how many tokens are hidden                                    (needs: nothing)
+# ==================================================================================================
 
 
 def num_hidden(tokens, ratio, rule):
-    """How many of `tokens` tokens a mask hides.
+    """How many of `tokens` tokens a mask of `ratio`, in [0, 1), hides.
 
-    tokens  int, size of the set that is drawn from (the whole grid, or one time slot of it)
-    ratio   float in [0, 1), share of hidden tokens
     rule    "keep": int(tokens * (1 - ratio)) stay visible     MAE, MAE-ST (public code)
             "hide": int(tokens * ratio) are hidden             VideoMAE, OmniMAE (public code)
-    raises  InputError for a ratio outside [0, 1) or one that leaves nothing visible
+    raises  ValueError if the ratio is outside [0, 1) or leaves nothing visible
 
-    important: both rules truncate, so they differ (196 tokens at 0.9: 177 or 176 hidden), and floats bite:
-    50 * (1 - 0.9) is 4.999..., so 4 tokens stay and not 5. Whoever wants the official counts copies the trap.
+    important: both rules truncate, so they differ (196 tokens at 0.9: 177 or 176 hidden), and floats
+    bite: 50 * (1 - 0.9) is 4.999..., so 4 tokens stay and not 5. The official counts have this trap.
     """
     if not 0 <= ratio < 1:
-        raise InputError(f"mask ratio {ratio} is outside [0, 1): 0.75 hides three quarters of the tokens")
+        raise ValueError(f"mask ratio {ratio} is outside [0, 1): 0.75 hides three quarters")
     hidden = tokens - int(tokens * (1 - ratio)) if rule == "keep" else int(tokens * ratio)
     if hidden == tokens:
-        raise InputError(f"mask ratio {ratio} hides all {tokens} tokens: use a lower ratio or smaller patches")
+        raise ValueError(f"mask ratio {ratio} hides all {tokens} tokens: lower it, or use smaller patches")
     return hidden
 
 
-# ============================================================================================================
-#  THE PAPER, part 2: which tokens are hidden                        (needs: torch, numpy, InputError, part 1)
+# ==================================================================================================
+#  THE PAPER, part 2: which tokens are hidden                          (needs: torch, numpy, part 1)
 #
 #  The kinds in MASKS take (batch, grid, ratio, generator) and return a mask, bool (B, N), on the CPU.
 #  The generator is an explicit torch.Generator: the same seed gives the same masks on every machine.
-# ============================================================================================================
+# ==================================================================================================
 
 
 def hide_largest(noise, count):
     """Mask that hides, in each row, the `count` tokens with the largest noise.
 
-    MAE Sec. 3 "Simple implementation": shuffle by sorting noise, keep the first part. Uniform noise makes this
-    a draw without replacement.   noise (B, N) float -> mask (B, N) bool
+    MAE Sec. 3 "Simple implementation": shuffle by sorting noise, keep the first part. Uniform noise
+    makes this a draw without replacement.   noise (B, N) float -> mask (B, N) bool
     """
     order = noise.argsort(dim=1)  # (B, N)
     mask = torch.zeros(noise.shape, dtype=torch.bool)  # (B, N)
@@ -82,7 +74,7 @@ def hide_largest(noise, count):
 
 
 def random_mask(batch, grid, ratio, generator, rule="keep"):
-    """Each token by chance, wherever it is: MAE Sec. 3 "Masking"; MAE-ST Fig. 4, "space-time agnostic"."""
+    """Each token at random, wherever it is: MAE Sec. 3 "Masking"; MAE-ST Fig. 4 "agnostic"."""
     t, h, w = grid
     noise = torch.rand(batch, t * h * w, generator=generator)  # (B, N)
     return hide_largest(noise, num_hidden(t * h * w, ratio, rule))
@@ -91,8 +83,9 @@ def random_mask(batch, grid, ratio, generator, rule="keep"):
 def tube_mask(batch, grid, ratio, generator):
     """One pattern of h*w places, the same in all t time slots: VideoMAE Sec. 3.3 "tube masking".
 
-    Neighbouring frames look alike. If a hidden patch had a visible twin one slot earlier, the network could copy
-    it; a tube leaves no twin. (The paper writes a Bernoulli draw, its code hides an exact count.)
+    Neighbouring frames look alike. If a hidden patch had a visible twin one slot earlier, the network
+    could copy it; a tube leaves no twin. (The paper writes a Bernoulli draw, its code hides an exact
+    count.)
     """
     t, h, w = grid
     noise = torch.rand(batch, h * w, generator=generator)  # (B, h*w)
@@ -100,36 +93,42 @@ def tube_mask(batch, grid, ratio, generator):
 
 
 def frame_mask(batch, grid, ratio, generator):
-    """Whole time slots: "frame" in VideoMAE Table 1(b), "time-only" in MAE-ST Fig. 4. int(ratio*t) slots go."""
+    """int(ratio*t) whole time slots: VideoMAE Table 1(b) "frame", MAE-ST Fig. 4 "time-only"."""
     t, h, w = grid
     noise = torch.rand(batch, t, generator=generator)  # (B, t)
     return hide_largest(noise, num_hidden(t, ratio, "hide")).repeat_interleave(h * w, dim=1)
 
 
 def causal_mask(batch, grid, ratio, generator=None):
-    """The last int(ratio*N) tokens in raster order: predict the future (in OmniMAE's public code)."""
+    """The last int(ratio*N) tokens in raster order: predict the future (OmniMAE's public code)."""
     t, h, w = grid
-    return hide_largest(torch.arange(t * h * w).repeat(batch, 1), num_hidden(t * h * w, ratio, "hide"))
+    numbers = torch.arange(t * h * w).repeat(batch, 1)  # (B, N)
+    return hide_largest(numbers, num_hidden(t * h * w, ratio, "hide"))
 
 
 def block_mask(batch, grid, ratio, generator):
-    """Large boxes in space-time, until the count is reached: MAE Fig. 6 "block", MAE-ST Fig. 4 "block-wise".
+    """Large boxes in space-time, until enough is hidden: MAE Fig. 6 "block", MAE-ST Fig. 4 "block-wise".
 
-    DIFFERS from the official code (BEiT's): box sides are drawn uniformly, a quarter to a half of the grid's
-    side (in time: 1 to t slots), and the last box loses a random part, so that every row hides the same number.
+    DIFFERS from the official code (BEiT's): box sides are drawn uniformly, a quarter to a half of the
+    grid's side (in time 1 to t slots), and the last box loses a random part, so that every row hides
+    the same number.
     """
     t, h, w = grid
     count = num_hidden(t * h * w, ratio, "keep")
-    draw = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
     rows = []
     for _ in range(batch):
         hidden = torch.zeros(t, h, w, dtype=torch.bool)
         while hidden.sum() < count:
             before = hidden.clone()
-            dt, dh, dw = draw(1, t), draw(max(1, h // 4), max(1, h // 2)), draw(max(1, w // 4), max(1, w // 2))
+            dt, dh = draw(1, t), draw(max(1, h // 4), max(1, h // 2))
+            dw = draw(max(1, w // 4), max(1, w // 2))
             s, r, c = draw(0, t - dt), draw(0, h - dh), draw(0, w - dw)
             hidden[s : s + dt, r : r + dh, c : c + dw] = True
-        if count:  # the last box may go too far: keep all earlier boxes and a random part of this one
+        if count:  # the last box may hide too much: keep the earlier boxes and a random part of it
             rank = before.float() * 2 + hidden.float() + torch.rand(t, h, w, generator=generator)
             hidden = hide_largest(rank.reshape(1, -1), count)
         rows.append(hidden.reshape(-1))
@@ -137,77 +136,89 @@ def block_mask(batch, grid, ratio, generator):
 
 
 def grid_mask(batch, grid, ratio=0.75, generator=None):
-    """One patch of every 2 x 2 stays, always the same: MAE Fig. 6 "grid". Easier to fill in than a random mask.
+    """One patch of every 2 x 2 stays, always the same one: MAE Fig. 6 "grid". Easier than random.
 
-    So it is 75 % and nothing else (a little less where a side is odd).   Raises InputError for another ratio
+    So it hides 75 % (a little less where a side is odd).   Raises ValueError for another ratio
     """
     t, h, w = grid
     if ratio != 0.75:
-        raise InputError(f"a grid hides 75 % of the tokens, not {ratio:.0%}: use --mask-ratio 0.75")
+        raise ValueError(f"a grid mask hides 75 %, not {ratio:.0%}: use --mask-ratio 0.75")
     hidden = torch.ones(t, h, w, dtype=torch.bool)
     hidden[:, ::2, ::2] = False
     return hidden.reshape(1, -1).repeat(batch, 1)
 
 
 def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first=False):
-    """Shares of a fixed number of visible tokens over several modalities: MultiMAE (public code).
+    """A fixed number of visible tokens, shared by chance among modalities: MultiMAE (public code).
 
     sizes         tokens of each modality, e.g. [196, 196, 196] for RGB, depth, classes
-    num_visible   tokens that stay visible over all modalities, in every row (MultiMAE: 98, 1/6 of 588)
+    num_visible   tokens that stay visible over all modalities, in every row (MultiMAE: 98 of 588)
     alpha         symmetric Dirichlet: 1 = every split equally likely, small = one modality takes all
-    subset_first  choose a non-empty subset of the modalities first, then share among these only (an option of the
-                  public code that no script here uses)
+    subset_first  draw a non-empty subset of the modalities first and share among these only (an option
+                  of the public code)
     returns       mask (B, sum(sizes)) bool; `mask.split(sizes, dim=1)` gives one per modality
     """
     total, modalities = sum(sizes), len(sizes)
-    if not 0 < num_visible <= total:
-        raise InputError(f"{num_visible} visible tokens cannot be drawn from {total}: give 1 to {total}")
     # torch's Dirichlet takes no generator; numpy's does, so it is seeded from ours
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    chosen = np.ones((batch, modalities), bool)
-    if subset_first:  # the bits of a number in 1 .. 2^modalities - 1 are a non-empty subset, all equally likely
-        chosen = rng.integers(1, 2**modalities, (batch, 1)) >> np.arange(modalities) & 1 > 0
-    shares = np.zeros(chosen.shape)
-    for row, here in zip(shares, chosen):
-        row[here] = rng.dirichlet([alpha] * here.sum())
-    counts = torch.from_numpy(shares * num_visible).round()  # (B, modalities); the sum can miss num_visible
+    shares = np.zeros((batch, modalities))
+    for row in shares:
+        chosen = rng.random(modalities) < 0.5 if subset_first else np.ones(modalities, bool)
+        while not chosen.any():  # the empty subset is drawn again: all others are equally likely
+            chosen = rng.random(modalities) < 0.5
+        row[chosen] = rng.dirichlet([alpha] * chosen.sum())
+    counts = torch.from_numpy(shares * num_visible).round()  # (B, modalities)
     masks = []
     for size, count in zip(sizes, counts.T):
-        rank = torch.rand(batch, size, generator=generator).argsort(dim=1).argsort(dim=1)  # (B, size), a random order
+        rank = torch.rand(batch, size, generator=generator).argsort(dim=1).argsort(dim=1)  # (B, size)
         masks.append(rank >= count[:, None])  # (B, size)
-    # Rounding, or a share above its modality's size, makes the sum miss num_visible. The repair: visible tokens
-    # first, hidden ones behind, both in random order, cut after num_visible. A missing token comes at random from all
-    # the hidden ones, of any modality; a surplus one is dropped at random.
+    # Rounding, or a share above its modality's size, makes the sum miss num_visible. The repair:
+    # visible tokens first, hidden ones behind, both in random order, cut after num_visible. A missing
+    # token comes at random from the hidden ones of all modalities; a surplus one is dropped at random.
     draft = torch.cat(masks, dim=1).float()  # (B, N), 1 = hidden
-    return hide_largest(draft + torch.rand(draft.shape, generator=generator), total - num_visible)
+    noise = draft + torch.rand(draft.shape, generator=generator)  # (B, N)
+    return hide_largest(noise, total - num_visible)
 
 
-# the kinds of any ratio; each is called as f(batch, grid, ratio, generator)
-MASKS = {"random": random_mask, "tube": tube_mask, "frame": frame_mask, "block": block_mask, "causal": causal_mask}
+MASKS = {
+    "random": random_mask,
+    "tube": tube_mask,
+    "frame": frame_mask,
+    "block": block_mask,
+    "causal": causal_mask,
+    "grid": grid_mask,
+}
 
 
-# ============================================================================================================
-#  THE PAPER, part 3: to obey a mask                                                (needs: torch, InputError)
+# ==================================================================================================
+#  THE PAPER, part 3: to obey a mask                                                  (needs: torch)
 #
-#  The only gather and scatter of the project. Masks may lie on the CPU while x is on a GPU, and better do:
-#  counting the visible tokens of a mask on the GPU would make the CPU wait for it.
-# ============================================================================================================
+#  The only gather and scatter of the project. Masks may lie on the CPU while x is on a GPU, and better
+#  do: counting the visible tokens of a mask on the GPU would make the CPU wait for it.
+# ==================================================================================================
 
 
-@torch.compiler.disable  # K is a number, which cannot be captured: what stands before and after it is compiled
+@torch.compiler.disable  # K is a Python number: torch.compile captures what stands before and after
 def token_order(mask, device):
     """Token numbers, visible ones first, each part in raster order, and how many are visible.
 
-    mask (B, N) bool -> order (B, N) int64 on `device`, K int.   Raises InputError if rows hide different numbers.
+    mask (B, N) bool -> order (B, N) int64 on `device`, K int.
+    Raises ValueError if the rows hide different numbers of tokens.
     """
     counts = mask.sum(dim=1)
     if (counts != counts[0]).any():
-        raise InputError(f"rows of one mask hide {int(counts.min())} to {int(counts.max())} tokens: all must agree")
-    return mask.to(device, non_blocking=True).byte().argsort(dim=1, stable=True), mask.shape[1] - int(counts[0])
+        raise ValueError("the rows of a mask must all hide the same number of tokens")
+    order = mask.to(device, non_blocking=True).byte().argsort(dim=1, stable=True)  # (B, N)
+    return order, mask.shape[1] - int(counts[0])
 
 
 def visible(x, mask):
-    """The tokens that are not hidden, in raster order.   x (B, N, D), mask (B, N) -> (B, K, D)"""
+    """The tokens that are not hidden, in raster order.   x (B, N, D), mask (B, N) -> (B, K, D)
+
+    mask None: nothing is hidden, as in fine-tuning.
+    """
+    if mask is None:
+        return x
     order, K = token_order(mask, x.device)
     return x.gather(1, order[:, :K, None].expand(-1, -1, x.shape[2]))
 
@@ -229,117 +240,196 @@ def restore(vis, mask, token):
     return full.scatter(1, order[:, :K, None].expand(-1, -1, D), vis)
 
 
-# ============================================================================================================
-#  THE RUN: show every kind in the terminal and in one picture
-# ============================================================================================================
+# ==================================================================================================
+#  THE RUN, part 1: pictures and printing
+# ==================================================================================================
+
+HOLE = (1.0, 0.8, 0.85)  # a hidden patch, in every picture of the project: depth maps have all greys
+SEEN = (0.24, 0.26, 0.32)
 
 
-def run_script(main):
-    """Call main(); an InputError, a path that the system refuses or a full GPU becomes one line and exit code 2.
-
-    A traceback is for our own mistakes only."""
-    for stream in (sys.stdout, sys.stderr):  # a file name need not be valid in the terminal's encoding
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once: pools are closed, half a folder is removed
-    try:
-        main()
-        if torch.distributed.is_initialized():  # its threads may abort a process that ends with them
-            torch.distributed.destroy_process_group()
-    except BrokenPipeError:  # as in: ... | head
-        sys.stdout = open(os.devnull, "w")  # or the interpreter would fail on what is left to print
-        sys.exit(141)
-    except (InputError, OSError) as error:
-        if not isinstance(error, InputError) and error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
-            raise
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {last_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        what = "the memory of the GPU is full: raise --accum if the script has it, or lower --batch or the sizes"
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {what}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+def printable(text):
+    """One line that a terminal can show: file names may hold newlines and control characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
-def say(text):
-    """print, for long work: a closed terminal or pipe, or a full disk behind it, does not end it."""
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
+def is_first():
+    """Whether this is the only process, or the first one of several: the one that prints and writes."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def last_line(error):
-    """The last line of an error: one that a loader's worker raised arrives as a whole traceback, and ends with it."""
-    text = str(error).strip() or type(error).__name__  # an EOFError has no words of its own
-    return text.splitlines()[-1].removeprefix("masking.InputError: ")
+def report(text):
+    """Print one line. A closed terminal, or a full disk behind it, must not end a long run."""
+    if is_first():
+        try:
+            print(printable(text), flush=True)
+        except OSError:
+            pass
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse without abbreviations, and with one line instead of a page of usage when a flag is wrong."""
+def picture_table(cells, columns=(), rows=(), note="", side=96):
+    """A labelled table of pictures.   cells (R, C, 3, H, W) in [0, 1] -> PIL image
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, allow_abbrev=False, **options)
-
-    def error(self, message):
-        flag = message.rpartition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-        raise InputError(f"{message} ({f'did you mean {near[0]}? ' if near else ''}--help lists the flags)")
+    columns, rows  titles; a row without title belongs to the sample above, a title begins a new one
+    side           small pictures are enlarged to about so many pixels
+    """
+    R, C, _, H, W = cells.shape
+    zoom = max(1, round(side / max(H, W)))
+    cells = (cells.clamp(0, 1) * 255).round().byte().cpu()
+    cells = cells.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)  # (R, C, 3, zoom*H, zoom*W)
+    H, W, gap, line = zoom * H, zoom * W, 3, 22
+    font = ImageFont.load_default(size=14)
+    left = gap + max([0, *(8 + int(font.getlength(title)) for title in rows)])
+    tops = [line + r * (H + gap) for r in range(R)]
+    for r in range(1, len(rows)):  # samples stand apart
+        if rows[r]:
+            tops[r:] = [y + 3 * gap for y in tops[r:]]
+    lengths = [left + c * (W + gap) + font.getlength(title) for c, title in enumerate(columns)]
+    width = int(max(left + C * (W + gap), gap + font.getlength(note) + 8, *lengths, 0))
+    table = Image.new("RGB", (width, tops[-1] + H + gap + (line if note else 0)), "white")
+    pen = ImageDraw.Draw(table)
+    for c, title in enumerate(columns):
+        pen.text((left + c * (W + gap), 2), title, "black", font)
+    for r in range(R):
+        if r < len(rows):
+            pen.text((gap, tops[r] + 4), rows[r], "black", font)
+        for c in range(C):
+            picture = Image.fromarray(cells[r, c].permute(1, 2, 0).numpy())
+            table.paste(picture, (left + c * (W + gap), tops[r]))
+    pen.text((gap, table.height - line + 2), note, "black", font)
+    return table
 
 
 def as_text(mask, grid):
     """A mask (N,) as lines of text, time slots side by side: '#' hidden, '.' visible."""
-    slots = mask.reshape(grid).tolist()
-    lines = zip(*[["".join("#" if hide else "." for hide in row) for row in slot] for slot in slots])
-    return "\n".join("  " + "  ".join(line) for line in lines)
+    lines = []
+    for row in mask.reshape(grid).transpose(0, 1).tolist():  # h rows of t slots of w tokens
+        slots = ["".join("#" if hide else "." for hide in slot) for slot in row]
+        lines.append("  " + "  ".join(slots))
+    return "\n".join(lines)
 
 
-def draw(masks, grid, path, cell=8):
-    """Write one PNG: a row per kind of mask, a column per time slot; dark = hidden.   masks {title: (N,)}"""
-    from PIL import Image, ImageDraw  # pillow comes with torchvision
-
+def draw_masks(masks, grid):
+    """A row for each kind of mask, a column for each time slot.   masks {title: (N,)} -> PIL image"""
     t, h, w = grid
-    slot_w, row_h, left = w * cell + cell, h * cell + 3 * cell, cell
-    picture = Image.new("RGB", (left + max(t * slot_w, 420), row_h * len(masks) + cell), "white")
-    pen = ImageDraw.Draw(picture)
-    for i, (title, mask) in enumerate(masks.items()):
-        pen.text((left, i * row_h + cell // 2), title, fill="black")
-        for s, r, c in np.ndindex(t, h, w):
-            x, y = left + s * slot_w + c * cell, i * row_h + 2 * cell + r * cell
-            color = (60, 66, 82) if mask.reshape(grid)[s, r, c] else (255, 196, 84)
-            pen.rectangle([x, y, x + cell - 2, y + cell - 2], fill=color)
-    picture.save(path)
+    where = torch.stack(list(masks.values())).reshape(-1, t, 1, h, w)
+    cells = torch.where(where, torch.tensor(HOLE)[:, None, None], torch.tensor(SEEN)[:, None, None])
+    cells = cells.repeat_interleave(9, 3).repeat_interleave(9, 4)  # (kinds, t, 3, 9*h, 9*w)
+    cells[..., ::9, :], cells[..., ::9] = 1, 1  # lines between the tokens
+    return picture_table(cells, [f"slot {s}" for s in range(t)], list(masks))
 
 
-def main():
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=int, nargs=3, default=[4, 8, 8], metavar=("T", "H", "W"), help="tokens; 4 8 8")
-    parser.add_argument("--ratio", type=float, default=0.75, help="share of tokens that are hidden, in [0, 1); 0.75")
-    parser.add_argument("--seed", type=int, default=0, help="of the generator that draws the masks; 0")
-    parser.add_argument("--out", default="masks.png", help="file for the picture; masks.png")
-    args = parser.parse_args()
-    grid, n = tuple(args.grid), int(np.prod(args.grid))
-    if min(grid) < 1:
-        raise InputError(f"a grid of {grid} tokens is empty: every side must be at least 1")
+# ==================================================================================================
+#  THE RUN, part 2: the command line of all scripts. To understand a paper nothing below is needed.
+# ==================================================================================================
 
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed {args.seed}: must be 0 to 2^63 - 1")
-    generator = torch.Generator().manual_seed(args.seed)
-    masks = {name: draw_one(1, grid, args.ratio, generator)[0] for name, draw_one in MASKS.items()}
-    if args.ratio == 0.75:
-        masks["grid"] = grid_mask(1, grid)[0]
-    count = max(1, n // 2)  # MultiMAE shows 1/6 of the 3 n tokens, whatever the ratio of the others
-    for name, part in zip(("RGB", "depth", "classes"), dirichlet_mask(1, [n] * 3, count, generator)[0].split(n)):
-        masks[f"dirichlet, {name}"] = part
 
-    for name, mask in masks.items():
-        count = int(mask.sum())
-        print(f"{name}: {count} of {n} tokens hidden, {n - count} visible\n{as_text(mask, grid)}\n")
+def run_script(main):
+    """main(), in which what a user can mend becomes one line and exit code 2.
+
+    That is a ValueError, an OSError (paths, disks), a loss that is not finite, a full GPU; to see where
+    it was raised: python -X dev SCRIPT.
+    """
     try:
-        draw({f"{name}: {int(m.sum())} of {n} hidden": m for name, m in masks.items()}, grid, args.out)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {args.out}: {error}") from None
-    print(f"wrote {args.out}")
+        main()
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        if sys.flags.dev_mode:
+            raise
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "the memory of the GPU is full: raise --accum, or lower --batch or the sizes"
+        script = sys.argv[0].rpartition("/")[2]
+        print(f"{script}: error: {printable(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():  # its threads may abort a process that ends with them
+            torch.distributed.destroy_process_group()
+
+
+def numbers(text, count):
+    """ "64x2x4" -> (64, 2, 4), if `count` is 3.   Raises ValueError for anything else"""
+    if not re.fullmatch("x".join([r"[1-9]\d*"] * count), str(text)):
+        raise ValueError(f"{text}: {count} numbers are needed, as in {'x'.join('842'[:count])}")
+    return tuple(int(n) for n in str(text).split("x"))
+
+
+AT_LEAST_1 = ("batch", "accum", "log_every", "frames", "stride", "tubelet", "patch", "repeat")
+
+
+def settings(Config, presets, doc, argv=None):
+    """Command line -> settings of the preset, settings given as flags: two dicts {field: value}.
+
+    Every field of the dataclass Config is a flag; the comment behind it is its --help text, a comment
+    line above some fields is the name of their group.
+    """
+    summary, example = doc.split("\n\n")[0], re.search(r"^Run +(python .*)$", doc, re.M)[1]
+    lines = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in p.items()) for name, p in presets.items()]
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--flag value ...]    (--help explains every flag)",
+        description=f"{summary}\n\nexample: {example}",
+        epilog="\n".join(["presets:", *lines] if presets else []),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", choices=list(presets), help="many settings at once, see below")
+    fields, groups = {f.name: f for f in dataclasses.fields(Config)}, {}
+    source = "".join(inspect.getsource(cls) for cls in Config.__mro__[:-1])
+    for line in source.splitlines():
+        title, found = re.fullmatch(r"    # (.*)", line), re.match(r"    (\w+): .*?  # (.*)", line)
+        if title:
+            group = groups.get(title[1]) or parser.add_argument_group(title[1])
+            groups[title[1]] = group
+        elif found:
+            add_flag(group, fields[found[1]], found[2])
+    given = vars(parser.parse_args(argv))
+    preset = presets.get(given.pop("preset", None), {})
+    for name, value in given.items():
+        least = min(1 if name in AT_LEAST_1 else 0, fields[name].default) if type(value) in (int, float) else None
+        if least is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    return preset, given
+
+
+def add_flag(group, field, text):
+    """One flag of `settings`: on and off for a bool, one of several words for a Literal, else a value."""
+    default = f"{field.default:.4g}" if field.type is float else field.default
+    text += f" (default: {default})" if default != "" else ""
+    options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if field.type is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif words := getattr(field.type, "__args__", None):
+        options["choices"] = words
+    else:
+        options |= {"type": field.type, "metavar": field.type.__name__.upper()}
+    group.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+@dataclasses.dataclass
+class Config:
+    # masks
+    grid: str = "4x8x8"  # tokens: time slots x rows x columns
+    ratio: float = 0.75  # share of tokens that are hidden, in [0, 1)
+    seed: int = 0  # random seed of the masks
+    out: str = "masks.png"  # file for the picture
+
+
+def main(argv=None):
+    cfg = Config(**settings(Config, {}, __doc__, argv)[1])
+    grid = numbers(cfg.grid, 3)
+    n = grid[0] * grid[1] * grid[2]
+    generator = torch.Generator().manual_seed(cfg.seed)
+    kinds = [k for k in MASKS if k != "grid" or cfg.ratio == 0.75]
+    masks = {kind: MASKS[kind](1, grid, cfg.ratio, generator)[0] for kind in kinds}
+    parts = dirichlet_mask(1, [n] * 3, max(1, n // 2), generator)[0].split(n)  # 1/6 of 3n stays
+    masks |= {f"dirichlet, {m}": part for m, part in zip(("RGB", "depth", "classes"), parts)}
+
+    titled = {f"{name}: {int(mask.sum())} of {n} hidden": mask for name, mask in masks.items()}
+    for title, mask in titled.items():
+        print(f"{title}\n{as_text(mask, grid)}\n")
+    draw_masks(titled, grid).save(cfg.out)
+    print(f"wrote {cfg.out}")
 
 
 if __name__ == "__main__":

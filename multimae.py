@@ -1,40 +1,42 @@
-"""multimae.py - hide most of an image, its depth map and its class map, and paint all three from what is left.
+"""multimae.py - hide most of an image, its depth map and its class map; paint all three from what is left.
 
-Paper   MultiMAE: Multi-modal Multi-task Masked Autoencoders. Bachmann, Mizrahi, Atanov, Zamir, 2022, arXiv
-        2204.01678. Of the paper itself only the abstract, the start of the introduction and the caption of
-        Fig. 1 were read: what goes beyond them follows the public code, and is named so.
+Trains on a folder with rgb/, depth/ and semseg/, or some of them; prints and draws how well one whole map
+predicts the others.
+
+Paper   MultiMAE: Multi-modal Multi-task Masked Autoencoders. Bachmann, Mizrahi, Atanov, Zamir, 2022,
+        arXiv 2204.01678
 Covers  Fig. 1, "1/6 of the patches visible over all modalities"    masking.dirichlet_mask
-        public code, input adapters                                 PatchEmbed, ClassEmbed, MultiMAE.forward_encoder
+        public code, input adapters                   PatchEmbed, ClassEmbed, MultiMAE.forward_encoder
         public code, one encoder and one global token               MultiMAE.forward_encoder
         public code, a cross-attention decoder for each task        Decoder
         public code, masked losses per sample                       MultiMAE.task_losses, masked_mean
         public code, robustly standardised depth                    standardise_depth
-        Fig. 1, any input predicts any output                       paint_from; cross_modal: how well from RGB alone
-Not     the uncertainty weighting of the losses; DPT and ConvNeXt heads (finetune.py has plain linear ones).
+        Fig. 1, any input predicts any output         paint_from; cross_modal: how well from one alone
+        dense transfers                               DenseHead, for finetune.py --dense
+Not     the uncertainty weighting of the losses; DPT and ConvNeXt heads (DenseHead is a linear layer).
+        Of the paper only the abstract, the start of the introduction and the caption of Fig. 1 were
+        read: what goes beyond them follows the public code, and is named so.
 
 What changes against mae_image.py:
                      MAE                         MultiMAE
-    input            RGB                         any of RGB, depth (1 channel), classes (numbers, a quarter the size)
-    told apart by    -                           their own patch projection only; task embeddings in decoders alone
+    input            RGB                         any of RGB, depth (1 channel), classes (a quarter the size)
+    modality known   -                           by its own patch projection; by task embeddings in decoders
     visible          a quarter of each image     a sixth of all tokens; each modality's share is random
     positions        columns, then rows          rows, then columns
     extra token      class token, in front       global token, at the end, without position
     encoder's norm   at the end                  none
-    decoder          self-attention on all       queries of one task look at the visible tokens of all modalities
+    decoder          self-attention on all       queries of a task look at visible tokens of all modalities
     predicted patch  (row, column, channel)      (channel, row, column)
-    loss             mean over hidden patches    mean over hidden patches of each sample, then over samples
+    loss             mean over hidden patches    mean over hidden patches of a sample, then over samples
 
-Run     python multimae.py                                    (6 min on 2 CPU cores: the toy world's three maps)
-        python multimae.py --epochs 80 --alpha 0.3 --visible 0.33     (half an hour: RGB alone gives depth and classes)
-        python multimae.py --data FOLDER --modalities rgb,semseg --classes 12    (FOLDER/rgb, FOLDER/semseg)
-        python multimae.py --resume                           (goes on where a run was stopped)
+Run     python multimae.py                       (6 min on 2 CPU cores, with the toy world's three maps)
+        python multimae.py --data FOLDER --modalities rgb,semseg --classes 12
         It ends with "done: ... see runs/multimae".
 Next    finetune.py: what all this was for.
 """
 
+import dataclasses
 import math
-import typing
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,22 +48,48 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from data import BrokenFile, one_line, read_image
-from mae_image import (ENCODERS, IMAGENET_MEAN, IMAGENET_STD, MLP, Attention, Block, PatchEmbed, check_divides,
-                       check_mask, encoder_size, held_out, init_weights, normalize, patchify, picture_table, pretrain,
-                       read_config, save_picture, sincos_2d, start_processes, to_unit_range, unpatchify)  # fmt: skip
+from mae_image import (
+    ENCODERS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MLP,
+    Attention,
+    Block,
+    PatchEmbed,
+    RunConfig,
+    blocks_in,
+    encoder_size,
+    fetch,
+    guess_heads,
+    height_width,
+    held_out,
+    init_weights,
+    load_pretrained,
+    normalize,
+    of_channels,
+    param_groups,
+    parts_of,
+    patchify,
+    pretraining_loss,
+    read_config,
+    save_picture,
+    sincos_2d,
+    start_processes,
+    to_unit_range,
+    train,
+    unpatchify,
+)
 from mae_video import resize_table
-from masking import InputError, dirichlet_mask, restore, run_script, say, visible
+from masking import HOLE, dirichlet_mask, numbers, picture_table, report, restore, run_script, visible
 
 MODALITIES = ("rgb", "depth", "semseg")  # their order is that of the tokens
-CHANNELS = {"rgb": 3, "depth": 1}
 PLANES = {"rgb": 3, "depth": 2, "semseg": 1}  # bytes of a pixel in a batch: depth has a high and a low one
 STRIDE = 4  # class maps have a quarter of the resolution, so their patch has a quarter of the pixels
 
 
-# ============================================================================================================
-#  THE PAPER, part 1: from modalities to tokens                            (needs: torch; mae_image.py part 1)
-# ============================================================================================================
+# ==================================================================================================
+#  THE PAPER, part 1: from modalities to tokens              (needs: torch; mae_image.py parts 1, 2)
+# ==================================================================================================
 
 
 def sincos_rows_first(width, h, w):
@@ -71,7 +99,9 @@ def sincos_rows_first(width, h, w):
 
 
 class ClassEmbed(nn.Module):
-    """Patches of class numbers -> tokens: each number becomes a learned vector, then as in PatchEmbed."""
+    """Patches of class numbers -> tokens: each number becomes a learned vector, then as in PatchEmbed.
+
+    Numbers beyond the classes (a void of 255) become zeros."""
 
     def __init__(self, classes, kernel, width, D):
         super().__init__()
@@ -79,7 +109,9 @@ class ClassEmbed(nn.Module):
         self.proj = nn.Conv2d(width, D, kernel, stride=kernel)
 
     def forward(self, patches):
-        x = self.class_emb(patches).flatten(2)  # (B, N, p*p*width), values (row, col, channel)
+        known = patches < self.class_emb.num_embeddings
+        x = self.class_emb(patches * known) * known[..., None]
+        x = x.flatten(2)  # (B, N, p*p*width), values (row, col, channel)
         return F.linear(x, self.proj.weight.movedim(1, -1).flatten(1), self.proj.bias)
 
 
@@ -101,9 +133,9 @@ def channels_first(patches, channels):
     return patches.reshape(B, N, P // channels, channels).transpose(2, 3).flatten(2)
 
 
-# ============================================================================================================
-#  THE PAPER, part 2: one decoder per task  (needs: torch; mae_image.py part 2; masking.py InputError, part 3)
-# ============================================================================================================
+# ==================================================================================================
+#  THE PAPER, part 2: one decoder per task   (needs: torch; mae_image.py part 2; masking.py part 3)
+# ==================================================================================================
 
 
 class CrossAttention(nn.Module):
@@ -111,6 +143,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
+        parts_of(width, heads, "heads need equal slices: decoder width")
         self.heads = heads
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)  # rows [k; v]
@@ -127,20 +160,19 @@ class CrossAttention(nn.Module):
 class Decoder(nn.Module):
     """From the encoder's tokens to the patches of one task.
 
-    The scattered visible tokens of all modalities can be attended to, whatever their number; the queries are the
-    full grid of this task alone, so a decoder costs as much as that of one image.
+    The visible tokens of all modalities can be attended to, whatever their number; the queries are the full grid of
+    this task alone, so a decoder costs as much as that of one image.
     """
 
     def __init__(self, task, modalities, width, depth, heads, D, values):
         super().__init__()
-        if width % heads:
-            raise InputError(f"decoder width {width} is not a multiple of {heads} heads: each head needs an equal "
-                             "slice")  # fmt: skip
         self.task = task  # the modality whose grid is painted
         self.proj_context = nn.Linear(D, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        embedding = lambda: nn.init.trunc_normal_(nn.Parameter(torch.zeros(1, 1, width)), std=0.02)
-        self.task_embeddings = nn.ParameterDict({m: embedding() for m in modalities})
+        embeddings = {m: nn.Parameter(torch.zeros(1, 1, width)) for m in modalities}
+        self.task_embeddings = nn.ParameterDict(embeddings)
+        for embedding in embeddings.values():
+            nn.init.trunc_normal_(embedding, std=0.02)
         self.query_norm, self.context_norm, self.out_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
         self.decoder = CrossAttention(width, heads)
         self.mlp = MLP(width)
@@ -148,13 +180,16 @@ class Decoder(nn.Module):
         self.out_proj = nn.Linear(width, values)
 
     def forward(self, latent, mask, given, table):
-        """latent (B, K+1, D), mask (B, sum of N), given [modality, ...] in token order, table (1, N, E) -> (B, N, P)"""
+        """latent (B, K+1, D), mask (B, sum of N), given [modality, ...] in token order, table (1, N, E) -> (B, N, P)
+
+        mask None: nothing is hidden"""
         B, N = len(latent), table.shape[1]
         x = self.proj_context(latent)  # (B, K+1, E)
         vis, glob = x[:, :-1], x[:, -1:]
         # every slot of every given modality gets its position and the embedding of its modality; the global token none
         places = torch.cat([table + self.task_embeddings[m] for m in given], dim=1)  # (1, sum of N, E)
-        slots = restore(vis, mask, self.mask_token) + places  # (B, sum of N, E)
+        slots = vis if mask is None else restore(vis, mask, self.mask_token)
+        slots = slots + places  # (B, sum of N, E)
         context = torch.cat([visible(slots, mask), glob.to(slots.dtype)], dim=1)  # (B, K+1, E)
         if self.task in given:  # visible tokens of this task are among the queries, with their content
             start = given.index(self.task) * N
@@ -169,17 +204,17 @@ class Decoder(nn.Module):
         return self.out_proj(x)
 
 
-# ============================================================================================================
+# ==================================================================================================
 #  THE PAPER, part 3: the model
-#  (needs: torch, MODALITIES, CHANNELS, PLANES, STRIDE, parts 1, 2; mae_image.py ENCODERS, IMAGENET_*,
-#   parts 1-3; mae_video.py resize_table; masking.py InputError, part 3)
-# ============================================================================================================
+#  (needs: torch, MODALITIES, PLANES, STRIDE, parts 1, 2; mae_image.py ENCODERS, IMAGENET_*, parts 1-3;
+#   mae_video.py resize_table; masking.py part 3)
+# ==================================================================================================
 
 
 class MultiMAE(nn.Module):
     """MultiMAE.   loss, preds = model(inputs, mask)
 
-    inputs  dict with any of   rgb (B, 3, H, W) float, normalised with MEAN and STD
+    inputs  dict with any of   rgb (B, C, H, W) float, normalised with mean and std
                                depth (B, 1, H, W) float, standardised
                                semseg (B, H/4, W/4) int64, class numbers
     mask    (B, sum of N) bool over the tokens of the given modalities in the order of MODALITIES, True = hidden; the
@@ -190,37 +225,42 @@ class MultiMAE(nn.Module):
     size        name in ENCODERS, or (width, blocks, heads)
     decoder     (width, blocks, heads); published (256, 2, 8)
     ignore      class number that has no part in the loss (void), -1: none
+    channels, mean, std: those of rgb, as in MAE
     """
 
-    MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
     NO_DECAY = None  # important: here even biases, norms and tokens decay (public code)
-    WARMUP_INCLUSIVE = False
+    WARMUP_INCLUSIVE = True
 
     def __init__(self, img_size=224, patch=16, size="base", decoder=(256, 2, 8), modalities=MODALITIES, classes=133,
-                 class_width=64, ignore=-1):  # fmt: skip
+                 class_width=64, ignore=-1, channels=3, mean=None, std=None):  # fmt: skip
         super().__init__()
-        check_divides(img_size, patch, "image side", "patch", "--img-size")
-        if "semseg" in modalities:
-            check_divides(patch, STRIDE, "patch", "the stride of class maps", "--patch")
+        H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.grid = 1, parts_of(H, patch, "image height"), parts_of(W, patch, "image width")
         D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
-        E = decoder[0]
-        self.grid = (1, img_size // patch, img_size // patch)
         self.patch, self.classes, self.ignore = patch, classes, ignore
+        self.mean, self.std = of_channels(mean, IMAGENET_MEAN, channels), of_channels(std, IMAGENET_STD, channels)
+        self.channels = {"rgb": channels, "norm_rgb": channels, "depth": 1}
         self.modalities = [m for m in MODALITIES if m in modalities]
-        self.tasks = self.modalities + ["norm_rgb"] * ("rgb" in modalities)
+        self.tasks = [*self.modalities, "norm_rgb"] if "rgb" in modalities else self.modalities
+        if "semseg" in modalities:
+            parts_of(patch, STRIDE, "class maps have a quarter of the size: patch")
 
-        embed = lambda m: (ClassEmbed(classes, patch // STRIDE, class_width, D) if m == "semseg" else
-                           PatchEmbed((patch, patch), CHANNELS[m], D))  # fmt: skip
-        self.input_adapters = nn.ModuleDict({m: embed(m) for m in self.modalities})
+        self.input_adapters = nn.ModuleDict()
+        for m in self.modalities:
+            if m == "semseg":
+                self.input_adapters[m] = ClassEmbed(classes, patch // STRIDE, class_width, D)
+            else:
+                self.input_adapters[m] = PatchEmbed((patch, patch), self.channels[m], D)
         self.global_tokens = nn.Parameter(torch.zeros(1, 1, D))
         self.blocks = nn.ModuleList([Block(D, heads) for _ in range(depth)])
-
-        values = lambda m: classes * (patch // STRIDE) ** 2 if m == "semseg" else CHANNELS[m] * patch**2
-        decode = lambda m: Decoder(m, self.modalities, *decoder, D, values(m))
-        self.output_adapters = nn.ModuleDict({t: decode(t.removeprefix("norm_")) for t in self.tasks})
+        self.output_adapters = nn.ModuleDict()
+        for task in self.tasks:
+            m = task.removeprefix("norm_")
+            values = classes * (patch // STRIDE) ** 2 if m == "semseg" else self.channels[m] * patch**2
+            self.output_adapters[task] = Decoder(m, self.modalities, *decoder, D, values)
         # Fixed tables, resized where the input has another size.   (1, N, D), (1, N, E)
         self.register_buffer("pos_embed", sincos_rows_first(D, *self.grid[1:]), persistent=False)
-        self.register_buffer("decoder_pos_embed", sincos_rows_first(E, *self.grid[1:]), persistent=False)
+        self.register_buffer("decoder_pos_embed", sincos_rows_first(decoder[0], *self.grid[1:]), persistent=False)
 
         self.apply(init_weights)
         for module in self.modules():  # q, k and v have the bound of separate matrices
@@ -239,7 +279,7 @@ class MultiMAE(nn.Module):
         inputs = {}
         for m, x in zip(self.modalities, batch.split([PLANES[m] for m in self.modalities], dim=-1)):
             if m == "rgb":
-                inputs[m] = normalize(x, self.MEAN, self.STD)
+                inputs[m] = normalize(x, self.mean, self.std)
             elif m == "depth":
                 inputs[m] = standardise_depth((x[..., 0].float() * 256 + x[..., 1].float())[:, None] / 65536)
             else:  # one pixel of every 4 x 4
@@ -250,18 +290,15 @@ class MultiMAE(nn.Module):
         """One modality -> its patches (B, N, P), values (row, col, channel); of classes numbers (B, N, p*p)."""
         return patchify(x[:, None], self.patch // STRIDE) if m == "semseg" else patchify(x, self.patch)
 
-    def resize(self, table, inputs, mode):
-        """Positions for the size of these inputs: bicubic for RGB and depth, else bilinear (public code)."""
-        m, x = next(iter(inputs.items()))
+    def resize(self, table, m, x, mode):
+        """Positions for the size of this input."""
         scale = self.patch // STRIDE if m == "semseg" else self.patch
         return resize_table(table, self.grid, (1, x.shape[-2] // scale, x.shape[-1] // scale), mode)
 
     def given(self, inputs):
-        """The modalities among the inputs, in token order.   Raises InputError for an unknown one or none."""
-        unknown = set(inputs) - set(self.modalities)
-        if unknown or not inputs:
-            raise InputError(f"unknown modality {sorted(unknown)[0]}: this model knows {', '.join(self.modalities)}"
-                             if unknown else "no modality given")  # fmt: skip
+        """The modalities among the inputs, in token order.   Raises ValueError for an unknown one or none"""
+        if not inputs or set(inputs) - set(self.modalities):
+            raise ValueError(f"inputs {', '.join(inputs) or 'none'}: this model knows {', '.join(self.modalities)}")
         return [m for m in self.modalities if m in inputs]
 
     def forward(self, inputs, mask):
@@ -269,7 +306,7 @@ class MultiMAE(nn.Module):
         preds = self.forward_decoder(latent, inputs, mask)
         return sum(self.task_losses(preds, inputs, inputs, mask).values()), preds
 
-    def forward_encoder(self, inputs, mask):
+    def forward_encoder(self, inputs, mask=None):
         """Visible tokens of all given modalities and the global token.   -> (B, K+1, D), global token last
 
         Patches are embedded before the hidden ones are dropped: how many of a modality stay differs from row to
@@ -277,51 +314,51 @@ class MultiMAE(nn.Module):
         """
         tokens = []
         for m in self.given(inputs):
+            # public code: bicubic for RGB and depth, bilinear for classes
+            table = self.resize(self.pos_embed, m, inputs[m], "bilinear" if m == "semseg" else "bicubic")
             patches = self.patches(m, inputs[m])  # (B, N, P)
-            table = self.resize(self.pos_embed, inputs, "bilinear" if m == "semseg" else "bicubic")
-            if table.shape[1] != patches.shape[1]:
-                raise InputError(f"{m} has {patches.shape[1]} patches, another modality {table.shape[1]}: sizes must "
-                                 "agree")  # fmt: skip
             tokens.append(self.input_adapters[m](patches) + table)  # (B, N, D)
-        x = torch.cat(tokens, dim=1)  # (B, sum of N, D)
-        if mask.shape[1] != x.shape[1]:
-            raise InputError(f"{x.shape[1]} tokens of {', '.join(self.given(inputs))}, but a mask of {mask.shape[1]}")
-        x = visible(x, mask)  # (B, K, D)
+        if len({x.shape[1] for x in tokens}) > 1:
+            raise ValueError(f"the sizes of {', '.join(self.given(inputs))} must agree (classes: a quarter)")
+        x = visible(torch.cat(tokens, dim=1), mask)  # (B, K, D)
         x = torch.cat([x, self.global_tokens.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, K+1, D)
         for block in self.blocks:
             x = block(x)
         return x
 
-    def forward_decoder(self, latent, inputs, mask):
+    def forward_decoder(self, latent, inputs, mask=None):
         """Every task from the same latent.   -> {task: (B, N, P)}
 
         DIFFERS from the official code: there the decoder of the classes runs in float32, here as the others."""
-        table = self.resize(self.decoder_pos_embed, inputs, "bilinear")
-        return {t: d(latent, mask, self.given(inputs), table) for t, d in self.output_adapters.items()}
+        given = self.given(inputs)
+        table = self.resize(self.decoder_pos_embed, given[0], inputs[given[0]], "bilinear")
+        return {task: decoder(latent, mask, given, table) for task, decoder in self.output_adapters.items()}
 
     def target(self, task, x):
         """What a task is compared with: (B, N, P) in the order of its prediction, classes (B, N, p*p)."""
         patches = self.patches(task.removeprefix("norm_"), x)
+        if task == "semseg":
+            return patches
         if task == "norm_rgb":  # as MAE: each patch by its own mean and variance over all channels
             mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
             patches = (patches - mean) / (var + 1e-6).sqrt()
-        return patches if task == "semseg" else channels_first(patches, CHANNELS[task.removeprefix("norm_")])
+        return channels_first(patches, self.channels[task])
 
-    def task_losses(self, preds, targets, inputs, mask):
+    def task_losses(self, preds, targets, inputs, mask=None):
         """{task: loss}: squared error of RGB, absolute error of depth, cross-entropy of classes.
 
         targets: dict as inputs, may have more modalities. Loss on hidden patches only; a task that was not an input
         has no mask, and its whole map counts."""
-        hide, losses = dict(zip(self.given(inputs), mask.chunk(len(inputs), dim=1))), {}
+        given, losses = self.given(inputs), {}
+        hide = {} if mask is None else dict(zip(given, mask.chunk(len(given), dim=1)))
         for task, pred in preds.items():
             m, pred = task.removeprefix("norm_"), pred.float()
             if m not in targets:
                 continue
-            with torch.no_grad():
-                target = self.target(task, targets[m])
+            target = self.target(task, targets[m])
             B, N, _ = target.shape
-            count = hide[m].to(pred.device) if m in hide else torch.ones(B, N, dtype=torch.bool, device=pred.device)
-            count = count[..., None].expand_as(target)
+            everywhere = torch.full((B, N), m not in given or mask is not None, device=pred.device)
+            count = hide.get(m, everywhere).to(pred.device)[..., None].expand_as(target)
             if task == "semseg":
                 logits = pred.reshape(B, N, self.classes, -1).transpose(1, 2)  # (B, classes, N, p*p)
                 error = F.cross_entropy(logits, target, reduction="none", ignore_index=self.ignore)  # (B, N, p*p)
@@ -333,20 +370,7 @@ class MultiMAE(nn.Module):
 
     def encode(self, inputs):
         """Every token of what is given, no mask; a tensor is taken as RGB.   -> (B, sum of N + 1, D)"""
-        inputs = {"rgb": inputs} if torch.is_tensor(inputs) else inputs
-        N = sum(self.patches(m, x).shape[1] for m, x in inputs.items())
-        return self.forward_encoder(inputs, torch.zeros(len(next(iter(inputs.values()))), N, dtype=torch.bool))
-
-    def from_public(self, state):
-        """Names of EPFL-VILAB/MultiMAE -> ours: the MultiViT layout, or timm's (RGB only, token and table in front)."""
-        renamed = {}
-        for key, value in state.items():
-            if key.startswith("encoder."):
-                key = "blocks." + key.removeprefix("encoder.")
-            key = key.replace("patch_embed.proj", "input_adapters.rgb.proj").replace("cls_token", "global_tokens")
-            if not key.endswith(("pos_emb", "pos_embed")):  # fixed tables are computed here
-                renamed[key] = value
-        return renamed
+        return self.forward_encoder({"rgb": inputs} if torch.is_tensor(inputs) else inputs)
 
 
 def masked_mean(error, count):
@@ -361,168 +385,191 @@ def masked_mean(error, count):
     return means.sum() / (n > 0).sum().clamp(min=1)
 
 
-# ============================================================================================================
-#  THE PAPER, part 4: aligned files
-#  (needs: numpy, torch, torchvision, pillow; data.py IMAGE, parts 1, 3-5; masking.py InputError)
-# ============================================================================================================
+class DenseHead(nn.Module):
+    """A class map or depth map from a MultiMAE encoder: one linear layer on every patch.   pred = model(x) (B, N, P)
+
+    MultiMAE's public code puts ConvNeXt blocks or a DPT head here. This one is ours, and as plain as can be, so that
+    what it finds was in the tokens. Of several modalities the tokens at one place are averaged.
+
+    encoder, norm  of a finetune.Classifier;   inputs: modalities it sees;   task: "semseg" or "depth"
+    """
+
+    def __init__(self, encoder, norm, inputs, task):
+        super().__init__()
+        self.encoder, self.norm, self.inputs, self.task = encoder, norm, inputs, task
+        self.WARMUP_INCLUSIVE = encoder.WARMUP_INCLUSIVE
+        if task in encoder.input_adapters:
+            del encoder.input_adapters[task]  # it is read from the files, but the encoder does not see it
+        values = encoder.classes * (encoder.patch // STRIDE) ** 2 if task == "semseg" else encoder.patch**2
+        self.head = nn.Linear(norm.normalized_shape[0], values)
+
+    def forward(self, x):
+        tokens = self.encoder.encode({m: x[m] for m in self.inputs})[:, :-1]  # (B, sum of N, D), no global token
+        tokens = tokens.unflatten(1, (len(self.inputs), -1)).mean(dim=1)  # (B, N, D)
+        return self.head(self.norm(tokens))
+
+    def loss(self, pred, x, labels, smoothing):
+        return self.encoder.task_losses({self.task: pred}, x, {m: x[m] for m in self.inputs})[self.task]
+
+    def answers(self, x):
+        """-> (B, 2 * values): what is painted (of classes the numbers) and what would be right, pixel by pixel."""
+        pred, target = self(x), self.encoder.target(self.task, x[self.task])
+        if self.task == "semseg":
+            pred = pred.unflatten(2, (self.encoder.classes, -1)).argmax(dim=2)
+        return torch.cat([pred.flatten(1), target.flatten(1)], dim=1)
+
+    def score(self, answers):
+        """{name: mean IoU or absolute depth error, "constant map": that of one map for all}.   answers (files, 2 * values)"""
+        guess, truth = answers.chunk(2, dim=1)  # each (files, values)
+        if self.task == "depth":
+            constant = truth.median(dim=0).values
+            return {"depth error": (guess - truth).abs().mean().item(),
+                    "constant map": (constant - truth).abs().mean().item()}  # fmt: skip
+        classes, counted = self.encoder.classes, truth != self.encoder.ignore
+        votes = torch.stack([((truth == c) & counted).sum(dim=0) for c in range(classes)])  # (classes, values)
+        constant = votes.argmax(dim=0).expand_as(truth)
+        return {name: mean_iou(x[counted].long(), truth[counted].long(), classes)
+                for name, x in (("mean IoU", guess), ("constant map", constant))}  # fmt: skip
+
+
+def mean_iou(guess, truth, classes):
+    """Intersection over union, averaged over the classes that there are.   guess, truth (n,) class numbers"""
+    pairs = torch.bincount(truth * classes + guess, minlength=classes**2).reshape(classes, classes).double()
+    right, union = pairs.diag(), pairs.sum(0) + pairs.sum(1) - pairs.diag()
+    return (right / union)[pairs.sum(1) > 0].mean().item()
+
+
+# ==================================================================================================
+#  THE PAPER, part 4: aligned files             (needs: numpy, torch, torchvision, pillow; data.py parts 1-4)
+# ==================================================================================================
 
 
 def list_aligned(root, split, modalities):
     """The files of the first modality of one split, see data.list_images; the others are found by their names."""
     first = Path(root) / modalities[0]
     if not first.is_dir():
-        raise InputError(f"{root} has no folder {modalities[0]}/: expected {', '.join(f'{m}/' for m in modalities)}")
+        raise ValueError(f"{root} has no folder {modalities[0]}/: expected {', '.join(f'{m}/' for m in modalities)}")
     return data.list_images(first, split)
 
 
-class AlignedDataset(torch.utils.data.Dataset):
-    """dataset[epoch, i] -> uint8 (1, H, W, planes), number of the file used, [(path, reason) of broken files].
+class AlignedDataset(data.FileDataset):
+    """Items uint8 (1, H, W, planes): those of the modalities in order, RGB 3, depth 2 (high, low byte), classes 1.
 
-    planes  those of the modalities in order: RGB 3, depth 2 (16 bits: high byte, low byte), classes 1
     root    folder of rgb/, depth/, semseg/ with the same file names below, in any image format: depth 8 or 16 bits,
             class maps 8 bits or palette. One crop and one flip for all; classes by nearest neighbour, for there is
             nothing between class 3 and class 5
-    raises  InputError for a missing or differently sized map, and for class numbers of `classes` or more
+    raises  ValueError for a missing or differently sized map, and for class numbers of `classes` or more, but `ignore`
     """
 
-    repeat = 1
-
-    def __init__(self, root, files, modalities, size, classes, seed, min_crop=0.2, flip=True, train=True):
-        self.paths, self.labels, self.classes = files.paths, files.labels, files.classes
-        self.root, self.modalities, self.size, self.number, self.seed = Path(root), modalities, size, classes, seed
+    def __init__(self, root, files, modalities, size, classes, ignore, seed, min_crop=0.2, flip=True, train=True):
+        super().__init__(files, seed)
+        self.root, self.modalities, self.size, self.number, self.ignore = Path(root), modalities, size, classes, ignore
         self.min_crop, self.flip, self.train = min_crop, flip, train
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, key):
-        return data.read_or_redraw(self, *key)
 
     def find(self, i, m):
         """The file of modality m that belongs to file i."""
-        first = self.root / self.modalities[0]
-        inside = Path(self.paths[i]).relative_to(first)
+        inside = Path(self.paths[i]).relative_to(self.root / self.modalities[0])
         path = self.root / m / inside
-        if not path.is_file():
-            suffixes = [*data.IMAGE, *(s.upper() for s in data.IMAGE)]
-            path = next((p for s in suffixes if (p := path.with_suffix(s)).is_file()), None)
-        if path is None:
-            raise InputError(f"{self.paths[i]} has no counterpart in {self.root / m}: every modality needs the same "
-                             "names")  # fmt: skip
-        return path
+        suffixes = [path.suffix, *data.IMAGE, *(s.upper() for s in data.IMAGE)]
+        found = next((p for s in suffixes if (p := path.with_suffix(s)).is_file()), None)
+        if found is None:
+            raise ValueError(f"{self.paths[i]} has no counterpart in {self.root / m}: every map needs the same name")
+        return found
 
     def read(self, i, generator):
         maps = {m: read_map(self.find(i, m), m) for m in self.modalities}
-        sizes = {m: x.shape[-2:] for m, x in maps.items()}
-        if len(set(sizes.values())) > 1:
-            raise InputError(f"{self.paths[i]}: modalities of different sizes: "
-                             + ", ".join(f"{m} {w}x{h}" for m, (h, w) in sizes.items()))  # fmt: skip
-        if "rgb" in maps and len(maps) > 1:
-            with Image.open(self.find(i, "rgb")) as image:
-                if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                    raise InputError(f"{self.find(i, 'rgb')} is turned by EXIF, its maps perhaps not: save it upright")
-        if "semseg" in maps and maps["semseg"].max() >= self.number:
-            raise InputError(f"{self.find(i, 'semseg')} has class {int(maps['semseg'].max())}, the model 0 to "
-                             f"{self.number - 1}: --classes, in finetune.py --maps, says how many")  # fmt: skip
+        if len({x.shape[-2:] for x in maps.values()}) > 1:
+            sizes = ", ".join(f"{m} {x.shape[-1]}x{x.shape[-2]}" for m, x in maps.items())
+            raise ValueError(f"{self.paths[i]}: modalities of different sizes (or one is turned by EXIF): {sizes}")
+        if "semseg" in maps:
+            found = set(maps["semseg"].unique().tolist()) - {self.ignore}
+            if max(found, default=0) >= self.number:
+                raise ValueError(f"{self.find(i, 'semseg')} has class {max(found)}, but --classes {self.number}: raise it, "
+                                 "or name a void class with --ignore")  # fmt: skip
         x = next(iter(maps.values()))
-        box = data.random_box(x, (self.min_crop, 1.0), generator) if self.train else data.center_box(x)
+        if self.train:
+            box = data.random_box(x.shape[-2:], self.size, self.min_crop, generator)
+        else:
+            box = data.center_box(x.shape[-2:], self.size)
         flip = self.train and self.flip and torch.rand(1, generator=generator) < 0.5
         planes = []
         for m, x in maps.items():
             how = {"rgb": InterpolationMode.BICUBIC, "depth": InterpolationMode.BILINEAR,
                    "semseg": InterpolationMode.NEAREST}[m]  # fmt: skip
-            x = TF.resized_crop(x, *box, [self.size, self.size], interpolation=how, antialias=m != "semseg")
+            x = TF.resized_crop(x, *box, list(self.size), interpolation=how, antialias=m != "semseg")
             x = TF.horizontal_flip(x) if flip else x
             if m == "depth":
                 x = x.round().clamp(0, 65535).int()
                 x = torch.cat([x // 256, x % 256])
             planes.append(x.to(torch.uint8))
-        return torch.cat(planes).permute(1, 2, 0)[None].contiguous()  # (1, size, size, planes)
+        return torch.cat(planes).permute(1, 2, 0)[None].contiguous(), ""  # (1, H, W, planes)
 
 
 def read_map(path, m):
     """-> (3, H, W) uint8 RGB, (1, H, W) float32 depth in 0 .. 65535, or (1, H, W) uint8 classes.   Raises BrokenFile"""
     if m == "rgb":
-        return torch.from_numpy(read_image(path)).permute(2, 0, 1)
+        return torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=data.PICTURES) as image:
             x = np.array(image)  # a palette image gives its numbers
     except Exception as error:
-        raise BrokenFile(one_line(error)) from None
-    if x.ndim != 2 or x.dtype.kind not in "iu" or (m == "semseg" and x.dtype != np.uint8):
-        raise InputError(f"{path}: {x.ndim}-D {x.dtype} is no {m} map: one channel of whole numbers is needed, "
-                         + ("8 bits" if m == "semseg" else "8 or 16 bits"))  # fmt: skip
-    if m == "depth" and not 0 <= x.min() <= x.max() < 65536:
-        raise InputError(f"{path}: depth {x.min()} to {x.max()}, 16 bits hold 0 to 65535: scale the map")
-    x = x.astype(np.float32) * (257 if x.dtype == np.uint8 else 1) if m == "depth" else x
-    return torch.from_numpy(x)[None]
+        raise data.BrokenFile(data.reason(error)) from None
+    bits = 8 if m == "semseg" else 16
+    if x.ndim != 2 or x.dtype.kind not in "iu" or not 0 <= x.min() <= x.max() < 2**bits:
+        what = f"{x.ndim}-D {x.dtype} {x.min()} to {x.max()}"
+        raise ValueError(f"{path}: {what} is no {m} map: one channel of whole numbers is needed, up to {bits} bits")
+    if m == "semseg":
+        return torch.from_numpy(x.astype(np.uint8))[None]
+    return torch.from_numpy(x.astype(np.float32) * (257 if x.dtype == np.uint8 else 1))[None]
 
 
-# ============================================================================================================
+# ==================================================================================================
 #  THE RUN
-# ============================================================================================================
+# ==================================================================================================
 
 
-@dataclass
-class Config:
+@dataclasses.dataclass
+class Config(RunConfig):
+    SCRIPT, BASELINE = "multimae", "constant maps"
+
     # data
     data: str = "toy"  # folder with rgb/, depth/, semseg/; "toy" is written first if it is not there
     modalities: str = "rgb,depth,semseg"  # what goes in and is painted, any of these
-    classes: int = 6  # number of semantic classes; the toy world has 6
-    ignore: int = -1  # class that has no part in the loss (void), -1: none
-    img_size: int = 64  # side of the square that the model sees, in pixels
-    min_crop: float = 0.2  # smallest share of the image area that a random crop takes; 1: nearly all of it
+    classes: int = 6  # number of classes of the semantic maps; the toy world has 6
+    ignore: int = -1  # class that has no part in the loss (void, often 255), -1: none
+    img_size: str = "48"  # side of the maps that the model sees in pixels, or HEIGHTxWIDTH
+    min_crop: float = 0.2  # smallest share of the image area that a random crop takes
     flip: bool = True  # mirror half of the images
-    workers: int = 2  # processes that load data
     # model
     size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
+    decoder: str = "64x1x4"  # of each task, WIDTHxBLOCKSxHEADS; the public code has 256x2x8
     patch: int = 8  # side of a patch in pixels
     class_width: int = 16  # width of a class's learned vector; the public code has 64
-    decoder_width: int = 64  # of each decoder; the public code has 256
-    decoder_depth: int = 1  # blocks after the cross-attention; the public code has 2
-    decoder_heads: int = 4  # the public code has 8
     visible: float = 1 / 6  # share of all tokens, over all modalities, that stays visible
     alpha: float = 1.0  # of the Dirichlet shares: 1 every split equally likely, small: one modality takes all
     # optimiser
     epochs: int = 30  # passes over the data
     batch: int = 32  # images per update, over all processes and accumulation steps
-    accum: int = 1  # forward-backward passes per update: raise it when memory runs out
     lr: float = 1.6e-2  # base rate, for a batch of 256; the public code's is 1e-4, for much longer runs
-    min_lr: float = 0.0  # base rate at the end of the cosine
     warmup: float = 2  # epochs of linear warm-up
-    weight_decay: float = 0.05  # of all tensors
-    clip: float = 0.0  # largest norm of the gradient, 0: no clipping
     # run
     out: str = "runs/multimae"  # folder for checkpoint, log and pictures
-    resume: bool = False  # go on with the run in --out
-    init: str = ""  # start from the weights in this file: ours, or a public MultiMAE one
-    seed: int = 0  # of weights, masks, order, crops
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
-    compile: bool = False  # torch.compile: slow start, faster steps
-    log_every: int = 10  # updates between two lines of the log
-    pictures: int = 3  # how often pictures are drawn, evenly over the run, the last at its end; and once before
-    smoke: bool = False  # three updates only, to see that everything runs; its folder may be written again
 
 
-LIMITS = [("classes", 2, 256), ("ignore", -1, 255), ("class_width", 1, 10**6), ("visible", 1e-6, 0.999)]
-LIMITS += [("alpha", 1e-3, 1e6), ("decoder_depth", 0, 10**9)]  # 0: the cross-attention alone
 PRESETS = {
     # The public recipe: ViT-B on ImageNet with pseudo-labels, 8 GPUs
-    "paper": dict(classes=133, img_size=224, patch=16, size="base", class_width=64, decoder_width=256, decoder_depth=2,
-                  decoder_heads=8, epochs=1600, batch=2048, lr=1e-4, warmup=40, workers=16, out="runs/multimae_paper"),
-    "gpu": dict(img_size=64, patch=8, size="tiny", decoder_width=192, decoder_depth=2, decoder_heads=3, epochs=400,
-                batch=256, lr=1e-3, warmup=20, workers=8, out="runs/multimae_gpu"),
+    "paper": dict(classes=133, img_size="224", patch=16, size="base", class_width=64, decoder="256x2x8", epochs=1600,
+                  batch=2048, lr=1e-4, warmup=40, workers=16, out="runs/multimae_paper"),
+    "gpu": dict(img_size="64", patch=8, size="tiny", decoder="192x2x3", epochs=400, batch=256, lr=1e-3, warmup=20,
+                workers=8, out="runs/multimae_gpu"),
 }  # fmt: skip
 
 
-def parse_modalities(text, flag="--modalities"):
+def parse_modalities(text):
+    """ "rgb,depth" -> ["rgb", "depth"], in the order of MODALITIES."""
     names = [m.strip() for m in text.split(",") if m.strip()]
-    for m in names:
-        if m not in MODALITIES:
-            raise InputError(f"{flag} {text}: unknown modality {m}, use any of {','.join(MODALITIES)}")
-    if not names:
-        raise InputError(f"{flag} is empty: use any of {','.join(MODALITIES)}")
+    if not names or set(names) - set(MODALITIES):
+        raise ValueError(f"modalities {text or 'none'}: use any of {','.join(MODALITIES)}")
     return [m for m in MODALITIES if m in names]
 
 
@@ -537,27 +584,24 @@ def constant_maps(model, reference):
     for task in model.tasks:
         target = model.target(task, reference[task.removeprefix("norm_")])  # (B, N, P)
         if task == "semseg":
-            share = F.one_hot(target, model.classes).float().mean(dim=0) + 1e-3  # (N, p*p, classes)
-            if model.ignore >= 0:
-                share[..., model.ignore] = 1e-3
-            maps[task] = share.log().transpose(1, 2).flatten(1)[None]  # softmax makes them sum to 1
+            classes = torch.arange(model.classes, device=target.device)
+            there = (target[..., None] == classes) & (classes != model.ignore)  # (B, N, p*p, classes)
+            maps[task] = (there.float().mean(dim=0) + 1e-3).log().transpose(1, 2).flatten(1)[None]
         elif task == "depth":
             maps[task] = target.median(dim=0).values[None]
         else:
-            colour = target.unflatten(2, (3, -1)).mean(dim=(0, 1, 3)) * (task == "rgb")
-            maps[task] = colour.repeat_interleave(target.shape[2] // 3).expand(1, *target.shape[1:])
+            colour = target.unflatten(2, (model.channels[task], -1)).mean(dim=(0, 1, 3)) * (task == "rgb")
+            maps[task] = colour.repeat_interleave(model.patch**2).expand(1, *target.shape[1:])
     return maps
 
 
 def paint_from(model, source, x):
     """All tasks from one modality alone, every patch of it visible.   x its input -> preds"""
-    mask = torch.zeros(len(x), math.prod(model.grid), dtype=torch.bool)
-    return model.forward_decoder(model.forward_encoder({source: x}, mask), {source: x}, mask)
+    return model.forward_decoder(model.forward_encoder({source: x}), {source: x})
 
 
-@torch.no_grad()
 def cross_modal(model, inputs, source, constant):
-    """How well all other modalities are painted from one alone.   -> {name: numbers}
+    """How well all other modalities are painted from one alone.   -> {name: three numbers}
 
     For depth the mean absolute error (standardised), for classes the share of right ones among the pixels where the
     constant map is wrong: in the toy world those of objects. (Most pixels are floor and wall, which a constant gets
@@ -566,23 +610,21 @@ def cross_modal(model, inputs, source, constant):
     same kind of object.
     """
     other = inputs[source].roll(len(inputs[source]) // 2, 0)
-    preds, shuffled = (paint_from(model, source, x) for x in (inputs[source], other))
+    contestants = paint_from(model, source, inputs[source]), constant, paint_from(model, source, other)
     numbers = {}
     if "depth" in inputs and source != "depth":
         target = model.target("depth", inputs["depth"])
-        error = lambda x: (x["depth"] - target).abs().mean().item()
-        numbers["depth error"] = (error(preds), error(constant), error(shuffled))
+        numbers["depth error"] = [(x["depth"] - target).abs().mean().item() for x in contestants]
     if "semseg" in inputs and source != "semseg":
         target = model.target("semseg", inputs["semseg"])
-        classes = lambda x: x["semseg"].unflatten(2, (model.classes, -1)).argmax(dim=2)
-        count = (target != classes(constant)) & (target != model.ignore)
-        recall = lambda x: (classes(x) == target)[count].float().mean().item()
-        numbers["object recall"] = (recall(preds), 0.0, recall(shuffled))
+        found = [x["semseg"].unflatten(2, (model.classes, -1)).argmax(dim=2) for x in contestants]
+        count = (target != found[1]) & (target != model.ignore)
+        numbers["object recall"] = [(x == target)[count].float().mean().item() for x in found[::2]]
+        numbers["object recall"].insert(1, 0.0)  # of the constant map, by definition
     return numbers
 
 
 PALETTE = torch.tensor([[90, 130, 90], [120, 140, 190], [220, 70, 60], [240, 180, 50], [150, 80, 190], [60, 190, 200]])
-HOLE = torch.tensor([1.0, 0.8, 0.85])[:, None, None]  # a hidden patch in a picture: no grey, depth has them all
 
 
 def to_pictures(model, task, values):
@@ -592,76 +634,112 @@ def to_pictures(model, task, values):
         ids = unpatchify(values, model.patch // STRIDE, h, w)[:, 0]
         x = PALETTE[ids.cpu() % len(PALETTE)].movedim(-1, 1) / 255
         return x.repeat_interleave(STRIDE, 2).repeat_interleave(STRIDE, 3)
-    C = CHANNELS[task]
+    C = model.channels[task]
     x = unpatchify(values.unflatten(2, (C, -1)).transpose(2, 3).flatten(2).cpu(), model.patch, h, w)
     if task == "depth":  # near is bright
         return (0.5 - x / 6).clamp(0, 1).expand(-1, 3, -1, -1)
-    return to_unit_range(x, model.MEAN, model.STD).clamp(0, 1)
+    return to_unit_range(x, model.mean, model.std).clamp(0, 1)
 
 
 def draw(model, inputs, mask, preds, path):
     """One PNG: a row per sample; per modality original, what is visible, painted; then each from one other alone."""
-    columns, titles = [], []
-    values = lambda m, pred: pred.unflatten(2, (model.classes, -1)).argmax(dim=2) if m == "semseg" else pred.float()
+    columns, titles, (t, h, w) = [], [], model.grid
+
+    def numbered(m, pred):
+        return pred.unflatten(2, (model.classes, -1)).argmax(dim=2) if m == "semseg" else pred.float()
+
     for m, hide in zip(model.modalities, mask.chunk(len(model.modalities), dim=1)):
-        target = model.target(m, inputs[m])
-        original, painted = to_pictures(model, m, target), to_pictures(model, m, values(m, preds[m]))
-        t, h, w = model.grid
+        original = to_pictures(model, m, model.target(m, inputs[m]))
+        painted = to_pictures(model, m, numbered(m, preds[m]))
         hole = hide.reshape(-1, 1, h, w).repeat_interleave(model.patch, 2).repeat_interleave(model.patch, 3)
-        columns += [original, torch.where(hole, HOLE, original), torch.where(hole, painted, original)]
+        pink = torch.tensor(HOLE)[:, None, None]
+        columns += [original, torch.where(hole, pink, original), torch.where(hole, painted, original)]
         titles += [m, "visible", "painted"]
     pairs = [("rgb", "depth"), ("rgb", "semseg"), ("depth", "rgb"), ("semseg", "rgb")]
-    pairs = [pair for pair in pairs if all(m in inputs for m in pair)][:3]  # as many as fit beside the others
-    for source, goal in pairs:
-        columns.append(to_pictures(model, goal, values(goal, paint_from(model, source, inputs[source])[goal])))
-        titles.append(f"{source}>{goal}")
-    some = torch.linspace(0, len(mask) - 1, min(4, len(mask))).long()  # over all classes
-    cells = torch.stack([c[some] for c in columns], dim=1)  # (4, columns, 3, H, W)
-    note = "the last columns are painted from one whole other modality alone" if pairs else ""
-    save_picture(picture_table(cells, titles, note), path)
+    for source, goal in [pair for pair in pairs if set(pair) <= set(inputs)][:3]:  # as many as fit beside the others
+        pred = paint_from(model, source, inputs[source])[goal]
+        columns.append(to_pictures(model, goal, numbered(goal, pred)))
+        titles.append(f"{source} > {goal}")
+    some = torch.linspace(0, len(mask) - 1, min(6, len(mask))).long()  # over all classes
+    cells = torch.stack([c[some] for c in columns], dim=1)  # (6, columns, 3, H, W)
+    note = "the last columns are painted from one whole other map alone"
+    save_picture(picture_table(cells, titles, note=note if len(inputs) > 1 else ""), path)
 
 
-def main():
-    cfg = read_config(Config, PRESETS, __doc__, "multimae", limits=LIMITS)
-    rank, world, device = start_processes(cfg)
-    modalities = parse_modalities(cfg.modalities)
-    if cfg.ignore >= cfg.classes:
-        raise InputError(f"--ignore {cfg.ignore}: --classes {cfg.classes} allows 0 to {cfg.classes - 1}, -1 is none")
-    data.fetch(cfg.data, rank, world)
+@torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
+def main(argv=None):
+    cfg, found = read_config(Config, PRESETS, __doc__, {"multimae": public_multimae}, argv)
+    device = start_processes(cfg)
     torch.manual_seed(cfg.seed)
-    decoder = (cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
-    model = MultiMAE(cfg.img_size, cfg.patch, encoder_size(cfg.size), decoder, modalities, cfg.classes, cfg.class_width,
-                     cfg.ignore)  # fmt: skip
+    modalities, size = parse_modalities(cfg.modalities), height_width(cfg.img_size)
+    model = MultiMAE(size, cfg.patch, encoder_size(cfg.size), numbers(cfg.decoder, 3), modalities, cfg.classes,
+                     cfg.class_width, cfg.ignore).to(device)  # fmt: skip
+    load_pretrained(model, found)
     sizes = [math.prod(model.grid)] * len(modalities)
     count = max(1, round(cfg.visible * sum(sizes)))
-    draw_mask = lambda batch, rows, generator: dirichlet_mask(rows, sizes, count, generator, cfg.alpha)
-    check_mask(draw_mask(None, 1, torch.Generator()), hint="lower --visible")
-    files = {split: list_aligned(cfg.data, split, modalities) for split in ("train", "val")}
-    options = (modalities, cfg.img_size, cfg.classes, cfg.seed, cfg.min_crop, cfg.flip)
-    open_files = lambda split, train: AlignedDataset(cfg.data, files[split], *options, train)
-    train = open_files("train", True)
-    batch, mask = held_out(open_files("val", False), draw_mask, cfg.seed, 64)
-    reference, _ = held_out(open_files("train", False), draw_mask, cfg.seed, 128, "training")
 
-    @torch.no_grad()
-    def validate(model, path):
-        """Loss of every task beside that of a constant map, and what one modality alone tells of the others."""
+    def draw_mask(batch, rows, generator):
+        return dirichlet_mask(rows, sizes, count, generator, cfg.alpha)
+
+    def open_files(files, train):
+        return AlignedDataset(cfg.data, files, modalities, size, cfg.classes, cfg.ignore, cfg.seed, cfg.min_crop,
+                              cfg.flip, train)  # fmt: skip
+
+    fetch(cfg.data)
+    train_files, val_files = (list_aligned(cfg.data, split, modalities) for split in ("train", "val"))
+    report(data.describe(train_files, val_files))
+    batch, mask, _ = held_out(open_files(val_files, False), draw_mask, cfg.seed, 64)
+    reference, _, _ = held_out(open_files(train_files, False), draw_mask, cfg.seed, 128)
+
+    def look(path):
+        """Loss of every task beside that of a constant map, and what one map alone tells of the others."""
         inputs = model.normalize(batch.to(device))
         preds = model.forward_decoder(model.forward_encoder(inputs, mask), inputs, mask)
         constant = constant_maps(model, model.normalize(reference.to(device)))
         everywhere = {t: x.expand(len(batch), -1, -1) for t, x in constant.items()}
-        losses, chance = (model.task_losses(x, inputs, inputs, mask) for x in (preds, everywhere))
-        say("held-out " + ", ".join(f"{t} {x:.3f} (constant {chance[t]:.3f})" for t, x in losses.items()))
-        record = {f"{t}_{k}": float(v[t]) for t in losses for k, v in (("loss", losses), ("constant", chance))}
-        if len(modalities) > 1:
-            for name, numbers in cross_modal(model, inputs, modalities[0], constant).items():
-                say(f"  {modalities[0]} alone: {name} {numbers[0]:.3f} (constant map {numbers[1]:.3f}, another's "
-                    f"{modalities[0]} {numbers[2]:.3f})")  # fmt: skip
-                record |= {f"{name} {k}": v for k, v in zip(("alone", "constant", "shuffled"), numbers)}
-        draw(model, inputs, mask, preds, f"{path}.png")
-        return {"val_loss": sum(losses.values()).item(), "chance": sum(chance.values()).item(), **record}
+        losses, baseline = (model.task_losses(x, inputs, inputs, mask) for x in (preds, everywhere))
+        report("held-out " + ", ".join(f"{t} {x:.3f} (constant map {baseline[t]:.3f})" for t, x in losses.items()))
+        record = {f"{t}_loss": x.item() for t, x in losses.items()}
+        record |= {f"{t}_constant": x.item() for t, x in baseline.items()}
+        for name, (alone, fixed, other) in cross_modal(model, inputs, modalities[0], constant).items():
+            first = f"{modalities[0]} alone: {name} {alone:.3f}"
+            report(f"  {first} (constant map {fixed:.3f}, another's {modalities[0]} {other:.3f})")
+            record |= {f"{name}_alone": alone, f"{name}_constant": fixed, f"{name}_other": other}
+        draw(model, inputs, mask, preds, path.with_suffix(".png"))
+        return {"val_loss": sum(losses.values()).item(), "baseline": sum(baseline.values()).item(), **record}
 
-    pretrain(model, train, draw_mask, validate, cfg, "multimae")
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
+    loss_of = pretraining_loss(model, draw_mask, cfg)
+    train(model, open_files(train_files, True), loss_of, optimizer, look, cfg).finish()
+
+
+def public_multimae(state):
+    """EPFL-VILAB/MultiMAE -> settings, our names, guesses; None: another layout.
+
+    The MultiViT layout, or timm's (RGB only, token and table in front) if the file says that it is one of a MAE."""
+    kernel = state.get("input_adapters.rgb.proj.weight", torch.empty(0))
+    if kernel.ndim != 4:
+        return None
+    D, _, p, _ = kernel.shape
+    depth, renamed = blocks_in(state, "encoder."), {}
+    for key, value in state.items():
+        key = "blocks." + key.removeprefix("encoder.") if key.startswith("encoder.") else key
+        key = key.replace("output_adapters.cls.norm.", "fc_norm.").replace("output_adapters.cls.head.", "head.")
+        if not key.endswith("pos_emb"):  # fixed tables are computed here
+            renamed[key] = value
+    given = [m for m in MODALITIES if f"input_adapters.{m}.proj.weight" in state]
+    said = {"patch": p, "size": f"{D}x{depth}x{guess_heads(D, depth)}", "modalities": ",".join(given),
+            "img_size": str(14 * p)}  # fmt: skip
+    if (table := state.get("input_adapters.rgb.pos_emb")) is not None:  # (1, D, h, w)
+        said["img_size"] = f"{table.shape[2] * p}x{table.shape[3] * p}"
+    if (embedding := state.get("input_adapters.semseg.class_emb.weight")) is not None:
+        said |= {"classes": embedding.shape[0], "class_width": embedding.shape[1]}
+    guesses = ["size"]
+    if "output_adapters.rgb.proj_context.weight" in state:
+        E = len(state["output_adapters.rgb.proj_context.weight"])
+        said["decoder"] = f"{E}x{blocks_in(state, 'output_adapters.rgb.decoder_transformer.')}x8"
+        guesses.append("decoder")
+    return said, renamed, guesses
 
 
 if __name__ == "__main__":
