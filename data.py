@@ -1,22 +1,22 @@
 """data.py - from a file on disk to a batch of uint8 pixels.
 
-Lists the files of a data set, decodes what is needed of them, crops, and hands out batches. It also checks
-a data set, makes smaller copies of its videos, and writes a toy world, so that nothing need be downloaded.
+Lists the files of a data set, decodes what is needed of them, crops, and hands out batches. It also
+checks a data set, makes smaller copies of its videos, and writes a toy world: nothing need be downloaded.
 
-    which files       UCF101, HMDB51, class folders, "path label" lists, CIFAR-10            list_videos
-    decoding          PyAV: exact frames, only those that are kept are converted            read_clips
-    one crop          random resized or centre; the same for all frames of a clip           make_crop
-    a dataset item    uint8 (R, H, W, 3), or (R, T, H, W, 3) in mae_video.py                ImageDataset
-    a batch           items in the order of (seed, epoch), decoded by worker processes      start_loader
-    a toy world       sprites with exact depth and class maps                               make_toy
+    which files       UCF101, HMDB51, class folders, "path label" lists, CIFAR-10     list_videos
+    decoding          PyAV: exact frames, only those that are kept are converted      read_clips
+    one crop          random resized or centre; the same for all frames of a clip     make_crop
+    a dataset item    uint8 (R, H, W, 3), or (R, T, H, W, 3) in mae_video.py          ImageDataset
+    a batch           items in the order of (seed, epoch), read by worker processes   start_loader
+    a toy world       sprites with exact depth and class maps                         make_toy
 
-What item i of an epoch gets (crop, flip, clip position) is drawn from a generator seeded with (seed, epoch, i): a
-dataset is indexed with the pair (epoch, i), and workers need no state. A file that cannot be read is named in the
-log and another one is used instead (ten in a row end the run); it never becomes silent zeros.
+What item i of an epoch gets (crop, flip, clip position) is drawn from a generator seeded with (seed,
+epoch, i): a dataset is indexed with the pair (epoch, i), and workers need no state. A file that cannot
+be read is named in the log and another one is used (ten in a row end the run); it never becomes zeros.
 
-Run   python data.py toy toy                          (30 s on 2 cores: 600 clips, 2,000 images)
-      python data.py check UCF101                     (decode everything, list what is broken, draw a sheet)
-      python data.py shrink UCF101 UCF101-128         (smaller copies decode faster: do it once)
+Run   python data.py toy toy                    (30 s on 2 cores: 600 clips, 2,000 images)
+      python data.py check UCF101               (decode everything, list what is broken, draw a sheet)
+      python data.py shrink UCF101 UCF101-128   (smaller copies decode faster: do it once)
 Next  mae_image.py: the first model, and the training loop.
 """
 
@@ -48,13 +48,11 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from masking import is_first, picture_table, report, run_script
+from masking import picture_table, report, run_script
 
-# Endings of files, and the only formats that are opened: a file is what its ending says, or refused.
-VIDEO = tuple(
-    ".avi .mp4 .m4v .mov .3gp .mkv .webm .mpg .mpeg .vob .mts .m2ts .wmv .asf .flv .ogv".split()
-)
-IMAGE = tuple(".jpg .jpeg .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm".split())
+# Endings of files, and the only formats that are opened: nothing else is, whatever a file claims to be.
+VIDEO = ".avi .mp4 .m4v .mov .3gp .mkv .webm .mpg .mpeg .vob .mts .m2ts .wmv .asf .flv .ogv".split()
+IMAGE = ".jpg .jpeg .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm".split()
 CONTAINERS = "avi,mov,mp4,matroska,webm,mpeg,mpegvideo,mpegts,asf,flv,ogg"  # FFmpeg's names
 PICTURES = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow's
 
@@ -63,15 +61,15 @@ def seeded(*numbers):
     """A generator that depends on these whole numbers alone, not on what was drawn before.
 
     The first is the seed, the second says what for: 0 items, 1 masks, 2 held-out masks, 3 what replaces
-    a broken file, and so on. important: numpy fills up to four numbers with zeros, so (s, 1) and (s, 1, 0)
-    are one stream. It does no harm here; in a new project put the use last.
+    a broken file, and so on. important: numpy fills up to four numbers with zeros, so (s, 1) and
+    (s, 1, 0) are one stream. It does no harm here; in a new project put the use last.
     """
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))
 
 
 # ==================================================================================================
-#  PART 1: which files, with which labels         (needs: numpy, torch, torchvision, VIDEO, IMAGE)
+#  PART 1: which files, with which labels                (needs: numpy, torchvision, VIDEO, IMAGE)
 # ==================================================================================================
 
 
@@ -82,11 +80,11 @@ class Files:
     paths: np.ndarray  # of str
     labels: np.ndarray  # of int, 0 .. len(classes) - 1, or -1 where none is known
     classes: list  # names
-    how: str  # where the split comes from, in words
+    how: str = ""  # where the split comes from, in words
     pixels: np.ndarray = None  # (N, H, W, 3) uint8 where the images are in memory (CIFAR-10)
 
     def select(self, keep):
-        """Some of the files.   keep: their numbers, or a bool for each file"""
+        """Some of the files.   keep: their numbers, or a bool for each"""
         pixels = None if self.pixels is None else self.pixels[keep]
         return Files(self.paths[keep], self.labels[keep], self.classes, self.how, pixels)
 
@@ -99,11 +97,10 @@ def list_videos(root, split="train", fold=1, allow_missing=False):
     root/<Class>/*.avi + root/classInd.txt, trainlist01.txt ...     lists in UCF101's format
     root/train/<class>/*, root/val/<class>/*               also training, valid, test, TRAIN_256 ...
     root/<class>/* or root/*                               every 20th file of a class is held out
-    a file of lines "path label"                           paths absolute or from the list's folder;
-                                                           val: val.csv or test.csv beside it
+    a file of lines "path label"                           val: val.csv or test.csv beside it
 
-    A lone folder in root is stepped into. Raises ValueError where nothing is found, and for listed files
-    that are absent (unless allow_missing).
+    A lone folder in root is stepped into. Raises ValueError where nothing is found, and for listed
+    files that are absent (unless allow_missing).
     """
     root = find_root(root, "videos")
     if official := find_official(root):
@@ -114,11 +111,11 @@ def list_videos(root, split="train", fold=1, allow_missing=False):
 
 
 def list_images(root, split="train", allow_missing=False):
-    """The images of one split, as in list_videos; "cifar10": through torchvision, which downloads it to data/cifar10."""
+    """The images of one split, as in list_videos; "cifar10": torchvision's, downloaded to data/."""
     if str(root) == "cifar10" and not Path(root).exists():
         found = datasets.CIFAR10("data/cifar10", train=split == "train", download=True)
         names = np.array([f"cifar10/{split}/{i}" for i in range(len(found.data))])
-        return Files(names, np.array(found.targets), list(found.classes), "torchvision's CIFAR-10", found.data)
+        return Files(names, np.array(found.targets), found.classes, "torchvision", found.data)
     return list_plain(find_root(root, "rgb"), split, IMAGE, allow_missing)
 
 
@@ -130,9 +127,9 @@ def find_root(root, part):
     return root / part if (root / part).is_dir() else root
 
 
-OFFICIAL = {  # folder of lists, folder of videos, and the archives they come in
-    "UCF101": ("ucfTrainTestlist", "UCF-101", "UCF101TrainTestSplits-RecognitionTask.zip", "UCF101.rar"),
-    "HMDB51": ("testTrainMulti_7030_splits", "hmdb51_org", "test_train_splits.rar", "hmdb51_org.rar"),
+OFFICIAL = {  # folder of lists, folder of videos
+    "UCF101": ("ucfTrainTestlist", "UCF-101"),
+    "HMDB51": ("testTrainMulti_7030_splits", "hmdb51_org"),
 }
 
 
@@ -140,56 +137,47 @@ def find_official(root):
     """-> (name, folder of lists, folder of videos) of UCF101 or HMDB51, wherever they were unpacked."""
     if (root / "classInd.txt").is_file():
         return "UCF101", root, root
-    for name, (lists, videos, lists_archive, videos_archive) in OFFICIAL.items():
-        given = root.name == videos  # the folder of videos itself
-        place = root.parent if given else root
-        found = find_folder(place, lists), find_folder(place, videos)
-        if found[0] and found[1]:
+    for name, folders in OFFICIAL.items():
+        given = root.name == folders[1]  # the folder of videos itself
+        found = [find_folder(root.parent if given else root, folder) for folder in folders]
+        if all(found):
             return name, *found
         if any(found) and not given:
-            lost, archive = (lists, lists_archive) if found[1] else (videos, videos_archive)
-            how = "unzip" if archive.endswith("zip") else "bsdtar -xf"
-            raise ValueError(f"{root} has a part of {name}, but no folder {lost}: {how} {archive} there")
+            lost = folders[found.index(None)]
+            raise ValueError(f"{root} holds a part of {name}, but no {lost}/: unpack that archive, too")
     return None
 
 
 def find_folder(root, name):
-    """A folder of this name in root or one level below, and the innermost if it is nested; else None."""
-    found = next((p for p in [root / name, *sorted(root.glob(f"*/{name}"))] if p.is_dir()), None)
-    while found and (found / name).is_dir():
-        found = found / name
-    return found
+    """A folder of this name in root or one level below, the innermost if it is nested; else None."""
+    places = [root / name, *sorted(root.glob(f"*/{name}"))]
+    found = next((place for place in places if place.is_dir()), None)
+    return find_folder(found, name) or found if found else None
 
 
 def read_official(name, lists, videos, split, fold, allow_missing):
     """One fold of the official lists. The comments name their traps."""
     if fold not in (1, 2, 3):
         raise ValueError(f"--fold {fold}: {name} has the folds 1, 2 and 3")
-    wanted = []  # (path in the list, label)
+    train, wanted = split == "train", []  # (path in the list, label)
     if name == "UCF101":
-        table = f"{'train' if split == 'train' else 'test'}list0{fold}.txt"
+        table = f"{'train' if train else 'test'}list0{fold}.txt"
         numbered = [line.split(maxsplit=1) for line in read_lines(lists / "classInd.txt")]
-        classes = [name for _, name in sorted((int(number), name) for number, name in numbered)]
-        index = {c.lower(): i for i, c in enumerate(classes)}
+        classes = [c for _, c in sorted((int(number), c) for number, c in numbered)]
+        label_of = {c.lower(): label for label, c in enumerate(classes)}
         for line in read_lines(lists / table):
-            # trainlist has a label column (1-based), testlist has none: the folder is the class in both
-            path = re.sub(r"\s+\d+$", "", line)
-            label = index.get(path.split("/")[0].lower())
-            if label is None:
-                raise ValueError(f"{lists / table}: the class of '{line}' is not in classInd.txt")
-            wanted.append((path, -1 if line.endswith(" 0") else label))  # 0: its label is not told
+            # trainlist has labels (from 1; 0 if none is known), testlist none: the folder is the class
+            path, number = re.fullmatch(r"(.*?)(?:\s+(\d+))?", line).groups()
+            wanted.append((path, -1 if number == "0" else label_of[path.split("/")[0].lower()]))
     else:
-        table = f"*_test_split{fold}.txt"
-        code = "1" if split == "train" else "2"  # 1 train, 2 test, 0 in neither
-        tables = sorted(lists.glob(table))  # climb_stairs before climb, as the files sort
-        classes = [path.name.removesuffix(table[1:]) for path in tables]
+        table = f"_test_split{fold}.txt"
+        tables = sorted(lists.glob(f"*{table}"))  # climb_stairs before climb, as the files sort
+        classes = [path.name.removesuffix(table) for path in tables]
         for label, path in enumerate(tables):
-            for line in read_lines(path):
+            for line in read_lines(path):  # 1 train, 2 test, 0 in neither
                 video, _, use = line.rpartition(" ")
-                if use == code:
-                    wanted.append((f"{classes[label]}/{video}", label))
-    paths, labels = resolve(wanted, videos, lists, VIDEO, allow_missing)
-    return Files(paths, labels, classes, f"{name}'s {table}")
+                wanted += [(f"{classes[label]}/{video}", label)] if use == "21"[train] else []
+    return resolve(wanted, classes, videos, lists, VIDEO, allow_missing, f"{name}'s {table}")
 
 
 def read_lines(path):
@@ -197,43 +185,35 @@ def read_lines(path):
     return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
 
 
-def resolve(wanted, folder, source, kinds, allow_missing):
-    """Listed (path, label) -> arrays of paths that exist and of their labels.
+def resolve(wanted, classes, folder, source, kinds, allow_missing, how):
+    """Listed (path, label) -> Files that exist.
 
-    Names are matched without regard to case (UCF101's lists and folders disagree about HandStandPushups), to the
-    ending (a re-encoded copy may be .mp4), to the two ways to write an accent, and to folders further up.
+    A file is where the list says or, wherever it lies, of the same name in a folder of the same name:
+    without regard to case (UCF101's lists and folders disagree about HandStandPushups), to the ending (a
+    re-encoded copy may be .mp4) and to the two ways to write an accent.
     """
 
     def key(path):
-        path = path.with_suffix("") if path.suffix.lower() in kinds else path
-        return unicodedata.normalize("NFC", str(path)).casefold()
+        return unicodedata.normalize("NFC", f"{path.parent.name}/{path.stem}").casefold()
 
-    def tail(path):
-        return key(Path(path.parent.name, path.name))
-
-    direct = [Path(folder, path) for path, _ in wanted]
-    direct = [p if p.suffix.lower() in kinds and os.path.isfile(p) else None for p in direct]
-    alike = {}
-    if None in direct:
-        for path in walk(folder, kinds)[0]:
-            alike[key(path.relative_to(folder))] = path
-            alike[tail(path)] = path if tail(path) not in alike else None  # None: several are called so
-    paths, labels, missing = [], [], []
-    for found, (listed, label) in zip(direct, wanted):
-        inside = Path(os.path.relpath(Path(folder, listed), folder))
-        found = found or alike.get(key(inside)) or alike.get(tail(inside))
-        if found is None:
-            missing.append(listed)
-        else:
-            paths.append(str(found))
+    alike, paths, labels, missing = {}, [], [], []
+    for listed, label in wanted:
+        path = Path(folder, listed)
+        if not (path.suffix.lower() in kinds and path.is_file()):
+            for other in walk(folder, kinds)[0] if not alike else ():
+                alike.setdefault(key(other), []).append(other)
+            same = alike.get(key(path), ())
+            path = same[0] if len(same) == 1 else None
+        if path:
+            paths.append(str(path))
             labels.append(label)
+        else:
+            missing.append(listed)
     if not paths or (missing and not allow_missing):
-        hint = "--allow-missing uses the others" if paths else 'a line is "path label", as in "a/b.avi 3"'
-        few = ", ".join(missing[:3])
-        raise ValueError(
-            f"{len(missing)} of {len(wanted)} files listed in {source} are not in {folder}, e.g. {few}; {hint}"
-        )
-    return np.array(paths), np.array(labels, dtype=np.int64)
+        hint = "--allow-missing uses the others" if paths else 'lines should be like "a/b.avi 3"'
+        few = f"{len(missing)} of {len(wanted)} files listed in {source} are not in {folder}"
+        raise ValueError(f"{few}, e.g. {', '.join(missing[:3])}; {hint}")
+    return Files(np.array(paths), np.array(labels), classes, how)
 
 
 def walk(folder, kinds):
@@ -244,12 +224,10 @@ def walk(folder, kinds):
         raise error  # a folder that may not be listed
 
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        place = os.path.realpath(parent)
-        if place in seen:  # links to folders are followed, but not in circles
-            folders.clear()
-            continue
-        seen.add(place)
         folders[:] = sorted(f for f in folders if f[0] != "." and f not in ("lost+found", "__MACOSX"))
+        if os.path.realpath(parent) in seen:  # links to folders are followed, but not in circles
+            folders[:], names = [], []
+        seen.add(os.path.realpath(parent))
         for path in (Path(parent, name) for name in sorted(names) if name[0] != "."):
             if path.suffix.lower() not in kinds:
                 others[path.suffix.lower() or path.name] += 1
@@ -265,62 +243,50 @@ def list_plain(root, split, kinds, allow_missing):
         other = next((path for path in siblings if path.is_file() and path != root), None)
         files = read_list(other if other and split == "val" else root, kinds, allow_missing)
         return files if other else hold_out(files, split)
-    root = step_in(root, kinds)
-    train = split_folder(root, "train(ing)?")
-    val = split_folder(root, "val(id(ation)?)?", "test(ing)?", "eval(uation)?")
-    if train and val:
-        files = list_folder(train, kinds)
-        return files if split == "train" else list_folder(val, kinds, files.classes)
-    if train and len(subfolders(root)) > 1:
-        other = next(d.name for d in subfolders(root) if d != train)
-        raise ValueError(f"{root} has {train.name}/ and {other}/ but no val/: is {train.name} a split, or a class?")
-    return hold_out(list_folder(train or root, kinds), split)
+    inside = subfolders(root)
+    while len(inside) == 1 and not any(path.suffix.lower() in kinds for path in root.iterdir()):
+        root, inside = inside[0], subfolders(inside[0])  # a lone folder is a wrapper, as archives leave it
+    train = split_folder(inside, "train(ing)?")
+    val = split_folder(inside, "val(id(ation)?)?", "test(ing)?", "eval(uation)?")
+    if train and not val:
+        raise ValueError(f"{root} has {train.name}/ but no val/: is {train.name} a split, or a class?")
+    if not train:
+        return hold_out(list_folder(root, kinds), split)
+    files = list_folder(train, kinds)
+    return files if split == "train" else list_folder(val, kinds, files.classes)
 
 
 def subfolders(folder):
-    return sorted(d for d in folder.iterdir() if d.is_dir() and d.name[0] != "." and d.name != "__MACOSX")
+    return sorted(d for d in folder.iterdir() if d.is_dir() and d.name[0] not in "._")
 
 
-def step_in(folder, kinds):
-    """A lone folder in a folder is a wrapper, as archives leave it: what is meant lies inside."""
-    while len(inside := subfolders(folder)) == 1 and not any(p.suffix.lower() in kinds for p in folder.iterdir()):
-        folder = inside[0]
-    return folder
-
-
-def split_folder(root, *patterns):
-    """The folder of a split, called by one of these words in any case, perhaps with a suffix; else None."""
-    for pattern in patterns:
-        for folder in subfolders(root):
-            if re.fullmatch(rf"{pattern}(set|[^a-z].*)?", folder.name, re.I):
-                return folder
+def split_folder(folders, *words):
+    """The folder of a split: called by one of these words in any case, perhaps with a suffix."""
+    for word, folder in itertools.product(words, folders):
+        if re.fullmatch(rf"{word}(set|[^a-z].*)?", folder.name, re.I):
+            return folder
     return None
 
 
 def list_folder(folder, kinds, classes=None):
-    """Files of class folders, or of the folder itself where it has none. `classes`: number them as another split."""
+    """Files of class folders, or of a folder without any.   classes: numbered as those of another split"""
     found, others = walk(folder, kinds)
     if not found:
-        most = [f"{count} {ending}" for ending, count in others.most_common(3)]
-        what = f"but {', '.join(most)}" if most else "is it the right folder?"
-        if set(others) & set(VIDEO + IMAGE):
-            what += " (mae_image.py takes images, mae_video.py videos)"
-        raise ValueError(f"{folder} holds no files that end in {', '.join(kinds[:4])} ...: {what}")
-    parts = [path.relative_to(folder).parts for path in found]
-    names = [p[0] if len(p) > 1 else "" for p in parts]  # of class folders
-    own = sorted(set(names) - {""})
+        there = ", ".join(f"{n} {ending}" for ending, n in others.most_common(3)) or "nothing"
+        hint = "mae_image.py takes images, mae_video.py videos"
+        raise ValueError(f"{folder} has no {' '.join(kinds[:4])} ..., but {there}: {hint}")
+    own = sorted({path.relative_to(folder).parts[0] for path in found if path.parent != folder})
     if classes and set(own) - set(classes):
-        raise ValueError(f"{folder} has a class that training lacks: {sorted(set(own) - set(classes))[0]}")
+        raise ValueError(f"{folder} has classes that training lacks: {set(own) - set(classes)}")
     classes = own if classes is None else classes
-    if own and classes and "" in names:
-        others["files beside the class folders"] = names.count("")
-        found = [path for path, name in zip(found, names) if name]
-        names = [name for name in names if name]
-    labels = [classes.index(name) if name in classes else -1 for name in names]
-    how = f"folder {folder.name}"
-    if others:
-        how += ", passed over: " + ", ".join(f"{n} {ending}" for ending, n in others.most_common(5))
-    return Files(np.array([str(p) for p in found]), np.array(labels, dtype=np.int64), classes, how)
+    if own:
+        others["beside the class folders"] = sum(path.parent == folder for path in found)
+        found = [path for path in found if path.parent != folder]
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = [label_of.get(path.relative_to(folder).parts[0], -1) for path in found]
+    passed = ", ".join(f"{n} {ending}" for ending, n in others.most_common(5) if n)
+    how = f"folder {folder.name}" + (f", passed over: {passed}" if passed else "")
+    return Files(np.array([str(path) for path in found]), np.array(labels), classes, how)
 
 
 def read_list(path, kinds, allow_missing):
@@ -331,36 +297,31 @@ def read_list(path, kinds, allow_missing):
     wanted = []
     for line in read_lines(path):
         found = re.fullmatch(r"(.+?)\s*[,;\s]\s*[\"']?(-?\d{1,6})(\.0*)?[\"']?", line)
-        if found and not os.path.exists(path.parent / line):
-            wanted.append((found[1].strip("\"'"), int(found[2])))
-        else:
+        if os.path.exists(path.parent / line) or not found:
             wanted.append((line.strip("\"'"), -1))
-    if len(wanted) > 1 and wanted[0][1] == -1 and wanted[1][1] >= 0:  # a header
+        else:
+            wanted.append((found[1].strip("\"'"), int(found[2])))
+    if len(wanted) > 1 and wanted[0][1] < 0 <= wanted[1][1]:  # a header
         del wanted[0]
-    if not wanted:
-        raise ValueError(f"the list {path} is empty")
-    count = max(label for _, label in wanted) + 1
-    paths, labels = resolve(wanted, path.parent, path, kinds, allow_missing)
-    return Files(paths, labels, [str(i) for i in range(count)], f"list {path.name}")
+    classes = [str(i) for i in range(max((label for _, label in wanted), default=-1) + 1)]
+    return resolve(wanted, classes, path.parent, path, kinds, allow_missing, f"list {path.name}")
 
 
 def hold_out(files, split):
     """Every 20th file of a class, at least one, is "val" where a data set brings no split of its own."""
-    if len(files.paths) == 1:
-        return files
     val = np.zeros(len(files.paths), bool)
-    for label in set(files.labels.tolist()):
+    for label in np.unique(files.labels):
         own = np.flatnonzero(files.labels == label)
-        held = own[19::20] if len(own) >= 20 else own[1:][-1:]  # of a single file none
-        val[held] = True
+        val[own[19::20] if len(own) >= 20 else own[1:][-1:]] = True  # of a single file none
     files.how += "; no split found: every 20th file of a class is held out"
-    return files.select(val if split == "val" else ~val)
+    return files.select(val if split == "val" else ~val) if val.any() else files
 
 
 def describe(train, val):
     """One line that says what was found."""
     classes = f" of {len(train.classes)} classes" if train.classes else ""
-    return f"training: {len(train.paths)} files{classes} ({train.how}); held out: {len(val.paths)} ({val.how})"
+    found = f"training: {len(train.paths)} files{classes} ({train.how})"
+    return f"{found}; held out: {len(val.paths)} ({val.how})"
 
 
 def fingerprint(files):
@@ -371,7 +332,7 @@ def fingerprint(files):
 
 # ==================================================================================================
 #  PART 2: decoding. About FFmpeg's habits, not about learning: a student may go on with part 3.
-#  (needs: numpy, av, pillow, VIDEO, CONTAINERS, PICTURES)
+#  (needs: numpy, av, pillow, CONTAINERS, PICTURES)
 # ==================================================================================================
 
 
@@ -383,7 +344,7 @@ LARGEST = 2**29  # bytes of pixels that a clip may have: 16 frames of 4K
 
 
 def reason(error):
-    """Why a file cannot be read. A lack of memory or of descriptors is not the file's fault, and is raised."""
+    """Why a file cannot be read. A lack of memory or of descriptors is not its fault, and is raised."""
     if isinstance(error, MemoryError):
         raise error
     if getattr(error, "errno", None) in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
@@ -396,8 +357,8 @@ def open_video(path):
     """-> container, video stream.   Called in the worker: an open container does not survive a fork."""
     if not os.path.isfile(path):  # of a pipe or device FFmpeg would wait for ever
         raise BrokenFile("no such file")
-    # Only these formats: a file may claim to be a list of other files, and have those opened. HMDB51 has titles that
-    # are not UTF-8. Of a relative name like 10:30.avi FFmpeg would think that 10: is a protocol.
+    # Only these formats: a file may claim to be a list of other files, and have them opened. Titles need
+    # not be UTF-8 (HMDB51). Of a relative name like 10:30.avi FFmpeg would think that 10: is a protocol.
     only = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
     with av.open(os.path.abspath(path), metadata_errors="ignore", options=only) as container:
         if not container.streams.video:
@@ -405,17 +366,17 @@ def open_video(path):
         stream = container.streams.best("video")  # not a cover picture
         if stream.codec_context is None:
             raise BrokenFile("FFmpeg has no decoder for its codec")
-        # important: threads of kind FRAME or AUTO can hang when a loop is left early; one per worker is enough
+        # important: threads of kind FRAME or AUTO can hang when a loop is left early
         stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
         yield container, stream
 
 
 def frame_times(path):
-    """-> how many frames are shown, their times in the order of display or None, seconds to the last one's end.
+    """-> how many frames there are, their times in the order of display or None, seconds that they last.
 
-    Headers promise what they like, so packets are counted, which costs a fiftieth of decoding them; what an
-    editor cut (MP4) or AVI dropped is no frame. Times are the stream's own units. None: they do not tell which frame
-    comes when, or the decoder cannot begin in the middle.
+    Headers promise what they like: packets are counted, which costs a fiftieth of decoding them. What an
+    editor cut (MP4) or AVI dropped is no frame. Times are in the stream's units; None: they do not tell
+    which frame comes when, or the decoder cannot begin in the middle.
     """
     status = os.stat(path)
     return cached_times(str(path), status.st_size, status.st_mtime_ns)
@@ -424,18 +385,20 @@ def frame_times(path):
 @functools.lru_cache(10_000)
 def cached_times(path, size, changed):
     with open_video(path) as (container, stream):
-        reordered, unit = stream.codec_context.has_b_frames, float(stream.time_base)
-        times, end = [], 0
+        context, times, end = stream.codec_context, [], 0
+        reordered = context.has_b_frames
         for packet in container.demux(stream):
             if packet.size and not packet.is_discard:
                 times.append(packet.pts if reordered else packet.dts)
                 end = max(end, (packet.dts or 0) + (packet.duration or 0))
-        guessed = reordered and container.format.name == "avi"  # AVI stores no times: FFmpeg makes them up
-        # H.264 4:4:4 by old versions of x264 says so in the first packet alone, and is decoded accordingly
-        headless = stream.codec_context.name == "h264" and "444" in (stream.codec_context.pix_fmt or "")
         known = times and None not in times and len(set(times)) == len(times)
-        order = np.sort(np.array(times)) if known and not guessed and not headless else None
-        return len(times), order, (end - (stream.start_time or 0)) * unit
+        if reordered and container.format.name == "avi":  # AVI stores no times: FFmpeg makes them up
+            known = False
+        # H.264 4:4:4 by old versions of x264 says so in the first packet alone, and is decoded accordingly
+        if context.name == "h264" and "444" in (context.pix_fmt or ""):
+            known = False
+        seconds = (end - (stream.start_time or 0)) * float(stream.time_base)
+        return len(times), np.sort(times) if known else None, seconds
 
 
 def shown(container, stream):
@@ -458,29 +421,28 @@ def to_rgb(convert, frame, **size):
 
 
 def grab(path, wanted, jump=True):
-    """Decode the frames `wanted` -> {number: (H, W, 3) uint8}, frames met, damaged ones among those wanted.
+    """Decode the frames `wanted` -> {number: (H, W, 3) uint8}, frames met, damaged ones of those wanted.
 
-    Where the file tells the time of every frame, a clip that begins after frame 24 is reached by a jump to the
-    key frame before it, whose time tells its number. Otherwise, as in an AVI with B-frames, all are decoded and
-    counted.
+    Where the file tells the time of every frame, a clip that begins after frame 24 is reached by a jump
+    to the key frame before it, whose time tells its number. Otherwise, as in an AVI with B-frames, all
+    are decoded and counted.
     """
-    found, first, last, kept = {}, wanted.min(), wanted.max(), set(wanted.tolist())
+    found, damaged, first, last = {}, 0, wanted.min(), wanted.max()
     count, times, _ = frame_times(path)
-    convert, damaged = av.video.reformatter.VideoReformatter(), 0
+    convert, kept = av.video.reformatter.VideoReformatter(), set(wanted.tolist())
     with open_video(path) as (container, stream):
-        context = stream.codec_context
+        context, frames, i = stream.codec_context, shown(container, stream), 0
         if len(kept) * context.width * context.height * 3 > LARGEST:
-            raise BrokenFile(f"{len(kept)} frames of {context.width}x{context.height} are too much: shrink it")
-        i, frames = 0, shown(container, stream)
+            raise BrokenFile(f"{len(kept)} frames of {context.width}x{context.height}: shrink it first")
         if jump and times is not None and 24 < first < count:
             container.seek(int(times[first]), stream=stream)
-            # B-frames before the key frame miss what they refer to
+            # frames before the key frame may miss what they refer to
             key = next((frame for frame in frames if frame.key_frame), None)
-            when = None if key is None else key.pts if context.has_b_frames else key.dts
-            i = int(np.searchsorted(times, when)) if when is not None else count
-            if i > first or times[i] != when:
+            when = key and (key.pts if context.has_b_frames else key.dts)
+            place = np.flatnonzero(times == when)
+            if len(place) == 0 or place[0] > first:
                 return grab(path, wanted, jump=False)
-            frames = itertools.chain([key], frames)
+            i, frames = int(place[0]), itertools.chain([key], frames)
         for frame in frames:
             if i in kept:
                 found[i] = to_rgb(convert, frame)
@@ -500,11 +462,11 @@ def read_clips(path, choose):
     try:
         clips = choose(max(frame_times(path)[0], 1))
         found, n, damaged = grab(path, np.unique(clips))
-        if n == 0:
-            raise BrokenFile("no frame can be decoded")
-        if any(f not in found for f in clips.flat):  # fewer frames than packets: draw again
+        if n and any(f not in found for f in clips.flat):  # fewer frames than packets: draw again
             clips = choose(n)
             found, n, damaged = grab(path, np.unique(clips))
+        if n == 0:
+            raise BrokenFile("no frame can be decoded")
         frames = np.stack([found[f] for f in clips.flat])  # one copy: a second costs as much as the crop
         problem = f"damaged: {damaged} of {len(found)} frames, used as they are" if damaged else ""
         return frames.reshape(*clips.shape, *frames.shape[1:]), problem
@@ -514,7 +476,7 @@ def read_clips(path, choose):
 
 def every_frame(path, problems):
     """All frames of a video, one by one. What is wrong with it is added to the list `problems`."""
-    count, _, seconds = frame_times(path)
+    _, _, seconds = frame_times(path)
     met = damaged = 0
     with open_video(path) as (container, stream):
         for frame in shown(container, stream):
@@ -526,29 +488,28 @@ def every_frame(path, problems):
         if damaged:
             problems.append(f"damaged: {damaged} of {met} frames decode with errors")
         if seconds < 0.9 * claimed - 0.5:
-            problems.append(f"cut short: the header says {claimed:.1f} s, frames end after {seconds:.1f} s")
+            problems.append(f"cut short: {claimed:.1f} s by its header, {seconds:.1f} s are there")
         elif stream.frames and abs(stream.frames - met) > 2:
-            problems.append(f"note: the header says {stream.frames} frames, there are {met}")
+            problems.append(f"note: {stream.frames} frames by its header, {met} are there")
 
 
 def read_image(path):
     """-> uint8 (H, W, 3), whatever the file holds: grey, palette, RGBA, CMYK; turned as EXIF says.
 
-    Values of more than 8 bits (CT, microscopy) rarely use their whole range: each file is stretched over its own.
-    Raises BrokenFile, also for an image of more than 89 megapixels (Pillow's limit).
+    Values of more than 8 bits (CT, microscopy) rarely use their whole range: each file is stretched over
+    its own. Raises BrokenFile, also for an image of more than 89 megapixels (Pillow's limit).
     """
     try:
         if not os.path.isfile(path):
             raise BrokenFile("no such file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # doubts about a damaged file: an error says it, or none matters
+            warnings.simplefilter("ignore")  # doubts about a damaged file: an error says it
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(str(path), formats=PICTURES) as image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode[0] in "IF":
                     x = np.asarray(image, dtype=np.float64)
-                    low, high = x.min(), x.max()
-                    x = (x - low) / max(high - low, 1e-12) * 255
+                    x = (x - x.min()) / max(x.max() - x.min(), 1e-12) * 255
                     image = Image.fromarray(x.round().astype(np.uint8))
                 return np.array(image.convert("RGB"))
     except Exception as error:
@@ -563,10 +524,10 @@ def read_image(path):
 def make_crop(pixels, size, box, flip=False, bicubic=False):
     """Cut out a box, resize it, perhaps mirror it: all frames alike.
 
-    pixels  uint8 (T, H, W, 3) -> uint8 (T, size, size, 3), or (T, *size, 3) where size is (height, width)
+    pixels  uint8 (T, H, W, 3) -> uint8 (T, *size, 3);   size (height, width)
     box     top, left, height, width
     """
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (T, 3, H, W), channels last in memory: the fast path
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (T, 3, H, W), channels last in memory: fast
     how = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
     x = TF.resized_crop(x, *box, list(size), interpolation=how, antialias=True)
     if flip:
@@ -575,17 +536,14 @@ def make_crop(pixels, size, box, flip=False, bicubic=False):
 
 
 def center_box(shape, size):
-    """The largest box of the shape of `size` in the middle.   shape, size (H, W) -> top, left, height, width"""
+    """The largest box of the aspect of `size` in the middle.   (H, W) -> top, left, height, width"""
     (H, W), (h, w) = shape, size
-    if H * w <= W * h:
-        h, w = H, max(1, H * w // h)
-    else:
-        h, w = max(1, W * h // w), W
-    return (H - h) // 2, (W - w) // 2, h, w
+    box = (H, max(1, H * w // h)) if H * w <= W * h else (max(1, W * h // w), W)
+    return (H - box[0]) // 2, (W - box[1]) // 2, *box
 
 
 def random_box(shape, size, min_crop, generator):
-    """RandomResizedCrop's box: min_crop .. 1 of the area, 3/4 .. 4/3 of the aspect of `size` (height, width)."""
+    """RandomResizedCrop's box: min_crop .. 1 of the area, 3/4 .. 4/3 of the aspect of `size`."""
     aspect = size[1] / size[0]
     crop = v2.RandomResizedCrop(size, scale=(min_crop, 1.0), ratio=(0.75 * aspect, aspect / 0.75))
     with torchvision_draws_from(generator):
@@ -597,28 +555,28 @@ def random_box(shape, size, min_crop, generator):
 def torchvision_draws_from(generator):
     """torchvision draws from the global generator: lend it a seed of ours, and give it back as it was."""
     with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed: it reaches for the GPUs too, and takes as long as the resize of a small clip
+        # not torch.manual_seed, which reaches for the GPUs, too, and takes as long as a resize
         torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         yield
 
 
 # ==================================================================================================
-#  PART 4: from files to batches                                        (needs: torch, seeded, parts 2, 3)
+#  PART 4: from files to batches                                  (needs: torch, seeded, parts 2, 3)
 # ==================================================================================================
 
 
 class FileDataset(Dataset):
     """dataset[epoch, i] -> uint8 (R, ...), number of the file used, [(path, what is wrong with it)].
 
-    A kind of data adds read(i, generator) -> (pixels, problem or ""). Item i in place of a broken file is another
-    file; after ten broken ones in a row a ValueError.
+    A kind of data adds read(i, generator) -> pixels, problem or "". In place of a broken file another
+    one is used; after ten broken ones in a row a ValueError.
     """
 
     repeat = 1  # R, samples of one file
 
     def __init__(self, files, seed):
-        self.files, self.paths, self.labels, self.classes = files, files.paths, files.labels, files.classes
-        self.seed = seed
+        self.files, self.seed = files, seed
+        self.paths, self.labels, self.classes = files.paths, files.labels, files.classes
 
     def __len__(self):
         return len(self.paths)
@@ -634,12 +592,12 @@ class FileDataset(Dataset):
                 problems.append((str(self.paths[i]), f"broken, another file is used: {error}"))
                 other = seeded(self.seed, 3, epoch, i, attempt)
                 i = int(torch.randint(len(self), (1,), generator=other))
-        names = ", ".join(f"{path} ({text})" for path, text in problems[:3])
-        raise ValueError(f"10 files in a row cannot be read: {names} ...: python data.py check lists them")
+        names = ", ".join(f"{path} ({problem})" for path, problem in problems[:3])
+        raise ValueError(f"10 files in a row cannot be read, e.g. {names}: python data.py check lists them")
 
 
 class ImageDataset(FileDataset):
-    """Items uint8 (1, H, W, 3).   size (H, W); min_crop, flip: see random_box; train False: centre crop."""
+    """Items uint8 (1, H, W, 3).   size (H, W); min_crop: see random_box; train False: centre crop."""
 
     def __init__(self, files, size, seed, min_crop=0.2, flip=True, train=True):
         super().__init__(files, seed)
@@ -657,7 +615,7 @@ class ImageDataset(FileDataset):
 
 
 def shuffled(seed, epoch, n, size):
-    """One pass over n items in the order of (seed, epoch): a list of updates, each a list of `size` numbers.
+    """One pass over n items in the order of (seed, epoch): a list of updates, each of `size` numbers.
 
     The rest that does not fill an update is left out; another epoch's order leaves out others."""
     order = torch.randperm(n, generator=seeded(seed, epoch)).tolist()
@@ -665,21 +623,23 @@ def shuffled(seed, epoch, n, size):
 
 
 def batches(plan, start, stop, rank, world, accum):
-    """The keys (epoch, item) that this process loads, batch by batch, from update `start` to update `stop`.
+    """The keys (epoch, item) that this process loads, batch by batch, from update `start` to `stop`.
 
-    plan(epoch) -> list of updates, each a list of items. One update is cut into world * accum equal pieces, and
-    every process loads its own. So two processes together see what one sees, and a run can begin anywhere.
+    plan(epoch) -> list of updates, each a list of items (or of pieces, in omni.py). One update is cut
+    into world * accum equal pieces, and every process loads its own. So two processes together see what
+    one sees, and a run can begin anywhere.
     """
     per_epoch = len(plan(0))
     for step in range(start, stop):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == start:
             updates = plan(epoch)
-        update, size = updates[i], len(updates[i]) // (world * accum)
+        pieces = updates[i]
+        if not isinstance(pieces[0], list):
+            size = len(pieces) // (world * accum)
+            pieces = [pieces[k : k + size] for k in range(0, len(pieces), size)]
         for piece in range(rank, world * accum, world):
-            # omni.py may cut an update into pieces itself
-            items = update[piece] if isinstance(update[0], list) else update[piece * size : (piece + 1) * size]
-            yield [(epoch, item) for item in items]
+            yield [(epoch, item) for item in pieces[piece]]
 
 
 def collate(items):
@@ -689,34 +649,22 @@ def collate(items):
 
 
 def share(pixels):
-    """Into shared memory, in a worker: torch does it later, too, but there a full /dev/shm hangs instead of raising."""
-    return pixels.share_memory_() if torch.utils.data.get_worker_info() and pixels is not None else pixels
-
-
-def take(loader):
-    """next(loader).   Raises ValueError where it cannot deliver: a worker was killed, memory or /dev/shm is full"""
-    try:
-        return next(loader)
-    except Exception as error:
-        raise ValueError(f"the loader failed: {last_line(error)}") from None
-
-
-def last_line(error):
-    """What went wrong in a worker: its error arrives as a whole traceback, and ends with the message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+    """Into shared memory, in a worker. torch does it later, where a full /dev/shm hangs and not raises."""
+    return pixels.share_memory_() if torch.utils.data.get_worker_info() else pixels
 
 
 def start_loader(dataset, workers, **options):
-    """torch's DataLoader as an iterator whose workers are running. A killed worker raises in next(), not anywhere."""
-    begin = functools.partial(begin_worker, os.getpid())
-    loader = DataLoader(dataset, num_workers=workers, worker_init_fn=begin, **options)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits until all have begun
+    """torch's DataLoader as an iterator whose workers are running, see take()."""
+    init = functools.partial(begin_worker, os.getpid())
+    loader = DataLoader(dataset, num_workers=workers, worker_init_fn=init, **options)
+    if os.name != "posix":
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits until all run
     on_child = signal.getsignal(signal.SIGCHLD)  # torch would raise at any line when a worker is killed
     try:
         return iter(loader)
     except OSError as error:
-        hint = "--workers 0 needs neither /dev/shm nor processes"
-        raise OSError(f"the loader's workers cannot be started: {error}; {hint}") from None
+        raise OSError(f"no workers can be started: {error}; try --workers 0") from None
     finally:
         signal.signal(signal.SIGCHLD, on_child)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -724,9 +672,19 @@ def start_loader(dataset, workers, **options):
 
 def begin_worker(parent, worker):
     """First thing in a worker: out of reach of the terminal's signals, which are for the parent alone."""
-    os.setpgid(0, 0)
-    if os.getppid() != parent:  # killed in between; later on torch looks after that
-        os._exit(1)
+    if os.name == "posix":
+        os.setpgid(0, 0)
+        if os.getppid() != parent:  # killed in between; later on torch looks after that
+            os._exit(1)
+
+
+def take(loader):
+    """next(loader).   Raises ValueError if it cannot: a worker was killed, memory or /dev/shm is full"""
+    try:
+        return next(loader)
+    except Exception as error:  # arrives as a whole traceback, and ends with the message
+        message = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ValueError(f"the loader failed: {message}") from None
 
 
 # ==================================================================================================
@@ -735,7 +693,7 @@ def begin_worker(parent, worker):
 
 
 def write_whole(path, fill):
-    """fill(file) under a temporary name, then rename: a crash or a full disk leaves the previous file as it was.
+    """fill(file) under another name, then rename: a crash or a full disk leaves the previous file.
 
     Raises OSError when it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
@@ -745,12 +703,11 @@ def write_whole(path, fill):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError, and hides its reason
+    except (OSError, RuntimeError) as error:  # torch hides the reason of a failed write in a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
         if temporary.is_file():
             temporary.unlink()
-        cause = error if getattr(error, "strerror", None) else error.__context__
-        text = getattr(cause, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"cannot write {path}: {text}") from None
+        raise OSError(f"cannot write {path}: {getattr(cause, 'strerror', None) or error}") from None
 
 
 def load_file(path):
@@ -764,32 +721,32 @@ def load_file(path):
         from safetensors.torch import load_file as load  # pip install safetensors
 
         return load(path)
-    # weights_only refuses pickles that would run code. These are harmless, and common in public files
-    numpy = [np._core.multiarray.scalar, np.dtype, *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?"))]
-    harmless = [argparse.Namespace, *numpy, type(Path()), Path]
+    # weights_only refuses pickles that could run code. These are harmless, and common in public files
+    kinds = [type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8", "?")]
+    harmless = [argparse.Namespace, type(Path()), np.dtype, np._core.multiarray.scalar, *kinds]
     try:
         with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a damaged file
         reason(error)
         code = "it holds Python code besides numbers, which could do anything"
-        why = code if "GLOBAL" in str(error) else "it is damaged or cut off, or no checkpoint at all"
-        raise ValueError(f"checkpoint {path} is refused: {why}") from None
+        why = code if "GLOBAL" in str(error) else "it is damaged, cut off, or no checkpoint at all"
+        raise ValueError(f"{path} is refused: {why}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"checkpoint {path} holds a {type(content).__name__}, not a dict of weights")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     return content
 
 
 # ==================================================================================================
-#  PART 6: the toy world                                   (needs: numpy, av, pillow; part 2 BrokenFile)
+#  PART 6: the toy world                                                  (needs: numpy, av, pillow)
 #
-#  A room, a large object that matters, and small ones far away. Objects are flat sprites, painted from far to near,
-#  so depth and class maps are exact. Units are metres; x to the right, y up, z away from the camera.
+#  A room, a large object that matters, and two small ones by the wall. They are flat sprites, painted
+#  from far to near, so depth and class maps are exact. Metres: x to the right, y up, z away.
 #
 #  Images: the class is the kind of the large object.
-#  Videos: the object swings along some of the three axes, each with a phase of its own drawn uniformly, and the
-#  class is which. One frame alone looks alike in all classes, by construction: motion decides. A mirrored clip and a
-#  reversed one keep their class.
+#  Videos: the object swings along some of the three axes, each with a phase of its own drawn uniformly,
+#  and the class is which. One frame alone looks alike in all classes, by construction: motion decides. A
+#  mirrored clip and a reversed one keep their class.
 # ==================================================================================================
 
 KINDS = ("Ball", "Box", "Cone", "Post")
@@ -802,94 +759,76 @@ MOTIONS = {  # which of x, y, z the object swings along
     "Slope": (1, 1, 0),
     "Wheel": (0, 1, 1),
 }
-VIEW, EYE, BACK = 0.55, 1.3, 9.0  # tangent of half the angle of view, height of the eye, distance of the wall
+CENTER, SWING = np.array([0, 1.3, 4.2]), np.array([1.0, 0.8, 1.4])  # of the large object
+VIEW, EYE, BACK = 0.55, 1.3, 9.0  # tangent of half the angle of view, height of the eye, the wall's distance
 FLOOR, WALL = np.array([0.45, 0.42, 0.40]), np.array([0.62, 0.66, 0.70])
-COLORS = np.array([[0.9, 0.2, 0.2], [0.2, 0.7, 0.25], [0.2, 0.3, 0.9], [0.95, 0.8, 0.15], [0.7, 0.25, 0.8],
-                   [0.95, 0.55, 0.1]])  # fmt: skip
+COLORS = np.array([(0.9, 0.2, 0.2), (0.2, 0.7, 0.25), (0.2, 0.3, 0.9), (0.95, 0.8, 0.15),
+                   (0.7, 0.25, 0.8), (0.95, 0.55, 0.1)])
 SIDE, LENGTH = 48, 24  # pixels of a frame, frames of a clip
 
 
 def outline(kind, u, v):
     """Which points of the square [-1, 1] x [-1, 1], v up, belong to the sprite."""
-    if kind == "Ball":
-        return u * u + v * v < 1
-    if kind == "Box":
-        return np.maximum(abs(u), abs(v)) < 0.85
-    if kind == "Cone":
-        return (abs(u) < (1 - v) / 2) & (abs(v) < 1)
-    return (abs(u) < 0.4) & (abs(v) < 1)
+    shapes = {
+        "Ball": u * u + v * v < 1,
+        "Box": np.maximum(abs(u), abs(v)) < 0.85,
+        "Cone": (abs(u) < (1 - v) / 2) & (abs(v) < 1),
+        "Post": (abs(u) < 0.4) & (abs(v) < 1),
+    }
+    return shapes[kind]
 
 
-def render(objects, size):
-    """-> pixels (T, S, S, 3) uint8, depth (T, S, S) in metres, classes (T, S, S), where the first object is.
-
-    objects  [{kind, color (3,), radius, place (T, 3)}, ...]
-    """
-    S = 2 * size  # painted at twice the size and averaged, or edges would flicker
+def render(objects):
+    """[{kind, color (3,), radius, place (T, 3)}, ...] -> pixels (T, S, S, 3) uint8, and (T, S, S) each:
+    depth in metres, class numbers, whether the first object is seen."""
+    S = 2 * SIDE  # painted at twice the size and averaged, or edges would flicker
     at = (np.arange(S) + 0.5) / S * 2 - 1
     right, up = np.meshgrid(at * VIEW, -at * VIEW)  # slope of the ray through every pixel
-    room = np.minimum(np.where(up < 0, EYE / np.maximum(-up, 1e-3), np.inf), BACK)  # depth of floor and wall
-    floor = FLOOR * (0.55 + 0.45 * room / BACK)[..., None]
-    wall = WALL * (0.8 + 0.36 * up)[..., None]
+    room = np.minimum(EYE / np.maximum(-up, 1e-3), BACK)  # distance of floor and wall
+    is_floor, far = room < BACK, room[..., None] / BACK
+    paint = np.where(is_floor[..., None], FLOOR * (0.55 + 0.45 * far), WALL * (0.8 + 0.36 * up[..., None]))
     frames = []
     for t in range(len(objects[0]["place"])):
-        depth, classes, owner = room.copy(), np.where(room < BACK, 0, 1), np.full((S, S), -1)
-        color = np.where((room < BACK)[..., None], floor, wall)
+        color, depth, classes = paint.copy(), room.copy(), np.where(is_floor, 0, 1)
+        first = np.zeros((S, S), bool)
         for o in sorted(objects, key=lambda o: -o["place"][t, 2]):  # from far to near
             x, y, z = o["place"][t]
             u, v = (right * z - x) / o["radius"], (up * z + EYE - y) / o["radius"]
-            inside = outline(o["kind"], u, v)
-            light = 0.75 + 0.25 * np.clip(v - 0.6 * u, -1, 1)  # from above left
+            inside, light = outline(o["kind"], u, v), 0.75 + 0.25 * np.clip(v - 0.6 * u, -1, 1)
             color[inside] = light[inside, None] * o["color"]
-            depth[inside], classes[inside] = z, MAPS.index(o["kind"])
-            owner[inside] = o is objects[0]
-        color = color.reshape(size, 2, size, 2, 3).mean((1, 3)) * 255
-        maps = (m[::2, ::2] for m in (depth, classes, owner == 1))
-        frames.append((color.clip(0, 255).astype(np.uint8), *maps))
+            depth[inside], classes[inside], first[inside] = z, MAPS.index(o["kind"]), o is objects[0]
+        color = color.reshape(SIDE, 2, SIDE, 2, 3).mean((1, 3)) * 255
+        frames.append((color.clip(0, 255).astype(np.uint8), *(m[::2, ::2] for m in (depth, classes, first))))
     return [np.stack(part) for part in zip(*frames)]
 
 
-def draw_scene(rng, kind, place):
-    """The object that matters at place (T, 3), and two small ones that stand still by the wall."""
-    objects = [dict(kind=kind, color=rng.choice(COLORS), radius=rng.uniform(1.0, 1.25), place=place)]
+def draw_scene(rng, kind, turns):
+    """The large object, at every time where its turns (T, 3) along each axis say, and two small ones."""
+    place = CENTER + SWING * np.sin(2 * np.pi * turns)
+    objects = [dict(kind=kind, color=rng.choice(COLORS), radius=rng.uniform(1, 1.25), place=place)]
     for side in (-1, 1):
-        spot = (side * rng.uniform(1, 3.2), 0.45, rng.uniform(6.5, 8))
-        spot = np.tile(spot, (len(place), 1))
+        spot = np.tile((side * rng.uniform(1, 3.2), 0.45, rng.uniform(6.5, 8)), (len(turns), 1))
         objects.append(dict(kind=rng.choice(KINDS), color=rng.choice(COLORS), radius=0.45, place=spot))
     return objects
 
 
-def draw_clip(rng, motion):
-    """Any frame alone looks alike in all motions: where the object is along each axis is a sine of a uniform phase."""
-    turns = rng.uniform(size=3) + np.array(MOTIONS[motion]) * np.arange(LENGTH)[:, None] / LENGTH  # (T, 3)
-    place = np.array([0, 1.3, 4.2]) + np.array([1.0, 0.8, 1.4]) * np.sin(2 * np.pi * turns)
-    return draw_scene(rng, rng.choice(KINDS), place)
-
-
-def draw_image(rng, kind):
-    place = np.array([0, 1.3, 4.2]) + np.array([1.0, 0.8, 1.4]) * rng.uniform(-1, 1, (1, 3))
-    return draw_scene(rng, kind, place)
-
-
-def write_toy_clip(folder, motion, group, number):
-    """One clip, and where its object is, frames below each other. All its randomness comes from its name."""
-    rng = np.random.default_rng([1, list(MOTIONS).index(motion), group, number])
-    pixels, _, _, where = render(draw_clip(rng, motion), SIDE)
-    name = f"{motion}/v_{motion}_g{group:02d}_c{number:02d}"
-    save_once(folder / f"object/{name}.png", Image.fromarray(where.reshape(-1, SIDE)).save)
-    save_once(folder / f"videos/{name}.mp4", functools.partial(write_video, pixels, Fraction(12)))
-
-
-def write_toy_image(folder, split, kind, number):
-    """One image with its depth map (16 bits), its class map, and where its object is."""
-    rng = np.random.default_rng([2, split == "val", number])
-    pixels, depth, classes, where = (x[0] for x in render(draw_image(rng, kind), SIDE))
-    depth = (depth / 16 * 65535).astype(np.uint16)  # 16 m are the most that a map can hold
-    maps = {"depth": depth, "semseg": classes.astype(np.uint8), "object": where}
-    name = f"{split}/{kind}/{number:05d}"
-    for part, array in maps.items():
-        save_once(folder / f"{part}/{name}.png", Image.fromarray(array).save)
-    save_once(folder / f"rgb/{name}.jpg", functools.partial(Image.fromarray(pixels).save, quality=95))
+def write_toy(job):
+    """A clip with the place of its object, or an image with its maps. All its randomness is in `seed`."""
+    folder, name, kind, seed = job
+    rng = np.random.default_rng(seed)
+    turns = rng.uniform(size=(1, 3))
+    if kind in MOTIONS:
+        turns = turns + np.array(MOTIONS[kind]) * np.arange(LENGTH)[:, None] / LENGTH  # (T, 3)
+    pixels, depth, classes, first = render(draw_scene(rng, rng.choice(KINDS) if kind in MOTIONS else kind, turns))
+    maps = {"object": first}  # frames of a clip below each other
+    if kind in MOTIONS:
+        save_once(folder / "videos" / f"{name}.mp4", functools.partial(write_video, pixels, Fraction(12)))
+    else:
+        jpeg = functools.partial(Image.fromarray(pixels[0]).save, quality=95)
+        save_once(folder / "rgb" / f"{name}.jpg", jpeg)
+        maps |= {"depth": (depth / 16 * 65535).astype(np.uint16), "semseg": classes.astype(np.uint8)}
+    for part, x in maps.items():
+        save_once(folder / part / f"{name}.png", Image.fromarray(x.reshape(-1, SIDE)).save)
 
 
 def save_once(path, save):
@@ -901,13 +840,13 @@ def save_once(path, save):
         os.replace(part, path)
 
 
-def make_toy(folder, groups=25, clips=4, images=(1600, 400), labelled=5):
+def make_toy(folder, groups=25, images=(1600, 400), labelled=18):
     """Write the toy world, or what is missing of it: two calls give the same files, byte for byte.
 
-    folder/videos/<Motion>/v_<Motion>_gXX_cYY.mp4, classInd.txt, trainlist01.txt ...     UCF101's format; no
-        group is in both lists of a fold, and only the first `labelled` training groups of a fold have labels
-    folder/{rgb,depth,semseg}/{train,val}/<Kind>/00000.{jpg,png,png}                     aligned maps
-    folder/object/                                        where the object is in each of these clips and images
+    folder/videos/<Motion>/v_<Motion>_gXX_cYY.mp4, classInd.txt, trainlist01.txt ...    UCF101's format;
+        no group of 4 clips is in both lists of a fold; the first `labelled` training groups have labels
+    folder/{rgb,depth,semseg}/{train,val}/<Kind>/00000.{jpg,png,png}                    aligned maps
+    folder/object/                          where the object is in each of these clips and images
     """
     folder = Path(folder)
     lists, note = folder / "videos", folder / "TOY.txt"
@@ -917,35 +856,34 @@ def make_toy(folder, groups=25, clips=4, images=(1600, 400), labelled=5):
         raise ValueError(f"{folder} exists and is no toy world: name a new folder")
     lists.mkdir(parents=True, exist_ok=True)
     note.write_text("Rendered by: python data.py toy\n")
-    numbers = range(1, clips + 1)
-    jobs = [(write_toy_clip, folder, m, g + 1, c) for m in MOTIONS for g in range(groups) for c in numbers]
+    names = {(m, g): [f"{m}/v_{m}_g{g:02d}_c{c:02d}" for c in range(1, 5)] for m in MOTIONS for g in range(1, groups + 1)}
+    clips = [(name, motion) for (motion, _), some in names.items() for name in some]
+    jobs = [(folder, name, motion, [1, i]) for i, (name, motion) in enumerate(clips)]
     for split, count in zip(("train", "val"), images):
-        jobs += [(write_toy_image, folder, split, KINDS[i % len(KINDS)], i) for i in range(count)]
-    for _ in in_parallel(call, jobs, f"rendering the toy world into {folder}"):
+        for i in range(count):
+            kind = KINDS[i % len(KINDS)]
+            jobs.append((folder, f"{split}/{kind}/{i:05d}", kind, [2, split == "val", i]))
+    for _ in in_parallel(write_toy, jobs, f"rendering the toy world into {folder}"):
         pass
     width = max(1, groups * 7 // 25)  # UCF101's fold 1 tests on the groups 1 to 7 of 25
     for fold in (1, 2, 3):
-        test = range(1 + (fold - 1) * width, 1 + fold * width)
-        train = [g for g in range(1, groups + 1) if g not in test]
-        for name, some in (("train", train), ("test", test)):
-            lines = []
-            for label, motion in enumerate(MOTIONS, 1):
-                for g in some:
-                    number = f" {label if g in train[:labelled] else 0}" if name == "train" else ""
-                    lines += [f"{motion}/v_{motion}_g{g:02d}_c{c:02d}.mp4{number}\n" for c in numbers]
-            (lists / f"{name}list0{fold}.txt").write_text("".join(lines))
+        tested = range(1 + (fold - 1) * width, 1 + fold * width)
+        train = [g for g in range(1, groups + 1) if g not in tested]
+        lines = {"train": [], "test": []}
+        for (motion, g), some in names.items():
+            label = list(MOTIONS).index(motion) + 1 if g in train[:labelled] else 0
+            for name in some:
+                lines["test" if g in tested else "train"].append(f"{name}.mp4" + f" {label}" * (g in train))
+        for split, content in lines.items():
+            (lists / f"{split}list0{fold}.txt").write_text("\n".join(content) + "\n")
     (lists / "classInd.txt").write_text("".join(f"{i} {m}\n" for i, m in enumerate(MOTIONS, 1)))
 
 
-def call(job):
-    return job[0](*job[1:])
-
-
 def write_video(frames, rate, path):
-    """uint8 frames (H, W, 3), all of one even-sided size, -> a video file: MPEG-4, a key frame every 12 frames.
+    """uint8 frames (H, W, 3), all of one even-sided size, -> a video file: MPEG-4, a key frame every 12.
 
-    Nearly lossless, without B-frames: on clips this small it decodes several times faster than H.264, and the same
-    frames give the same bytes (libx264's lookahead varies with the load of the machine)."""
+    Nearly lossless, without B-frames: on clips this small it decodes several times faster than H.264, and
+    the same frames give the same bytes (libx264's lookahead varies with the load of the machine)."""
     with av.open(os.path.abspath(path), "w") as container:
         stream = None
         for frame in frames:
@@ -961,38 +899,45 @@ def write_video(frames, rate, path):
 
 
 # ==================================================================================================
-#  THE RUN: data that are made or downloaded; the commands toy, check, shrink
+#  THE RUN: the commands toy, check, shrink
 # ==================================================================================================
 
 
 def in_parallel(work, jobs, what):
     """Yield work(job) of each job in order, from all CPU cores, with progress and time left on stderr."""
     results = start_loader(jobs, os.cpu_count(), batch_size=None, collate_fn=work)
-    begin, shown, live = time.monotonic(), 0.0, sys.stderr.isatty()
+    begin, shown_at, live = time.monotonic(), 0.0, sys.stderr.isatty()
     for i in range(1, len(jobs) + 1):
         yield take(results)
         spent = time.monotonic() - begin
-        if i == len(jobs) or (spent > 2 and spent - shown > (0.5 if live else 20)):
-            shown, end = spent, "\r" if live and i < len(jobs) else "\n"
-            left = spent / i * (len(jobs) - i)
+        if i == len(jobs) or spent - shown_at > (1 if live else 20):
+            shown_at, left = spent, spent / i * (len(jobs) - i)
+            end = "\r" if live and i < len(jobs) else "\n"
             print(f"{what}: {i} of {len(jobs)}, {left:.0f} s left  ", end=end, file=sys.stderr, flush=True)
 
 
+def tell(path, problems):
+    """Print what is wrong with a file.   -> whether it is more than a remark"""
+    for problem in problems:
+        kind, _, text = problem.partition(": ")
+        report(f"{kind}: {path}: {text}")
+    return any(not problem.startswith("note") for problem in problems)
+
+
 def check_file(path):
-    """Read one file in full, as training does: -> what is wrong with it, small picture of its middle or None."""
-    problems, middle = [], None
+    """Read one file in full, as training does: -> what is wrong with it, a small picture of it or None."""
+    problems, picture = [], None
     try:
         if path.suffix.lower() in IMAGE:
-            middle = read_image(path)
+            picture = read_image(path)
         else:
             half, convert = frame_times(path)[0] // 2, av.video.reformatter.VideoReformatter()
             for i, frame in enumerate(every_frame(path, problems)):
                 if i in (0, half):
-                    middle = to_rgb(convert, frame)
+                    picture = to_rgb(convert, frame)
     except Exception as error:
         return [f"broken: {reason(error)}"], None
-    thumbnail = ImageOps.pad(Image.fromarray(middle), (96, 96))
-    return problems, np.asarray(thumbnail)
+    return problems, np.asarray(ImageOps.pad(Image.fromarray(picture), (96, 96)))
 
 
 def check(root, sheet):
@@ -1005,24 +950,20 @@ def check(root, sheet):
         raise ValueError(f"{root} holds no videos and no images")
     official = find_official(root)  # now: half a download should be named before hours of decoding
     bad, absent, pictures = 0, 0, []
-    shown = set(np.linspace(0, len(paths) - 1, 48).round().astype(int).tolist())
-    for i, (problems, picture) in enumerate(in_parallel(check_file, paths, f"checking {root}")):
-        for problem in problems:
-            report(f"{problem.partition(': ')[0]}: {paths[i]}: {problem.partition(': ')[2]}")
-        bad += any(not problem.startswith("note") for problem in problems)
-        if picture is not None and i in shown:
+    for path, (problems, picture) in zip(paths, in_parallel(check_file, paths, f"checking {root}")):
+        bad += tell(path, problems)
+        if picture is not None:
             pictures.append(picture)
-    for fold in (1, 2, 3) if official else ():
-        for split in ("train", "val"):
-            try:
-                count = len(read_official(*official, split, fold, allow_missing=False).paths)
-                report(f"fold {fold} {split}: {count} files listed, all there")
-            except ValueError as error:
-                absent += 1
-                report(f"fold {fold} {split}: {str(error).partition('; --allow-missing')[0]}")
+    for fold, split in itertools.product((1, 2, 3), ("train", "val")) if official else ():
+        try:
+            count = len(read_official(*official, split, fold, allow_missing=False).paths)
+            report(f"fold {fold} {split}: {count} files listed, all there")
+        except ValueError as error:
+            absent += 1
+            report(f"fold {fold} {split}: {str(error).partition('; --allow')[0]}")
     if pictures:
-        pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % 8)
-        cells = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+        some = np.linspace(0, len(pictures) - 1, min(48, -(-len(pictures) // 8) * 8)).round().astype(int)
+        cells = torch.from_numpy(np.stack([pictures[i] for i in some])).permute(0, 3, 1, 2) / 255
         picture_table(cells.unflatten(0, (-1, 8))).save(sheet)
         report(f"wrote {sheet}")
     if others:
@@ -1034,17 +975,16 @@ def check(root, sheet):
 def shrink_file(job):
     """Re-encode one video with a smaller short side.   -> what is wrong with it; a broken one is left out"""
     source, target, short = job
-    problems = []
+    problems, convert = [], av.video.reformatter.VideoReformatter()
     try:
         with open_video(source) as (_, stream):
             W, H = stream.codec_context.width, stream.codec_context.height
             rate = Fraction(stream.average_rate or stream.guessed_rate or 25).limit_denominator(1001)
         rate = rate if rate.numerator < 2**16 else Fraction(round(rate))  # MPEG-4 holds no more
-        scale = min(1, short / min(W, H))
-        W, H = (max(2, round(side * scale / 2) * 2) for side in (W, H))
-        convert = av.video.reformatter.VideoReformatter()
-        small = (to_rgb(convert, frame, width=W, height=H, interpolation="AREA")
-                 for frame in every_frame(source, problems))  # fmt: skip
+        scale = min(1, short / min(W, H)) / 2
+        size = {"width": 2 * max(1, round(W * scale)), "height": 2 * max(1, round(H * scale))}
+        frames = every_frame(source, problems)
+        small = (to_rgb(convert, frame, interpolation="AREA", **size) for frame in frames)
         save_once(target, functools.partial(write_video, small, rate))
     except Exception as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -1056,7 +996,8 @@ def shrink_file(job):
 def shrink(source, target, short):
     """Re-encode every video below source into target, with the same names, and copy the lists.
 
-    A copy that is there is kept: a second call does what the first left undone.   Exit code 1 if a file is broken
+    A copy that is there is kept: a second call does what the first left undone.   Exit code 1 if a file
+    is broken or damaged
     """
     source, target = Path(source), Path(target)
     if target.resolve().is_relative_to(source.resolve()):
@@ -1066,41 +1007,39 @@ def shrink(source, target, short):
         raise ValueError(f"{source} holds no videos")
     for path in walk(source, (".txt", ".csv"))[0]:
         save_once(target / path.relative_to(source), functools.partial(shutil.copyfile, path))
-    keep = (".avi", ".mp4", ".mkv", ".mov", ".m4v")  # containers that take MPEG-4; others become .mp4
-    copies = [target / path.relative_to(source) for path in videos]
-    copies = [copy if copy.suffix.lower() in keep else copy.with_suffix(".mp4") for copy in copies]
-    jobs, bad = list(zip(videos, copies, [short] * len(videos))), 0
-    for path, problems in zip(videos, in_parallel(shrink_file, jobs, f"shrinking into {target}")):
-        for problem in problems:
-            report(f"{problem.partition(': ')[0]}: {path}: {problem.partition(': ')[2]}")
-        bad += any(not problem.startswith("note") for problem in problems)
-    before, after = (sum(p.stat().st_size for p in paths if p.exists()) / 1e6 for paths in (videos, copies))
-    report(f"{len(videos)} videos, {bad} broken or damaged: {before:.1f} MB, in {target} {after:.1f} MB")
+    jobs = []
+    for path in videos:
+        copy = target / path.relative_to(source)
+        takes_mpeg4 = copy.suffix.lower() in (".avi", ".mp4", ".mkv", ".mov", ".m4v")
+        jobs.append((path, copy if takes_mpeg4 else copy.with_suffix(".mp4"), short))
+    done = zip(videos, in_parallel(shrink_file, jobs, f"shrinking into {target}"))
+    bad = sum(tell(path, problems) for path, problems in done)
+    report(f"{len(videos)} videos, {bad} broken or damaged; the copies are in {target}")
     sys.exit(1 if bad else 0)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], usage="data.py {toy,check,shrink} FOLDER ...    (--help explains them)"
+        description="toy FOLDER: write the toy world, videos and images with depth and class maps.\n"
+        "check FOLDER: decode everything, list what is broken, draw a contact sheet.\n"
+        "shrink SOURCE TARGET: re-encode videos once, so that decoding does not starve the GPU.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="write the toy world: rendered videos, images, depth and class maps")
-    toy.add_argument("folder", help="new folder")
-    look = commands.add_parser("check", help="decode everything, list what is broken, draw a contact sheet")
-    look.add_argument("folder", help="data set, or any folder")
-    look.add_argument("--sheet", default="contact_sheet.png", help="file for the contact sheet")
-    less = commands.add_parser("shrink", help="re-encode videos once, so that decoding does not starve the GPU")
-    less.add_argument("source", help="folder of videos")
-    less.add_argument("target", help="folder for the smaller copies")
-    less.add_argument("--short-side", type=int, default=128, help="new short side in pixels (default: 128)")
+    parser.add_argument("command", choices=("toy", "check", "shrink"))
+    parser.add_argument("folder", help="new folder, data set, or folder of videos")
+    parser.add_argument("target", nargs="?", help="folder for the smaller copies")
+    parser.add_argument("--sheet", default="contact_sheet.png", help="file for the contact sheet")
+    parser.add_argument("--short-side", type=int, default=128, help="new short side in pixels (default: 128)")
     args = parser.parse_args(argv)
     if args.command == "check":
         check(args.folder, args.sheet)
-    elif args.command == "shrink":
-        shrink(args.source, args.target, args.short_side)
-    else:
+    elif args.command == "toy":
         make_toy(args.folder)
         report(f"the toy world is in {args.folder}")
+    elif args.target:
+        shrink(args.folder, args.target, args.short_side)
+    else:
+        parser.error("shrink needs a SOURCE and a TARGET")
 
 
 if __name__ == "__main__":

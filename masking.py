@@ -1,8 +1,8 @@
 """masking.py - which tokens does the encoder not get to see?
 
-An image or a clip becomes a grid of tokens: t time slots x h rows x w columns (t = 1 for an image).
-A masked autoencoder hides most of them and learns to paint them back. *How the hidden ones are chosen*
-is one thing in which papers differ. This file draws every kind of mask, and obeys it.
+An image or a clip becomes a grid of tokens: t time slots x h rows x w columns (t = 1 for an image). A
+masked autoencoder hides most of them and learns to paint them back. *How the hidden ones are chosen* is
+one thing in which papers differ. This file draws every kind of mask, and obeys it.
 
     MAE       He et al. 2021, arXiv 2111.06377         random 75 %                   random_mask
     VideoMAE  Tong et al. 2022, arXiv 2203.12602       tubes 90 % (small sets 75 %)  tube_mask
@@ -10,11 +10,11 @@ is one thing in which papers differ. This file draws every kind of mask, and obe
     OmniMAE   Girdhar et al. 2022, arXiv 2206.08356    images 90 %, videos 95 %      random_mask
               also in its public code                  the last tokens               causal_mask
     MultiMAE  Bachmann et al. 2022, arXiv 2204.01678   1/6 visible of 3 modalities   dirichlet_mask
-    ablations MAE Fig. 6, MAE-ST Fig. 4, VideoMAE Table 1(b)          block_mask, grid_mask, frame_mask
+    ablations MAE Fig. 6, MAE-ST Fig. 4, VideoMAE Table 1(b)   block_mask, grid_mask, frame_mask
 
-A mask is a bool tensor (B, N) with N = t*h*w, True = hidden. Tokens are time-major: the token in time
-slot s, row r, column c has number (s*h + r)*w + c ("raster order"). Every row of a batch hides the
-same number of tokens, or the visible ones would not fit into one tensor (B, K, D).
+A mask is a bool tensor (B, N) with N = t*h*w, True = hidden. Tokens are time-major: the token in slot s,
+row r, column c has number (s*h + r)*w + c ("raster order"). Every row of a batch hides the same number
+of tokens, or the visible ones would not fit into one tensor (B, K, D).
 
 Run   python masking.py                       (3 s; ends with "wrote masks.png")
       python masking.py --ratio 0.9 --grid 8x14x14 --out my_masks.png
@@ -44,21 +44,21 @@ def num_hidden(tokens, ratio, rule):
     raises  ValueError if the ratio is outside [0, 1) or leaves nothing visible
 
     important: both rules truncate, so they differ (196 tokens at 0.9: 177 or 176 hidden), and floats
-    bite: 50 * (1 - 0.9) is 4.999..., so 4 tokens stay and not 5. The official counts have this trap.
+    bite: 50 * (1 - 0.9) is 4.999..., so 4 tokens stay and not 5. The official counts have this trap, too.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"mask ratio {ratio} is outside [0, 1): 0.75 hides three quarters")
     hidden = tokens - int(tokens * (1 - ratio)) if rule == "keep" else int(tokens * ratio)
     if hidden == tokens:
-        raise ValueError(f"mask ratio {ratio} hides all {tokens} tokens: lower it, or use smaller patches")
+        raise ValueError(f"mask ratio {ratio} hides all {tokens} tokens: lower it")
     return hidden
 
 
 # ==================================================================================================
 #  THE PAPER, part 2: which tokens are hidden                          (needs: torch, numpy, part 1)
 #
-#  The kinds in MASKS take (batch, grid, ratio, generator) and return a mask, bool (B, N), on the CPU.
-#  The generator is an explicit torch.Generator: the same seed gives the same masks on every machine.
+#  The kinds in MASKS take (batch, grid, ratio, generator) and return a mask (B, N) on the CPU. The
+#  generator is an explicit torch.Generator: the same seed gives the same masks on every machine.
 # ==================================================================================================
 
 
@@ -84,8 +84,7 @@ def tube_mask(batch, grid, ratio, generator):
     """One pattern of h*w places, the same in all t time slots: VideoMAE Sec. 3.3 "tube masking".
 
     Neighbouring frames look alike. If a hidden patch had a visible twin one slot earlier, the network
-    could copy it; a tube leaves no twin. (The paper writes a Bernoulli draw, its code hides an exact
-    count.)
+    could copy it; a tube leaves no twin. (The paper has a Bernoulli draw, its code an exact count.)
     """
     t, h, w = grid
     noise = torch.rand(batch, h * w, generator=generator)  # (B, h*w)
@@ -107,7 +106,7 @@ def causal_mask(batch, grid, ratio, generator=None):
 
 
 def block_mask(batch, grid, ratio, generator):
-    """Large boxes in space-time, until enough is hidden: MAE Fig. 6 "block", MAE-ST Fig. 4 "block-wise".
+    """Large boxes in space-time, until enough is hidden: MAE Fig. 6 "block", MAE-ST Fig. 4.
 
     DIFFERS from the official code (BEiT's): box sides are drawn uniformly, a quarter to a half of the
     grid's side (in time 1 to t slots), and the last box loses a random part, so that every row hides
@@ -172,22 +171,16 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
     for size, count in zip(sizes, counts.T):
         rank = torch.rand(batch, size, generator=generator).argsort(dim=1).argsort(dim=1)  # (B, size)
         masks.append(rank >= count[:, None])  # (B, size)
-    # Rounding, or a share above its modality's size, makes the sum miss num_visible. The repair:
-    # visible tokens first, hidden ones behind, both in random order, cut after num_visible. A missing
-    # token comes at random from the hidden ones of all modalities; a surplus one is dropped at random.
+    # Rounding, or a share above its modality's size, makes the sum miss num_visible. The repair: visible
+    # tokens first, hidden ones behind, both in random order, cut after num_visible. A missing token
+    # comes at random from the hidden ones of all modalities; a surplus one is dropped at random.
     draft = torch.cat(masks, dim=1).float()  # (B, N), 1 = hidden
     noise = draft + torch.rand(draft.shape, generator=generator)  # (B, N)
     return hide_largest(noise, total - num_visible)
 
 
-MASKS = {
-    "random": random_mask,
-    "tube": tube_mask,
-    "frame": frame_mask,
-    "block": block_mask,
-    "causal": causal_mask,
-    "grid": grid_mask,
-}
+MASKS = {"random": random_mask, "tube": tube_mask, "frame": frame_mask, "block": block_mask,
+         "causal": causal_mask, "grid": grid_mask}
 
 
 # ==================================================================================================
@@ -245,7 +238,6 @@ def restore(vis, mask, token):
 # ==================================================================================================
 
 HOLE = (1.0, 0.8, 0.85)  # a hidden patch, in every picture of the project: depth maps have all greys
-SEEN = (0.24, 0.26, 0.32)
 
 
 def printable(text):
@@ -254,7 +246,7 @@ def printable(text):
 
 
 def is_first():
-    """Whether this is the only process, or the first one of several: the one that prints and writes."""
+    """Whether this is the only process, or the first of several: the one that prints and writes."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
@@ -277,22 +269,21 @@ def picture_table(cells, columns=(), rows=(), note="", side=96):
     zoom = max(1, round(side / max(H, W)))
     cells = (cells.clamp(0, 1) * 255).round().byte().cpu()
     cells = cells.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)  # (R, C, 3, zoom*H, zoom*W)
-    H, W, gap, line = zoom * H, zoom * W, 3, 22
-    font = ImageFont.load_default(size=14)
+    H, W, gap, line, font = zoom * H, zoom * W, 3, 22, ImageFont.load_default(size=14)
     left = gap + max([0, *(8 + int(font.getlength(title)) for title in rows)])
     tops = [line + r * (H + gap) for r in range(R)]
-    for r in range(1, len(rows)):  # samples stand apart
-        if rows[r]:
+    for r, title in enumerate(rows[1:], 1):
+        if title:  # samples stand apart
             tops[r:] = [y + 3 * gap for y in tops[r:]]
-    lengths = [left + c * (W + gap) + font.getlength(title) for c, title in enumerate(columns)]
-    width = int(max(left + C * (W + gap), gap + font.getlength(note) + 8, *lengths, 0))
-    table = Image.new("RGB", (width, tops[-1] + H + gap + (line if note else 0)), "white")
+    ends = [left + c * (W + gap) + font.getlength(title) for c, title in enumerate(columns)]
+    width = int(max(left + C * (W + gap), gap + font.getlength(note) + 8, *ends, 0))
+    table = Image.new("RGB", (width, tops[-1] + H + gap + line * bool(note)), "white")
     pen = ImageDraw.Draw(table)
     for c, title in enumerate(columns):
         pen.text((left + c * (W + gap), 2), title, "black", font)
+    for r, title in enumerate(rows):
+        pen.text((gap, tops[r] + 4), title, "black", font)
     for r in range(R):
-        if r < len(rows):
-            pen.text((gap, tops[r] + 4), rows[r], "black", font)
         for c in range(C):
             picture = Image.fromarray(cells[r, c].permute(1, 2, 0).numpy())
             table.paste(picture, (left + c * (W + gap), tops[r]))
@@ -304,8 +295,7 @@ def as_text(mask, grid):
     """A mask (N,) as lines of text, time slots side by side: '#' hidden, '.' visible."""
     lines = []
     for row in mask.reshape(grid).transpose(0, 1).tolist():  # h rows of t slots of w tokens
-        slots = ["".join("#" if hide else "." for hide in slot) for slot in row]
-        lines.append("  " + "  ".join(slots))
+        lines.append("  ".join("".join(".#"[hide] for hide in slot) for slot in row))
     return "\n".join(lines)
 
 
@@ -313,8 +303,8 @@ def draw_masks(masks, grid):
     """A row for each kind of mask, a column for each time slot.   masks {title: (N,)} -> PIL image"""
     t, h, w = grid
     where = torch.stack(list(masks.values())).reshape(-1, t, 1, h, w)
-    cells = torch.where(where, torch.tensor(HOLE)[:, None, None], torch.tensor(SEEN)[:, None, None])
-    cells = cells.repeat_interleave(9, 3).repeat_interleave(9, 4)  # (kinds, t, 3, 9*h, 9*w)
+    hole, seen = (torch.tensor(color)[:, None, None] for color in (HOLE, (0.24, 0.26, 0.32)))
+    cells = torch.where(where, hole, seen).repeat_interleave(9, 3).repeat_interleave(9, 4)
     cells[..., ::9, :], cells[..., ::9] = 1, 1  # lines between the tokens
     return picture_table(cells, [f"slot {s}" for s in range(t)], list(masks))
 
@@ -341,7 +331,6 @@ def run_script(main):
         print(f"{script}: error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
         if torch.distributed.is_initialized():  # its threads may abort a process that ends with them
@@ -350,12 +339,12 @@ def run_script(main):
 
 def numbers(text, count):
     """ "64x2x4" -> (64, 2, 4), if `count` is 3.   Raises ValueError for anything else"""
-    if not re.fullmatch("x".join([r"[1-9]\d*"] * count), str(text)):
+    if not re.fullmatch("x".join([r"[1-9]\d*"] * count), text):
         raise ValueError(f"{text}: {count} numbers are needed, as in {'x'.join('842'[:count])}")
-    return tuple(int(n) for n in str(text).split("x"))
+    return tuple(int(n) for n in text.split("x"))
 
 
-AT_LEAST_1 = ("batch", "accum", "log_every", "frames", "stride", "tubelet", "patch", "repeat")
+AT_LEAST_1 = ("batch", "accum", "log_every", "frames", "stride", "repeat", "clips", "crops")
 
 
 def settings(Config, presets, doc, argv=None):
@@ -364,19 +353,18 @@ def settings(Config, presets, doc, argv=None):
     Every field of the dataclass Config is a flag; the comment behind it is its --help text, a comment
     line above some fields is the name of their group.
     """
-    summary, example = doc.split("\n\n")[0], re.search(r"^Run +(python .*)$", doc, re.M)[1]
+    summary, example = doc.split("\n\n")[:2], re.search(r"^Run +(python .*)$", doc, re.M)[1]
     lines = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in p.items()) for name, p in presets.items()]
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--flag value ...]    (--help explains every flag)",
-        description=f"{summary}\n\nexample: {example}",
+        description="\n\n".join(summary) + f"\n\nexample: {example}",
         epilog="\n".join(["presets:", *lines] if presets else []),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--preset", choices=list(presets), help="many settings at once, see below")
-    fields, groups = {f.name: f for f in dataclasses.fields(Config)}, {}
-    source = "".join(inspect.getsource(cls) for cls in Config.__mro__[:-1])
-    for line in source.splitlines():
+    fields, groups, group = {f.name: f for f in dataclasses.fields(Config)}, {}, None
+    for line in "".join(inspect.getsource(cls) for cls in Config.__mro__[:-1]).splitlines():
         title, found = re.fullmatch(r"    # (.*)", line), re.match(r"    (\w+): .*?  # (.*)", line)
         if title:
             group = groups.get(title[1]) or parser.add_argument_group(title[1])
@@ -386,14 +374,13 @@ def settings(Config, presets, doc, argv=None):
     given = vars(parser.parse_args(argv))
     preset = presets.get(given.pop("preset", None), {})
     for name, value in given.items():
-        least = min(1 if name in AT_LEAST_1 else 0, fields[name].default) if type(value) in (int, float) else None
-        if least is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if isinstance(value, (int, float)) and value < (name in AT_LEAST_1) and name != "ignore":
+            parser.error(f"--{name.replace('_', '-')} {value} is too small")
     return preset, given
 
 
 def add_flag(group, field, text):
-    """One flag of `settings`: on and off for a bool, one of several words for a Literal, else a value."""
+    """One flag: on and off for a bool, one of several words for a Literal, else a value."""
     default = f"{field.default:.4g}" if field.type is float else field.default
     text += f" (default: {default})" if default != "" else ""
     options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
@@ -420,7 +407,7 @@ def main(argv=None):
     grid = numbers(cfg.grid, 3)
     n = grid[0] * grid[1] * grid[2]
     generator = torch.Generator().manual_seed(cfg.seed)
-    kinds = [k for k in MASKS if k != "grid" or cfg.ratio == 0.75]
+    kinds = [kind for kind in MASKS if kind != "grid" or cfg.ratio == 0.75]
     masks = {kind: MASKS[kind](1, grid, cfg.ratio, generator)[0] for kind in kinds}
     parts = dirichlet_mask(1, [n] * 3, max(1, n // 2), generator)[0].split(n)  # 1/6 of 3n stays
     masks |= {f"dirichlet, {m}": part for m, part in zip(("RGB", "depth", "classes"), parts)}

@@ -17,7 +17,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402
 import finetune  # noqa: E402
 import mae_image  # noqa: E402
 import mae_video  # noqa: E402
@@ -152,6 +151,24 @@ def in_order_of(ids_keep, x):
     return x.gather(1, rank[..., None].expand(-1, -1, x.shape[2]))
 
 
+def load(model, kind, weights):
+    """Official weights -> our model, through the same code as a user's --init FILE."""
+    _, state, _ = finetune.READERS[kind](dict(weights))
+    mae_image.load_into(model, state)
+
+
+def everywhere(model, x, mask):
+    """Predictions and targets of all patches: the official models compute them, ours those of hidden patches only."""
+    caught = []
+    hook = model.decoder_norm.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    pred = model(x, mask)[1]
+    hook.remove()
+    all_pred = model.decoder_pred(caught[0][:, -mask.shape[1] :])
+    assert torch.allclose(hidden(all_pred, mask), pred, atol=1e-6)
+    patches = model.patches(x)
+    return all_pred, model.standardise(patches)[0] if model.norm_pix else patches
+
+
 def replay_pretrain(r):
     """MAE, MAE-ST and VideoMAE pretraining: every stored step from tokens to the third update."""
     c, a, method = r.config, r.arrays, r.meta["method"]
@@ -160,7 +177,7 @@ def replay_pretrain(r):
     norm_pix = c.get("norm_pix_loss", c.get("normalize_target"))
     if method == "MAE":
         model, x = mae_image.MAE(c["img_size"], c["patch_size"], size, decoder, norm_pix), pixels(r, "image_u8")
-        patches = mae_image.patchify(x, c["patch_size"])
+        patches = model.patches(x)
     else:
         shape = (c["num_frames"], c["img_size"], c["t_patch_size"], c["patch_size"], size, decoder, norm_pix)
         if method == "VideoMAE":
@@ -168,8 +185,8 @@ def replay_pretrain(r):
         else:
             model = mae_video.MAEST(*shape, c["pred_t_dim"], c["sep_pos_embed"], c["cls_embed"])
         x = pixels(r, "video_u8")
-        patches = mae_video.patchify(x, c["t_patch_size"], c["patch_size"])
-    model.load_state_dict(model.from_public(dict(r.weights)))
+        patches = model.cubes(x)
+    load(model, {"MAE": "mae", "MAE-ST": "mae_st", "VideoMAE": "videomae"}[method], r.weights)
 
     N = c["num_patches"]
     if method == "VideoMAE":
@@ -199,19 +216,17 @@ def replay_pretrain(r):
     if "frame_index" in a:
         r.check("frame_index", model.frame_index)
 
-    target = model.target_patches(x)
-    target = model.forward_target(hidden(target, mask) if method == "VideoMAE" else target)
-    latent = model.forward_encoder(patches, mask)
+    latent = model.forward_encoder(x, mask)
     loss, pred = model(x, mask)
+    target = model.target(x, mask)
     if method == "VideoMAE":
         all_pred = pred
         r.check("latent", latent)
-    else:
-        all_pred = model.decoder_pred(model.forward_decoder(latent, mask))
+    else:  # the official models predict the visible patches, too
+        all_pred, target = everywhere(model, x, mask)
         cls = latent[:, : len(latent[0]) - c["len_keep"]]
         kept = in_order_of(ids_keep, latent[:, cls.shape[1] :])
         r.check("latent", torch.cat([cls, kept], dim=1) if method == "MAE" else kept)
-        assert torch.allclose(hidden(all_pred, mask), pred, atol=1e-6)
     r.check("pred", all_pred)
     r.check("target", target)
     r.check("token_loss", ((all_pred - target) ** 2).mean(dim=-1))
@@ -232,7 +247,7 @@ def replay_omni_pretrain(r):
     decoder = (c["decoder_embed_dim"], c["decoder_depth"], c["decoder_num_heads"])
     model = omni.OmniMAE(c["num_frames"], c["img_size"], c["t_patch_size"], c["patch_size"], size, decoder, True,
                          c["decoder_qkv_bias"] == "fused")  # fmt: skip
-    model.load_state_dict(model.from_public(dict(r.weights)))
+    load(model, "omni", r.weights)
     for name in ("pos_encoder", "pos_decoder"):
         r.check(name, model.pos_embed[0, c["pos_rows"]])
     probe_norms(r, model)
@@ -243,19 +258,16 @@ def replay_omni_pretrain(r):
             int(mask[0].sum()) == num_hidden(mask.shape[1], c[f"mask_ratio_{kind}"], "hide") == c[f"num_hidden_{kind}"]
         )
         batches.append((x, mask))
-        patches = mae_video.patchify(model.as_clip(x), c["t_patch_size"], c["patch_size"])
-        r.check(f"{kind}/tokens", model.patch_embed(patches))
-        latent = model.forward_encoder([patches], [mask])[0]
+        r.check(f"{kind}/tokens", model.patch_embed(model.cubes(x)))
+        latent = model.forward_encoder(x, mask)
         r.check(f"{kind}/latent", latent)
         r.check(f"{kind}/dec_in", model.decoder_input(latent, mask))
-        all_pred = model.decoder_pred(model.forward_decoder([latent], [mask])[0])
+        all_pred, target = everywhere(model, x, mask)
         r.check(f"{kind}/pred", all_pred)
-        target = model.forward_target(model.target_patches(x))
         r.check(f"{kind}/target", target)
         r.check(f"{kind}/token_loss", ((all_pred - target) ** 2).mean(dim=-1))
         model.zero_grad()
-        loss, pred = model(x, mask)
-        assert torch.allclose(hidden(all_pred, mask), pred, atol=1e-6)
+        loss, _ = model(x, mask)
         r.check(f"{kind}/loss", loss)
         loss.backward()
         r.check(f"{kind}/grad_norm", per_official_tensor(r, model, lambda p: p.grad, pixel_head))
@@ -269,7 +281,7 @@ def replay_multimae_pretrain(r):
     decoder = (c["decoder_embed_dim"], c["decoder_depth"], c["decoder_num_heads"])
     model = multimae.MultiMAE(c["img_size"][0], c["patch_size"], size, decoder, c["modalities"], c["num_classes_semseg"],
                               c["class_emb_dim"])  # fmt: skip
-    model.load_state_dict(model.from_public(dict(r.weights)))
+    load(model, "multimae", r.weights)
     depth = torch.from_numpy(a["depth_u8"].astype(np.float32)) / 255
     inputs = {
         "rgb": pixels(r, "rgb_u8"),
@@ -353,17 +365,21 @@ def of_classifier(name):
 
 
 def load_classifier(r, model):
-    """The weights of a golden classifier, through the same code as a user's --init FILE --eval-only."""
-    found = finetune.recognise(dict(r.weights), r.name)
-    c, grid = r.config, r.config["grid"]
-    settings = {"frames": c.get("num_frames", 1), "img_size": c["img_size"][0], "patch": c["patch_size"],
-                "size": f"{c['embed_dim']}x{c['depth']}x{c['num_heads']}"}  # fmt: skip
-    assert found.model == model and all(found.settings.get(k, v) == v for k, v in settings.items()
-                                        if k == "patch"), found.settings  # fmt: skip
-    found.settings.update(settings)  # of so small a model no file tells the heads, and VideoMAE's not the frames
-    cfg = finetune.settle(finetune.Config(init=r.name, eval_only=True, drop_path=0.0), found)
-    assert finetune.grid_of(cfg) == tuple(grid)
-    return finetune.build(cfg, c["num_classes"], found)[0].eval()
+    """The weights of a golden classifier, through the same code as a user's --init FILE --eval-only.
+
+    Of so small a model no file tells the heads, and VideoMAE's not the clip: they are flags, as for a user."""
+    c = r.config
+    said, state, _ = finetune.READERS[model](dict(r.weights))
+    found = mae_image.Found(r.name, model, said | {"model": model}, state)
+    h, w = c["img_size"]
+    flags = {"frames": c.get("num_frames", 8), "img_size": f"{h}x{w}", "size": f"{c['embed_dim']}x{c['depth']}x{c['num_heads']}"}
+    assert said["patch"] == c["patch_size"]
+    found.settings |= flags
+    known = {k: v for k, v in found.settings.items() if hasattr(finetune.Config, k)}
+    cfg = finetune.as_it_was_built(finetune.Config(**{**known, "eval_only": True}), found)
+    encoder = finetune.build(cfg, c["num_classes"], found)[0].eval()
+    assert encoder.encoder.grid == tuple(c["grid"])
+    return encoder
 
 
 def compare_classifier(r, model, x, prefix=""):
@@ -393,11 +409,7 @@ def replay_vit(r):
     c, method = r.config, {"MAE": "mae", "MAE-ST": "mae_st", "VideoMAE": "videomae"}[r.meta["method"]]
     model = load_classifier(r, method)
     x, encoder = pixels(r, "image_u8" if method == "mae" else "video_u8"), model.encoder
-    patches = (
-        mae_image.patchify(x, c["patch_size"])
-        if method == "mae"
-        else mae_video.patchify(x, c["t_patch_size"], c["patch_size"])
-    )
+    patches = encoder.patches(x) if method == "mae" else encoder.cubes(x)
     if "pos_encoder" in r.arrays:
         r.check("pos_encoder", encoder.pos_embed[0, c["pos_rows"]])
     r.check("tokens", encoder.patch_embed(patches))
@@ -413,8 +425,7 @@ def replay_omni_finetune(r):
     probe_norms(r, model, of_classifier)
     for kind in ("image", "video"):
         x = pixels(r, f"{kind}_u8")
-        patches = mae_video.patchify(model.encoder.as_clip(x), c["t_patch_size"], c["patch_size"])
-        r.check(f"{kind}/tokens", model.encoder.patch_embed(patches))
+        r.check(f"{kind}/tokens", model.encoder.patch_embed(model.encoder.cubes(x)))
         compare_classifier(r, model, x, f"{kind}/")
     groups = finetune.layer_groups(model, 0.05, c["layer_decay"])
     scale = {id(p): g["lr_scale"] * c["layer_decay"] for g in groups for p in g["params"]}  # one step more, see there
@@ -510,7 +521,7 @@ def replay_functions_mae_st(r):
     s, x = c["patchify"], torch.from_numpy(a["patchify_in"])
     model = mae_video.MAEST(s["num_frames"], tuple(x.shape[3:]), s["t_patch_size"], s["patch_size"], (48, 1, 3), (32, 1, 4),
                             False, s["pred_t_dim"])  # fmt: skip
-    r.check("patchify_out", model.target_patches(x))
+    r.check("patchify_out", model.patches(x))
     s = c["pretrain"]
     fused = lambda name: name.replace(".q.", ".qkv.").replace(".k.", ".qkv.").replace(".v.", ".qkv.")
     model = mae_video.MAEST(8, 32, 2, 8, (48, s["depth"], 3), (32, s["decoder_depth"], 4), True, None, s["sep_pos_embed"],
@@ -519,11 +530,11 @@ def replay_functions_mae_st(r):
     s = c["layerdecay"]
     layer_decay(r, mae_video.MAEST(8, 32, 2, 8, (48, s["depth"], 3), (32, 1, 4)))
     s, start = c["train_clip"], float(a["train_clip_start_end"][0])
-    r.check("train_clip_frames", data.linspace_clip(s["video_frames"], s["num_frames"], s["sampling_rate"], start))
+    r.check("train_clip_frames", mae_video.linspace_clip(s["video_frames"], s["num_frames"], s["sampling_rate"], start))
     s = c["test_clip"]
     r.check(
         "test_clip_frames",
-        data.views_of("linspace", s["video_frames"], s["num_frames"], s["sampling_rate"], s["num_views"]),
+        mae_video.views_of("linspace", s["video_frames"], s["num_frames"], s["sampling_rate"], s["num_views"]),
     )
 
 
@@ -552,12 +563,12 @@ def replay_functions_videomae(r):
     for n in s["durations"]:
         np.random.seed(s["numpy_seed"])  # the official code draws from numpy's global generator
         start = np.random.randint(max(n - s["num_frames"] * s["sampling_rate"] + 1, 1))
-        clips.append(data.dense_clip(n, s["num_frames"], s["sampling_rate"], start))
+        clips.append(mae_video.dense_clip(n, s["num_frames"], s["sampling_rate"], start))
     r.check("clips_pretrain", np.stack(clips))
     s = c["clips_test_dense"]
-    r.check("clips_test_dense", data.views_of("dense", s["video_frames"], 16, s["sampling_rate"], s["num_views"]))
+    r.check("clips_test_dense", mae_video.views_of("dense", s["video_frames"], 16, s["sampling_rate"], s["num_views"]))
     s = c["clips_ssv2"]
-    views = [data.views_of("segments", n, s["num_frames"], 1, s["num_views"]) for n in s["durations"]]
+    views = [mae_video.views_of("segments", n, s["num_frames"], 1, s["num_views"]) for n in s["durations"]]
     r.check("clips_ssv2_test", np.stack(views))
 
 
