@@ -1,7 +1,7 @@
 """data.py - from a file on disk to a batch of uint8 pixels.
 
 Lists the files of a data set, decodes what is needed of them, crops, and hands out batches. It also
-checks a data set, makes smaller copies of its videos, and writes a toy world: nothing need be downloaded.
+checks a data set, makes smaller copies of its videos, and writes a toy world.
 
     which files       UCF101, HMDB51, class folders, "path label" lists, CIFAR-10     list_videos
     decoding          PyAV: exact frames, only those that are kept are converted      read_clips
@@ -10,13 +10,13 @@ checks a data set, makes smaller copies of its videos, and writes a toy world: n
     a batch           items in the order of (seed, epoch), read by worker processes   start_loader
     a toy world       sprites with exact depth and class maps                         make_toy
 
-What item i of an epoch gets (crop, flip, clip position) is drawn from a generator seeded with (seed,
-epoch, i): a dataset is indexed with the pair (epoch, i), and workers need no state. A file that cannot
-be read is named in the log and another one is used (ten in a row end the run); it never becomes zeros.
+What item i of an epoch gets (crop, flip, clip position) is drawn from a generator seeded with
+(seed, epoch, i): a dataset is indexed with the pair (epoch, i), and workers need no state. A file
+that cannot be read is named in the log and another one is used; it never becomes zeros.
 
 Run   python data.py toy toy                    (30 s on 2 cores: 600 clips, 2,000 images)
-      python data.py check UCF101               (decode everything, list what is broken, draw a sheet)
-      python data.py shrink UCF101 UCF101-128   (smaller copies decode faster: do it once)
+      python data.py check UCF101               (decode everything, list what is broken, draw a
+      sheet) python data.py shrink UCF101 UCF101-128   (smaller copies decode faster: do it once)
 Next  mae_image.py: the first model, and the training loop.
 """
 
@@ -50,7 +50,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from masking import picture_table, report, run_script
 
-# Endings of files, and the only formats that are opened: nothing else is, whatever a file claims to be.
+# Endings of files, and the only formats that are opened, whatever a file claims to be.
 VIDEO = ".avi .mp4 .m4v .mov .3gp .mkv .webm .mpg .mpeg .vob .mts .m2ts .wmv .asf .flv .ogv".split()
 IMAGE = ".jpg .jpeg .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm".split()
 CONTAINERS = "avi,mov,mp4,matroska,webm,mpeg,mpegvideo,mpegts,asf,flv,ogg"  # FFmpeg's names
@@ -60,9 +60,9 @@ PICTURES = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow's
 def seeded(*numbers):
     """A generator that depends on these whole numbers alone, not on what was drawn before.
 
-    The first is the seed, the second says what for: 0 items, 1 masks, 2 held-out masks, 3 what replaces
-    a broken file, and so on. important: numpy fills up to four numbers with zeros, so (s, 1) and
-    (s, 1, 0) are one stream. It does no harm here; in a new project put the use last.
+    The first is the seed, the second says what for: 0 items, 1 masks, 2 held-out masks, 3 what
+    replaces a broken file, and so on. important: numpy fills up to four numbers with zeros, so (s,
+    1) and (s, 1, 0) are one stream. It does no harm here; in a new project put the use last.
     """
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))
@@ -75,7 +75,7 @@ def seeded(*numbers):
 
 @dataclass
 class Files:
-    """One split of a data set. Arrays, because a list of objects would be copied into every worker."""
+    """One split of a data set. Arrays: a list of objects would be copied into every worker."""
 
     paths: np.ndarray  # of str
     labels: np.ndarray  # of int, 0 .. len(classes) - 1, or -1 where none is known
@@ -134,7 +134,7 @@ OFFICIAL = {  # folder of lists, folder of videos
 
 
 def find_official(root):
-    """-> (name, folder of lists, folder of videos) of UCF101 or HMDB51, wherever they were unpacked."""
+    """-> (name, folder of lists, folder of videos) of UCF101 or HMDB51 as they were unpacked."""
     if (root / "classInd.txt").is_file():
         return "UCF101", root, root
     for name, folders in OFFICIAL.items():
@@ -144,12 +144,12 @@ def find_official(root):
             return name, *found
         if any(found) and not given:
             lost = folders[found.index(None)]
-            raise ValueError(f"{root} holds a part of {name}, but no {lost}/: unpack that archive, too")
+            raise ValueError(f"{root} holds a part of {name}: unpack {lost}, too")
     return None
 
 
 def find_folder(root, name):
-    """A folder of this name in root or one level below, the innermost if it is nested; else None."""
+    """A folder of this name in root or one level below, the innermost of nested ones; or None."""
     places = [root / name, *sorted(root.glob(f"*/{name}"))]
     found = next((place for place in places if place.is_dir()), None)
     return find_folder(found, name) or found if found else None
@@ -166,7 +166,7 @@ def read_official(name, lists, videos, split, fold, allow_missing):
         classes = [c for _, c in sorted((int(number), c) for number, c in numbered)]
         label_of = {c.lower(): label for label, c in enumerate(classes)}
         for line in read_lines(lists / table):
-            # trainlist has labels (from 1; 0 if none is known), testlist none: the folder is the class
+            # trainlist has labels (from 1; 0: unknown), testlist none: the folder is the class
             path, number = re.fullmatch(r"(.*?)(?:\s+(\d+))?", line).groups()
             wanted.append((path, -1 if number == "0" else label_of[path.split("/")[0].lower()]))
     else:
@@ -188,9 +188,9 @@ def read_lines(path):
 def resolve(wanted, classes, folder, source, kinds, allow_missing, how):
     """Listed (path, label) -> Files that exist.
 
-    A file is where the list says or, wherever it lies, of the same name in a folder of the same name:
-    without regard to case (UCF101's lists and folders disagree about HandStandPushups), to the ending (a
-    re-encoded copy may be .mp4) and to the two ways to write an accent.
+    A file is where the list says or, wherever it lies, of the same name in a folder of the same
+    name: without regard to case (UCF101's lists and folders disagree about HandStandPushups), to
+    the ending (a re-encoded copy may be .mp4) and to the two ways to write an accent.
     """
 
     def key(path):
@@ -224,7 +224,8 @@ def walk(folder, kinds):
         raise error  # a folder that may not be listed
 
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = sorted(f for f in folders if f[0] != "." and f not in ("lost+found", "__MACOSX"))
+        folders[:] = sorted(set(folders) - {"lost+found", "__MACOSX"})
+        folders[:] = [f for f in folders if f[0] != "."]
         if os.path.realpath(parent) in seen:  # links to folders are followed, but not in circles
             folders[:], names = [], []
         seen.add(os.path.realpath(parent))
@@ -245,11 +246,11 @@ def list_plain(root, split, kinds, allow_missing):
         return files if other else hold_out(files, split)
     inside = subfolders(root)
     while len(inside) == 1 and not any(path.suffix.lower() in kinds for path in root.iterdir()):
-        root, inside = inside[0], subfolders(inside[0])  # a lone folder is a wrapper, as archives leave it
+        root, inside = inside[0], subfolders(inside[0])  # a wrapper, as archives leave it
     train = split_folder(inside, "train(ing)?")
     val = split_folder(inside, "val(id(ation)?)?", "test(ing)?", "eval(uation)?")
     if train and not val:
-        raise ValueError(f"{root} has {train.name}/ but no val/: is {train.name} a split, or a class?")
+        raise ValueError(f"{root} has {train.name}/ but no val/: is that a split, or a class?")
     if not train:
         return hold_out(list_folder(root, kinds), split)
     files = list_folder(train, kinds)
@@ -269,7 +270,7 @@ def split_folder(folders, *words):
 
 
 def list_folder(folder, kinds, classes=None):
-    """Files of class folders, or of a folder without any.   classes: numbered as those of another split"""
+    """Files of class folders, or of a folder without any.   classes: those of another split"""
     found, others = walk(folder, kinds)
     if not found:
         there = ", ".join(f"{n} {ending}" for ending, n in others.most_common(3)) or "nothing"
@@ -308,7 +309,7 @@ def read_list(path, kinds, allow_missing):
 
 
 def hold_out(files, split):
-    """Every 20th file of a class, at least one, is "val" where a data set brings no split of its own."""
+    """Every 20th file of a class, at least one, is "val" where a data set brings no split."""
     val = np.zeros(len(files.paths), bool)
     for label in np.unique(files.labels):
         own = np.flatnonzero(files.labels == label)
@@ -325,7 +326,7 @@ def describe(train, val):
 
 
 def fingerprint(files):
-    """Number of files, and a checksum of names and labels. Not of folders: the data may have moved."""
+    """Number of files, checksum of names and labels. Not of folders: the data may have moved."""
     names = [f"{os.path.basename(path)} {label}" for path, label in zip(files.paths, files.labels)]
     return [len(names), zlib.crc32("\n".join(names).encode("utf-8", "surrogateescape"))]
 
@@ -344,7 +345,7 @@ LARGEST = 2**29  # bytes of pixels that a clip may have: 16 frames of 4K
 
 
 def reason(error):
-    """Why a file cannot be read. A lack of memory or of descriptors is not its fault, and is raised."""
+    """Why a file cannot be read. A lack of memory or descriptors is not its fault, and raised."""
     if isinstance(error, MemoryError):
         raise error
     if getattr(error, "errno", None) in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
@@ -354,11 +355,11 @@ def reason(error):
 
 @contextlib.contextmanager
 def open_video(path):
-    """-> container, video stream.   Called in the worker: an open container does not survive a fork."""
+    """-> container, video stream.   In the worker: an open container does not survive a fork."""
     if not os.path.isfile(path):  # of a pipe or device FFmpeg would wait for ever
         raise BrokenFile("no such file")
-    # Only these formats: a file may claim to be a list of other files, and have them opened. Titles need
-    # not be UTF-8 (HMDB51). Of a relative name like 10:30.avi FFmpeg would think that 10: is a protocol.
+    # Only these formats: a file may claim to be a list of other files, and have them opened. Titles
+    # need not be UTF-8 (HMDB51). In a relative name like 10:30.avi FFmpeg would see a protocol.
     only = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
     with av.open(os.path.abspath(path), metadata_errors="ignore", options=only) as container:
         if not container.streams.video:
@@ -372,11 +373,11 @@ def open_video(path):
 
 
 def frame_times(path):
-    """-> how many frames there are, their times in the order of display or None, seconds that they last.
+    """-> how many frames there are, their times in the order of display or None, seconds they last.
 
-    Headers promise what they like: packets are counted, which costs a fiftieth of decoding them. What an
-    editor cut (MP4) or AVI dropped is no frame. Times are in the stream's units; None: they do not tell
-    which frame comes when, or the decoder cannot begin in the middle.
+    Headers promise what they like: packets are counted, which costs a fiftieth of decoding them.
+    What an editor cut (MP4) or AVI dropped is no frame. Times are in the stream's units; None: they
+    do not tell which frame comes when, or the decoder cannot begin in the middle.
     """
     status = os.stat(path)
     return cached_times(str(path), status.st_size, status.st_mtime_ns)
@@ -392,9 +393,9 @@ def cached_times(path, size, changed):
                 times.append(packet.pts if reordered else packet.dts)
                 end = max(end, (packet.dts or 0) + (packet.duration or 0))
         known = times and None not in times and len(set(times)) == len(times)
-        if reordered and container.format.name == "avi":  # AVI stores no times: FFmpeg makes them up
+        if reordered and container.format.name == "avi":  # AVI stores no times: they are made up
             known = False
-        # H.264 4:4:4 by old versions of x264 says so in the first packet alone, and is decoded accordingly
+        # H.264 4:4:4 by old versions of x264 says in the first packet alone how to decode it
         if context.name == "h264" and "444" in (context.pix_fmt or ""):
             known = False
         seconds = (end - (stream.start_time or 0)) * float(stream.time_base)
@@ -421,11 +422,11 @@ def to_rgb(convert, frame, **size):
 
 
 def grab(path, wanted, jump=True):
-    """Decode the frames `wanted` -> {number: (H, W, 3) uint8}, frames met, damaged ones of those wanted.
+    """Decode the frames `wanted` -> {number: (H, W, 3) uint8}, how many were met, how many damaged.
 
-    Where the file tells the time of every frame, a clip that begins after frame 24 is reached by a jump
-    to the key frame before it, whose time tells its number. Otherwise, as in an AVI with B-frames, all
-    are decoded and counted.
+    Where the file tells the time of every frame, a clip that begins after frame 24 is reached by a
+    jump to the key frame before it, whose time tells its number. Otherwise, as in an AVI with
+    B-frames, all are decoded and counted.
     """
     found, damaged, first, last = {}, 0, wanted.min(), wanted.max()
     count, times, _ = frame_times(path)
@@ -433,7 +434,7 @@ def grab(path, wanted, jump=True):
     with open_video(path) as (container, stream):
         context, frames, i = stream.codec_context, shown(container, stream), 0
         if len(kept) * context.width * context.height * 3 > LARGEST:
-            raise BrokenFile(f"{len(kept)} frames of {context.width}x{context.height}: shrink it first")
+            raise BrokenFile(f"frames of {context.width}x{context.height}: shrink it first")
         if jump and times is not None and 24 < first < count:
             container.seek(int(times[first]), stream=stream)
             # frames before the key frame may miss what they refer to
@@ -467,7 +468,7 @@ def read_clips(path, choose):
             found, n, damaged = grab(path, np.unique(clips))
         if n == 0:
             raise BrokenFile("no frame can be decoded")
-        frames = np.stack([found[f] for f in clips.flat])  # one copy: a second costs as much as the crop
+        frames = np.stack([found[f] for f in clips.flat])  # one copy: two cost as much as the crop
         problem = f"damaged: {damaged} of {len(found)} frames, used as they are" if damaged else ""
         return frames.reshape(*clips.shape, *frames.shape[1:]), problem
     except Exception as error:  # decoders raise many kinds on a damaged file
@@ -496,8 +497,8 @@ def every_frame(path, problems):
 def read_image(path):
     """-> uint8 (H, W, 3), whatever the file holds: grey, palette, RGBA, CMYK; turned as EXIF says.
 
-    Values of more than 8 bits (CT, microscopy) rarely use their whole range: each file is stretched over
-    its own. Raises BrokenFile, also for an image of more than 89 megapixels (Pillow's limit).
+    Values of more than 8 bits (CT, microscopy) rarely use their whole range: each file is stretched
+    over its own. Raises BrokenFile, also for an image of more than 89 megapixels (Pillow's limit).
     """
     try:
         if not os.path.isfile(path):
@@ -536,7 +537,7 @@ def make_crop(pixels, size, box, flip=False, bicubic=False):
 
 
 def center_box(shape, size):
-    """The largest box of the aspect of `size` in the middle.   (H, W) -> top, left, height, width"""
+    """The largest box of the aspect of `size` in the middle.   -> top, left, height, width"""
     (H, W), (h, w) = shape, size
     box = (H, max(1, H * w // h)) if H * w <= W * h else (max(1, W * h // w), W)
     return (H - box[0]) // 2, (W - box[1]) // 2, *box
@@ -553,7 +554,7 @@ def random_box(shape, size, min_crop, generator):
 
 @contextlib.contextmanager
 def torchvision_draws_from(generator):
-    """torchvision draws from the global generator: lend it a seed of ours, and give it back as it was."""
+    """torchvision draws from the global generator: lend it a seed, and put it back as it was."""
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which reaches for the GPUs, too, and takes as long as a resize
         torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
@@ -566,10 +567,10 @@ def torchvision_draws_from(generator):
 
 
 class FileDataset(Dataset):
-    """dataset[epoch, i] -> uint8 (R, ...), number of the file used, [(path, what is wrong with it)].
+    """dataset[epoch, i] -> uint8 (R, ...), number of the file that was used, [(path, problem)].
 
-    A kind of data adds read(i, generator) -> pixels, problem or "". In place of a broken file another
-    one is used; after ten broken ones in a row a ValueError.
+    A kind of data adds read(i, generator) -> pixels, problem or "". In place of a broken file
+    another one is used; after ten broken ones in a row a ValueError.
     """
 
     repeat = 1  # R, samples of one file
@@ -593,18 +594,20 @@ class FileDataset(Dataset):
                 other = seeded(self.seed, 3, epoch, i, attempt)
                 i = int(torch.randint(len(self), (1,), generator=other))
         names = ", ".join(f"{path} ({problem})" for path, problem in problems[:3])
-        raise ValueError(f"10 files in a row cannot be read, e.g. {names}: python data.py check lists them")
+        hint = "python data.py check lists them"
+        raise ValueError(f"10 files in a row cannot be read, e.g. {names}: {hint}")
 
 
 class ImageDataset(FileDataset):
-    """Items uint8 (1, H, W, 3).   size (H, W); min_crop: see random_box; train False: centre crop."""
+    """Items uint8 (1, H, W, 3).   size (H, W); min_crop: random_box; train False: centre crop."""
 
     def __init__(self, files, size, seed, min_crop=0.2, flip=True, train=True):
         super().__init__(files, seed)
         self.size, self.min_crop, self.flip, self.train = size, min_crop, flip, train
 
     def read(self, i, generator):
-        pixels = self.files.pixels[i] if self.files.pixels is not None else read_image(self.paths[i])
+        stored = self.files.pixels
+        pixels = read_image(self.paths[i]) if stored is None else stored[i]
         shape, flip = pixels.shape[:2], False
         if self.train:
             box = random_box(shape, self.size, self.min_crop, generator)
@@ -615,19 +618,20 @@ class ImageDataset(FileDataset):
 
 
 def shuffled(seed, epoch, n, size):
-    """One pass over n items in the order of (seed, epoch): a list of updates, each of `size` numbers.
+    """One pass over n items in the order of (seed, epoch): updates of `size` numbers each.
 
-    The rest that does not fill an update is left out; another epoch's order leaves out others."""
+    A rest that does not fill an update is left out; another epoch leaves out others.
+    """
     order = torch.randperm(n, generator=seeded(seed, epoch)).tolist()
     return [order[i : i + size] for i in range(0, n - size + 1, size)]
 
 
 def batches(plan, start, stop, rank, world, accum):
-    """The keys (epoch, item) that this process loads, batch by batch, from update `start` to `stop`.
+    """The keys (epoch, item) that this process loads, batch by batch, from update start to stop.
 
-    plan(epoch) -> list of updates, each a list of items (or of pieces, in omni.py). One update is cut
-    into world * accum equal pieces, and every process loads its own. So two processes together see what
-    one sees, and a run can begin anywhere.
+    plan(epoch) -> list of updates, each a list of items (or of pieces, in omni.py). One update is
+    cut into world * accum equal pieces, and every process loads its own. So two processes together
+    see what one sees, and a run can begin anywhere.
     """
     per_epoch = len(plan(0))
     for step in range(start, stop):
@@ -649,7 +653,7 @@ def collate(items):
 
 
 def share(pixels):
-    """Into shared memory, in a worker. torch does it later, where a full /dev/shm hangs and not raises."""
+    """Into shared memory, in a worker. torch does it later, where a full /dev/shm hangs."""
     return pixels.share_memory_() if torch.utils.data.get_worker_info() else pixels
 
 
@@ -660,7 +664,7 @@ def start_loader(dataset, workers, **options):
     if os.name != "posix":
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits until all run
-    on_child = signal.getsignal(signal.SIGCHLD)  # torch would raise at any line when a worker is killed
+    on_child = signal.getsignal(signal.SIGCHLD)  # torch would raise anywhere if a worker is killed
     try:
         return iter(loader)
     except OSError as error:
@@ -671,7 +675,7 @@ def start_loader(dataset, workers, **options):
 
 
 def begin_worker(parent, worker):
-    """First thing in a worker: out of reach of the terminal's signals, which are for the parent alone."""
+    """First thing in a worker: out of reach of the terminal's signals, which are for the parent."""
     if os.name == "posix":
         os.setpgid(0, 0)
         if os.getppid() != parent:  # killed in between; later on torch looks after that
@@ -679,7 +683,7 @@ def begin_worker(parent, worker):
 
 
 def take(loader):
-    """next(loader).   Raises ValueError if it cannot: a worker was killed, memory or /dev/shm is full"""
+    """next(loader).   Raises ValueError if a worker was killed, memory or /dev/shm is full"""
     try:
         return next(loader)
     except Exception as error:  # arrives as a whole traceback, and ends with the message
@@ -695,7 +699,8 @@ def take(loader):
 def write_whole(path, fill):
     """fill(file) under another name, then rename: a crash or a full disk leaves the previous file.
 
-    Raises OSError when it cannot be written."""
+    Raises OSError when it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -703,7 +708,7 @@ def write_whole(path, fill):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch hides the reason of a failed write in a RuntimeError
+    except (OSError, RuntimeError) as error:  # in a RuntimeError torch hides the reason
         cause = error if isinstance(error, OSError) else error.__context__
         if temporary.is_file():
             temporary.unlink()
@@ -711,7 +716,7 @@ def write_whole(path, fill):
 
 
 def load_file(path):
-    """Read a checkpoint, ours or a public one: tensors and plain values.   Raises ValueError if it is none"""
+    """Read a checkpoint, ours or a public one: tensors and plain values.   Raises ValueError"""
     if not os.path.isfile(path):
         hint = f"; did you mean {path}/checkpoint.pt?" if os.path.isdir(path) else ""
         script = Path(path).absolute().parent.name + ".py"
@@ -721,7 +726,7 @@ def load_file(path):
         from safetensors.torch import load_file as load  # pip install safetensors
 
         return load(path)
-    # weights_only refuses pickles that could run code. These are harmless, and common in public files
+    # weights_only refuses pickles that could run code. These are harmless and in public files
     kinds = [type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8", "?")]
     harmless = [argparse.Namespace, type(Path()), np.dtype, np._core.multiarray.scalar, *kinds]
     try:
@@ -740,13 +745,13 @@ def load_file(path):
 # ==================================================================================================
 #  PART 6: the toy world                                                  (needs: numpy, av, pillow)
 #
-#  A room, a large object that matters, and two small ones by the wall. They are flat sprites, painted
-#  from far to near, so depth and class maps are exact. Metres: x to the right, y up, z away.
+#  A room, a large object that matters, and two small ones by the wall. They are flat sprites,
+#  painted from far to near, so depth and class maps are exact. Metres: x right, y up, z away.
 #
 #  Images: the class is the kind of the large object.
-#  Videos: the object swings along some of the three axes, each with a phase of its own drawn uniformly,
-#  and the class is which. One frame alone looks alike in all classes, by construction: motion decides. A
-#  mirrored clip and a reversed one keep their class.
+#  Videos: the object swings along some of the three axes, each with a phase of its own drawn
+#  uniformly, and the class is which. One frame alone looks alike in all classes, by construction:
+#  motion decides. A mirrored clip and a reversed one keep their class.
 # ==================================================================================================
 
 KINDS = ("Ball", "Box", "Cone", "Post")
@@ -760,7 +765,7 @@ MOTIONS = {  # which of x, y, z the object swings along
     "Wheel": (0, 1, 1),
 }
 CENTER, SWING = np.array([0, 1.3, 4.2]), np.array([1.0, 0.8, 1.4])  # of the large object
-VIEW, EYE, BACK = 0.55, 1.3, 9.0  # tangent of half the angle of view, height of the eye, the wall's distance
+VIEW, EYE, BACK = 0.55, 1.3, 9.0  # tangent of half the view, height of the eye, the wall's z
 FLOOR, WALL = np.array([0.45, 0.42, 0.40]), np.array([0.62, 0.66, 0.70])
 COLORS = np.array([(0.9, 0.2, 0.2), (0.2, 0.7, 0.25), (0.2, 0.3, 0.9), (0.95, 0.8, 0.15),
                    (0.7, 0.25, 0.8), (0.95, 0.55, 0.1)])
@@ -779,15 +784,15 @@ def outline(kind, u, v):
 
 
 def render(objects):
-    """[{kind, color (3,), radius, place (T, 3)}, ...] -> pixels (T, S, S, 3) uint8, and (T, S, S) each:
-    depth in metres, class numbers, whether the first object is seen."""
+    """[{kind, color (3,), radius, place (T, 3)}, ...] -> pixels (T, S, S, 3) uint8, and (T, S, S)
+    each: depth in metres, class numbers, whether the first object is seen."""
     S = 2 * SIDE  # painted at twice the size and averaged, or edges would flicker
     at = (np.arange(S) + 0.5) / S * 2 - 1
     right, up = np.meshgrid(at * VIEW, -at * VIEW)  # slope of the ray through every pixel
     room = np.minimum(EYE / np.maximum(-up, 1e-3), BACK)  # distance of floor and wall
     is_floor, far = room < BACK, room[..., None] / BACK
-    paint = np.where(is_floor[..., None], FLOOR * (0.55 + 0.45 * far), WALL * (0.8 + 0.36 * up[..., None]))
-    frames = []
+    floor, wall = FLOOR * (0.55 + 0.45 * far), WALL * (0.8 + 0.36 * up[..., None])
+    paint, frames = np.where(is_floor[..., None], floor, wall), []
     for t in range(len(objects[0]["place"])):
         color, depth, classes = paint.copy(), room.copy(), np.where(is_floor, 0, 1)
         first = np.zeros((S, S), bool)
@@ -796,37 +801,43 @@ def render(objects):
             u, v = (right * z - x) / o["radius"], (up * z + EYE - y) / o["radius"]
             inside, light = outline(o["kind"], u, v), 0.75 + 0.25 * np.clip(v - 0.6 * u, -1, 1)
             color[inside] = light[inside, None] * o["color"]
-            depth[inside], classes[inside], first[inside] = z, MAPS.index(o["kind"]), o is objects[0]
+            depth[inside], classes[inside] = z, MAPS.index(o["kind"])
+            first[inside] = o is objects[0]
         color = color.reshape(SIDE, 2, SIDE, 2, 3).mean((1, 3)) * 255
-        frames.append((color.clip(0, 255).astype(np.uint8), *(m[::2, ::2] for m in (depth, classes, first))))
+        maps = (m[::2, ::2] for m in (depth, classes, first))
+        frames.append((color.clip(0, 255).astype(np.uint8), *maps))
     return [np.stack(part) for part in zip(*frames)]
 
 
 def draw_scene(rng, kind, turns):
-    """The large object, at every time where its turns (T, 3) along each axis say, and two small ones."""
+    """The large object, at each time where its turns (T, 3) say, and two small ones by the wall."""
     place = CENTER + SWING * np.sin(2 * np.pi * turns)
     objects = [dict(kind=kind, color=rng.choice(COLORS), radius=rng.uniform(1, 1.25), place=place)]
     for side in (-1, 1):
         spot = np.tile((side * rng.uniform(1, 3.2), 0.45, rng.uniform(6.5, 8)), (len(turns), 1))
-        objects.append(dict(kind=rng.choice(KINDS), color=rng.choice(COLORS), radius=0.45, place=spot))
+        kind, color = rng.choice(KINDS), rng.choice(COLORS)
+        objects.append(dict(kind=kind, color=color, radius=0.45, place=spot))
     return objects
 
 
 def write_toy(job):
-    """A clip with the place of its object, or an image with its maps. All its randomness is in `seed`."""
+    """A clip with a map of its object, or an image with its maps. Its randomness is in `seed`."""
     folder, name, kind, seed = job
     rng = np.random.default_rng(seed)
-    turns = rng.uniform(size=(1, 3))
-    if kind in MOTIONS:
-        turns = turns + np.array(MOTIONS[kind]) * np.arange(LENGTH)[:, None] / LENGTH  # (T, 3)
-    pixels, depth, classes, first = render(draw_scene(rng, rng.choice(KINDS) if kind in MOTIONS else kind, turns))
+    turns, motion = rng.uniform(size=(1, 3)), MOTIONS.get(kind)
+    if motion:
+        turns = turns + np.array(motion) * np.arange(LENGTH)[:, None] / LENGTH  # (T, 3)
+        kind = rng.choice(KINDS)
+    pixels, depth, classes, first = render(draw_scene(rng, kind, turns))
     maps = {"object": first}  # frames of a clip below each other
-    if kind in MOTIONS:
-        save_once(folder / "videos" / f"{name}.mp4", functools.partial(write_video, pixels, Fraction(12)))
+    if motion:
+        save = functools.partial(write_video, pixels, Fraction(12))
+        save_once(folder / "videos" / f"{name}.mp4", save)
     else:
-        jpeg = functools.partial(Image.fromarray(pixels[0]).save, quality=95)
-        save_once(folder / "rgb" / f"{name}.jpg", jpeg)
-        maps |= {"depth": (depth / 16 * 65535).astype(np.uint16), "semseg": classes.astype(np.uint8)}
+        save = functools.partial(Image.fromarray(pixels[0]).save, quality=95)
+        save_once(folder / "rgb" / f"{name}.jpg", save)
+        maps["depth"] = (depth / 16 * 65535).astype(np.uint16)
+        maps["semseg"] = classes.astype(np.uint8)
     for part, x in maps.items():
         save_once(folder / part / f"{name}.png", Image.fromarray(x.reshape(-1, SIDE)).save)
 
@@ -843,10 +854,10 @@ def save_once(path, save):
 def make_toy(folder, groups=25, images=(1600, 400), labelled=18):
     """Write the toy world, or what is missing of it: two calls give the same files, byte for byte.
 
-    folder/videos/<Motion>/v_<Motion>_gXX_cYY.mp4, classInd.txt, trainlist01.txt ...    UCF101's format;
-        no group of 4 clips is in both lists of a fold; the first `labelled` training groups have labels
-    folder/{rgb,depth,semseg}/{train,val}/<Kind>/00000.{jpg,png,png}                    aligned maps
-    folder/object/                          where the object is in each of these clips and images
+    folder/videos/<Motion>/v_<Motion>_gXX_cYY.mp4, classInd.txt, trainlist01.txt ...    as UCF101;
+        no group of 4 clips is in both lists of a fold; `labelled` training groups have labels
+    folder/{rgb,depth,semseg}/{train,val}/<Kind>/00000.{jpg,png,png}    aligned maps
+    folder/object/    where the object is in each of these clips and images
     """
     folder = Path(folder)
     lists, note = folder / "videos", folder / "TOY.txt"
@@ -856,9 +867,9 @@ def make_toy(folder, groups=25, images=(1600, 400), labelled=18):
         raise ValueError(f"{folder} exists and is no toy world: name a new folder")
     lists.mkdir(parents=True, exist_ok=True)
     note.write_text("Rendered by: python data.py toy\n")
-    names = {(m, g): [f"{m}/v_{m}_g{g:02d}_c{c:02d}" for c in range(1, 5)] for m in MOTIONS for g in range(1, groups + 1)}
-    clips = [(name, motion) for (motion, _), some in names.items() for name in some]
-    jobs = [(folder, name, motion, [1, i]) for i, (name, motion) in enumerate(clips)]
+    clips = [(f"{m}/v_{m}_g{g:02d}_c{c:02d}", m, g) for m in MOTIONS
+             for g in range(1, groups + 1) for c in range(1, 5)]
+    jobs = [(folder, name, motion, [1, i]) for i, (name, motion, _) in enumerate(clips)]
     for split, count in zip(("train", "val"), images):
         for i in range(count):
             kind = KINDS[i % len(KINDS)]
@@ -869,21 +880,24 @@ def make_toy(folder, groups=25, images=(1600, 400), labelled=18):
     for fold in (1, 2, 3):
         tested = range(1 + (fold - 1) * width, 1 + fold * width)
         train = [g for g in range(1, groups + 1) if g not in tested]
-        lines = {"train": [], "test": []}
-        for (motion, g), some in names.items():
+        lines = {"train": "", "test": ""}
+        for name, motion, g in clips:
             label = list(MOTIONS).index(motion) + 1 if g in train[:labelled] else 0
-            for name in some:
-                lines["test" if g in tested else "train"].append(f"{name}.mp4" + f" {label}" * (g in train))
-        for split, content in lines.items():
-            (lists / f"{split}list0{fold}.txt").write_text("\n".join(content) + "\n")
+            if g in tested:
+                lines["test"] += f"{name}.mp4\n"
+            else:
+                lines["train"] += f"{name}.mp4 {label}\n"
+        for split, text in lines.items():
+            (lists / f"{split}list0{fold}.txt").write_text(text)
     (lists / "classInd.txt").write_text("".join(f"{i} {m}\n" for i, m in enumerate(MOTIONS, 1)))
 
 
 def write_video(frames, rate, path):
-    """uint8 frames (H, W, 3), all of one even-sided size, -> a video file: MPEG-4, a key frame every 12.
+    """uint8 frames (H, W, 3), all of one even-sided size -> a video: MPEG-4, a key frame every 12.
 
-    Nearly lossless, without B-frames: on clips this small it decodes several times faster than H.264, and
-    the same frames give the same bytes (libx264's lookahead varies with the load of the machine)."""
+    Nearly lossless, without B-frames: on clips this small it decodes several times faster than
+    H.264, and the same frames give the same bytes (libx264's vary with the load of the machine).
+    """
     with av.open(os.path.abspath(path), "w") as container:
         stream = None
         for frame in frames:
@@ -904,7 +918,7 @@ def write_video(frames, rate, path):
 
 
 def in_parallel(work, jobs, what):
-    """Yield work(job) of each job in order, from all CPU cores, with progress and time left on stderr."""
+    """Yield work(job) of each job in order, from all CPU cores, with progress on stderr."""
     results = start_loader(jobs, os.cpu_count(), batch_size=None, collate_fn=work)
     begin, shown_at, live = time.monotonic(), 0.0, sys.stderr.isatty()
     for i in range(1, len(jobs) + 1):
@@ -913,7 +927,8 @@ def in_parallel(work, jobs, what):
         if i == len(jobs) or spent - shown_at > (1 if live else 20):
             shown_at, left = spent, spent / i * (len(jobs) - i)
             end = "\r" if live and i < len(jobs) else "\n"
-            print(f"{what}: {i} of {len(jobs)}, {left:.0f} s left  ", end=end, file=sys.stderr, flush=True)
+            text = f"{what}: {i} of {len(jobs)}, {left:.0f} s left  "
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 def tell(path, problems):
@@ -925,7 +940,7 @@ def tell(path, problems):
 
 
 def check_file(path):
-    """Read one file in full, as training does: -> what is wrong with it, a small picture of it or None."""
+    """Read one file in full, as training does.   -> problems, a small picture or None"""
     problems, picture = [], None
     try:
         if path.suffix.lower() in IMAGE:
@@ -962,7 +977,8 @@ def check(root, sheet):
             absent += 1
             report(f"fold {fold} {split}: {str(error).partition('; --allow')[0]}")
     if pictures:
-        some = np.linspace(0, len(pictures) - 1, min(48, -(-len(pictures) // 8) * 8)).round().astype(int)
+        count = min(48, -(-len(pictures) // 8) * 8)
+        some = np.linspace(0, len(pictures) - 1, count).round().astype(int)
         cells = torch.from_numpy(np.stack([pictures[i] for i in some])).permute(0, 3, 1, 2) / 255
         picture_table(cells.unflatten(0, (-1, 8))).save(sheet)
         report(f"wrote {sheet}")
@@ -973,13 +989,14 @@ def check(root, sheet):
 
 
 def shrink_file(job):
-    """Re-encode one video with a smaller short side.   -> what is wrong with it; a broken one is left out"""
+    """Re-encode one video with a smaller short side; a broken one is left out.   -> problems"""
     source, target, short = job
     problems, convert = [], av.video.reformatter.VideoReformatter()
     try:
         with open_video(source) as (_, stream):
             W, H = stream.codec_context.width, stream.codec_context.height
-            rate = Fraction(stream.average_rate or stream.guessed_rate or 25).limit_denominator(1001)
+            rate = stream.average_rate or stream.guessed_rate or 25
+        rate = Fraction(rate).limit_denominator(1001)
         rate = rate if rate.numerator < 2**16 else Fraction(round(rate))  # MPEG-4 holds no more
         scale = min(1, short / min(W, H)) / 2
         size = {"width": 2 * max(1, round(W * scale)), "height": 2 * max(1, round(H * scale))}
@@ -988,7 +1005,8 @@ def shrink_file(job):
         save_once(target, functools.partial(write_video, small, rate))
     except Exception as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise ValueError(f"cannot write {target}: {error.strerror}; call again when there is room") from None
+            hint = "call again when there is room"
+            raise ValueError(f"cannot write {target}: {error.strerror}; {hint}") from None
         return [f"broken, left out: {reason(error)}"]
     return problems
 
@@ -996,8 +1014,8 @@ def shrink_file(job):
 def shrink(source, target, short):
     """Re-encode every video below source into target, with the same names, and copy the lists.
 
-    A copy that is there is kept: a second call does what the first left undone.   Exit code 1 if a file
-    is broken or damaged
+    A copy that is there is kept: a second call does what the first left undone.   Exit code 1 if a
+    file is broken or damaged
     """
     source, target = Path(source), Path(target)
     if target.resolve().is_relative_to(source.resolve()):
@@ -1020,7 +1038,7 @@ def shrink(source, target, short):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description="toy FOLDER: write the toy world, videos and images with depth and class maps.\n"
+        description="toy FOLDER: write the toy world, videos, and images with maps.\n"
         "check FOLDER: decode everything, list what is broken, draw a contact sheet.\n"
         "shrink SOURCE TARGET: re-encode videos once, so that decoding does not starve the GPU.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1029,7 +1047,7 @@ def main(argv=None):
     parser.add_argument("folder", help="new folder, data set, or folder of videos")
     parser.add_argument("target", nargs="?", help="folder for the smaller copies")
     parser.add_argument("--sheet", default="contact_sheet.png", help="file for the contact sheet")
-    parser.add_argument("--short-side", type=int, default=128, help="new short side in pixels (default: 128)")
+    parser.add_argument("--short-side", type=int, default=128, help="in pixels (default: 128)")
     args = parser.parse_args(argv)
     if args.command == "check":
         check(args.folder, args.sheet)

@@ -1,30 +1,28 @@
-"""finetune.py - what the pretraining was for: a classifier around the pretrained encoder, and how it is tested.
+"""finetune.py - what the pretraining was for: a classifier around the encoder, and its test.
 
-Fine-tunes, probes or trains from scratch on labelled images or videos, tests with several views, and writes
-predictions, a confusion matrix and results. Takes our checkpoints and public ones of all five papers.
+Fine-tunes, probes or trains from scratch on labelled images or videos, tests with several views,
+writes predictions, results and a confusion matrix. Takes our files and the papers' public ones.
 
-Papers  MAE 2111.06377 (App. A.1), VideoMAE 2203.12602 (App. 7), MAE-ST 2205.09113 (Sec. 4), all arXiv
-Covers  MAE App. A.1 "End-to-end fine-tuning", Table 9    Classifier, layer_groups, mix, Augmented
-        MAE App. A.1 "Linear probing", Table 10           Classifier(frozen=True), LARS; --mode linear
-        VideoMAE Table 2 "from scratch"                   --mode scratch: no weights, no layer decay
-        MAE-ST Sec. 4 "Settings", VideoMAE App. 7         ViewDataset, summarise: clips x crops views
-        MAE-ST App. A, last paragraph (image -> video)    inflate
-        random erasing (arXiv 1708.04896)                 erase
-        not in the papers                                 nearest_neighbours; --mode knn
-Not     detection; MAE's segmentation (App. A.4), recipe from scratch (App. A.2) and partial fine-tuning
-        (Fig. 9); VideoMAE's probe (SGD, Table 11)
+Papers  MAE 2111.06377 (App. A.1), VideoMAE 2203.12602 (App. 7), MAE-ST 2205.09113 (Sec. 4)
+Covers  MAE App. A.1 "End-to-end fine-tuning", Table 9   Classifier, layer_groups, mix, Augmented
+        MAE App. A.1 "Linear probing", Table 10          Classifier(frozen=True), LARS
+        VideoMAE Table 2 "from scratch"                  --mode scratch: no weights, no layer decay
+        MAE-ST Sec. 4 "Settings", VideoMAE App. 7        ViewDataset, summarise: clips x crops views
+        random erasing (arXiv 1708.04896)                erase
+        not in the papers                                nearest_neighbours; --mode knn
+Not     detection; MAE's segmentation (App. A.4), recipe from scratch (App. A.2) and partial
+        fine-tuning (Fig. 9); VideoMAE's probe (SGD, Table 11); image to video (MAE-ST App. A)
 
-The four modes answer different questions. finetune: is the encoder a good place to start from? scratch: what
-would it have learnt without? linear and knn: what does the encoder know already? Masked autoencoders are strong
-in the first and weak in the last two (VideoMAE Table 3: 69.6 fine-tuned, 38.9 linear): do not expect miracles of
-a probe.
+The modes answer different questions. finetune: is the encoder a good place to start from? scratch:
+what would it have learnt without? linear and knn: what does the encoder know already? Masked
+autoencoders are strong in the first and weak in these two (VideoMAE Table 3: 69.6 and 38.9 linear).
 
-Run     python finetune.py                                (4 min on 2 CPU cores, after python mae_video.py)
-        python finetune.py --mode scratch --out runs/scratch      (the same network without pretraining)
-        python finetune.py --mode linear --out runs/linear        (--mode knn needs no training at all)
-        python finetune.py --data UCF101 --preset ucf101 --init runs/ucf101/checkpoint.pt --out runs/ucf101_ft
-        python finetune.py --predict clip.avi                     (with the classifier in runs/finetune)
-        It ends with "done: top-1 ... see runs/finetune".
+Run     python finetune.py                            (4 min on 2 CPU cores, after mae_video.py)
+        python finetune.py --mode scratch --out runs/scratch  (the same network without pretraining)
+        python finetune.py --mode linear --out runs/linear    (--mode knn needs no training at all)
+        python finetune.py --data UCF101 --preset ucf101 --init runs/ucf101/checkpoint.pt
+        python finetune.py --predict clip.avi                 (with the classifier in runs/finetune)
+        It ends with "done: finetune: top-1 ... see runs/finetune".
 Next    this is the last file. tests/ shows what was checked, and how.
 """
 
@@ -48,33 +46,19 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from mae_image import (
-    DECODER,
-    ENCODERS,
-    MAE,
-    RunConfig,
-    choose_precision,
-    encoder_size,
-    fetch,
-    height_width,
-    load_into,
-    parts_of,
-    public_mae,
-    rank_and_world,
-    read_config,
-    save_picture,
-    sincos_2d,
-    start_processes,
-    train,
-)
-from mae_video import MAEST, ClipDataset, VideoMAE, public_maest, public_videomae, resize_table, views_of
+from mae_image import (DECODER, MAE, RunConfig, choose_precision, encoder_size, fetch,
+                       height_width, load_into, parts_of, public_mae, rank_and_world, read_config,
+                       save_picture, start_processes, train)
+from mae_video import (MAEST, ClipDataset, VideoMAE, public_maest, public_videomae, resize_table,
+                       views_of)
 from masking import is_first, picture_table, report, run_script
-from multimae import MODALITIES, PLANES, AlignedDataset, DenseHead, MultiMAE, list_aligned, parse_modalities, public_multimae
+from multimae import (MODALITIES, AlignedDataset, DenseHead, MultiMAE, list_aligned,
+                      parse_modalities, public_multimae)
 from omni import OmniMAE, public_omni
 
 MODELS = {"mae": MAE, "videomae": VideoMAE, "mae_st": MAEST, "omni": OmniMAE, "multimae": MultiMAE}
-READERS = {"multimae": public_multimae, "omni": public_omni, "mae": public_mae, "mae_st": public_maest,
-           "videomae": public_videomae}  # fmt: skip
+READERS = {"multimae": public_multimae, "omni": public_omni, "mae": public_mae,
+           "mae_st": public_maest, "videomae": public_videomae}
 
 
 # ==================================================================================================
@@ -86,13 +70,15 @@ READERS = {"multimae": public_multimae, "omni": public_omni, "mae": public_mae, 
 class TunedBlock(nn.Module):
     """The pretrained block with what only fine-tuning adds; the names of its tensors stay.
 
-    drop_path    chance that a sample skips each half of the block (stochastic depth, arXiv 1603.09382); in training
-    layer_scale  0: none; else a learned factor per channel, begun here (an option of VideoMAE's public code)
+    drop_path    chance that a sample skips each half of the block in training (stochastic depth,
+                 arXiv 1603.09382)
+    layer_scale  0: none; else a learned factor per channel that begins here (VideoMAE's code)
     """
 
     def __init__(self, block, drop_path, layer_scale):
         super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.norm1, self.attn = block.norm1, block.attn
+        self.norm2, self.mlp = block.norm2, block.mlp
         self.drop_path, width = drop_path, block.norm1.normalized_shape[0]
         for name in ("gamma_1", "gamma_2"):
             scale = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale else None
@@ -114,36 +100,38 @@ class TunedBlock(nn.Module):
 class Classifier(nn.Module):
     """Pretrained encoder -> pooled token -> LayerNorm -> linear layer.   logits = model(x)
 
-    x       what the encoder's `encode` takes, e.g. clips (B, C, T, H, W), normalised;   logits (B, classes)
-    pool    "mean" over the tokens without the class token (MultiMAE's global token does count), or "first": the class
-            token. Models without one take their first cube or patch, as VideoMAE's public code does with --use_cls
-    fresh_norm  the norm before the head is new. Fine-tuned, MAE, VideoMAE and OmniMAE throw the pretrained final norm
-            away, MultiMAE has none; MAE-ST, every probe, and pool "first" keep the pretrained one
-    frozen  linear probing: BatchNorm without affine before the linear layer, and nothing else learns or moves
+    x       what the encoder's `encode` takes, e.g. clips (B, C, T, H, W);   logits (B, classes)
+    pool    "mean" over the tokens without the class token (MultiMAE's global token does count), or
+            "first": the class token. Models without one take their first cube or patch, as
+            VideoMAE's public code does with --use_cls
+    fresh_norm  the norm before the head is new. Fine-tuned, MAE, VideoMAE and OmniMAE throw the
+            pretrained final norm away, MultiMAE has none; MAE-ST, probes and "first" keep it
+    frozen  linear probing: BatchNorm without affine before the linear layer; nothing else learns
 
-    The norm comes after the pooling everywhere. For "first" that is no difference: LayerNorm looks at one token.
+    The norm comes after the pooling. For "first" that is the same: LayerNorm looks at one token.
     """
 
-    def __init__(self, encoder, classes, pool="mean", fresh_norm=True, drop_path=0.0, dropout=0.0, layer_scale=0.0,
-                 frozen=False):  # fmt: skip
+    def __init__(self, encoder, classes, pool="mean", fresh_norm=True, drop_path=0.0, dropout=0.0,
+                 layer_scale=0.0, frozen=False):
         super().__init__()
         drop_decoder(encoder)
         D, depth = encoder.blocks[0].norm1.normalized_shape[0], len(encoder.blocks)
         self.pool, self.frozen, self.WARMUP_INCLUSIVE = pool, frozen, encoder.WARMUP_INCLUSIVE
-        # important: MAE-ST leaves token 0 out even when it has no class token, and so loses a cube (public code)
+        # important: MAE-ST's code leaves token 0 out even without a class token, and loses a cube
         self.skip = 1 if isinstance(encoder, (MAE, MAEST)) else 0
         self.norm = nn.LayerNorm(D, eps=1e-6) if fresh_norm else encoder.norm
         encoder.norm = nn.Identity()
         rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are skipped more often
-        encoder.blocks = nn.ModuleList([TunedBlock(b, r, layer_scale) for b, r in zip(encoder.blocks, rates)])
+        blocks = [TunedBlock(block, r, layer_scale) for block, r in zip(encoder.blocks, rates)]
+        encoder.blocks = nn.ModuleList(blocks)
         own_positions(encoder)
         self.encoder, self.dropout = encoder, nn.Dropout(dropout)
         linear = nn.Linear(D, classes)
         nn.init.trunc_normal_(linear.weight, std=0.01 if frozen else 2e-5)
         nn.init.zeros_(linear.bias)
-        # MAE App. A.1: without the BatchNorm each model would need its own learning rate for the probe
-        self.head = nn.Sequential(nn.BatchNorm1d(D, affine=False, eps=1e-6), linear) if frozen else linear
-        if frozen:
+        self.head = linear
+        if frozen:  # MAE App. A.1: without BatchNorm each model would need its own learning rate
+            self.head = nn.Sequential(nn.BatchNorm1d(D, affine=False, eps=1e-6), linear)
             self.encoder.requires_grad_(False)
             self.norm.requires_grad_(False)
 
@@ -156,9 +144,9 @@ class Classifier(nn.Module):
     def features(self, x):
         """-> (B, D): one vector per sample."""
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
-            tokens = self.encoder.encode(x)  # (B, N, D), with the class token where there is one
-            pooled = tokens[:, 0] if self.pool == "first" else tokens[:, self.skip :].mean(dim=1)  # (B, D)
-            return self.norm(pooled)
+            x = self.encoder.encode(x)  # (B, N, D), with the class token where there is one
+            x = x[:, 0] if self.pool == "first" else x[:, self.skip :].mean(dim=1)  # (B, D)
+            return self.norm(x)
 
     def forward(self, x):
         return self.head(self.dropout(self.features(x)))
@@ -179,7 +167,7 @@ def drop_decoder(model):
 
 
 def own_positions(encoder):
-    """Fixed positions enter the state dict, since they may be resized; MAE's public code even trains them."""
+    """Fixed positions enter the state dict: they may be resized, and MAE's code trains them."""
     if isinstance(encoder, MAE):
         table = encoder.pos_embed
         del encoder.pos_embed
@@ -189,10 +177,10 @@ def own_positions(encoder):
 
 
 def change_grid(encoder, new):
-    """Another image size or clip length than in pretraining: every table of positions is interpolated.
+    """Another image size or clip length than in pretraining: tables of positions are interpolated.
 
-    DIFFERS from VideoMAE's public code, which makes a new sine table: then every token has another position than in
-    pretraining. MultiMAE resizes its positions to every input itself.
+    DIFFERS from VideoMAE's public code, which makes a new sine table: then every token has another
+    position than in pretraining. MultiMAE resizes its positions to every input itself.
     """
     old = encoder.grid
     if old == tuple(new) or isinstance(encoder, MultiMAE):
@@ -205,48 +193,52 @@ def change_grid(encoder, new):
     }
     for name, (a, b) in tables.items():
         if (table := getattr(encoder, name, None)) is not None:
-            extra = table.shape[1] - math.prod(a)  # MAE-ST's joint table begins with the class token's row
-            resized = torch.cat([table[:, :extra], resize_table(table[:, extra:].detach(), a, b)], dim=1)
-            learns = isinstance(table, nn.Parameter)  # not in a probe
-            setattr(encoder, name, nn.Parameter(resized.detach(), table.requires_grad) if learns else resized)
+            extra = table.shape[1] - math.prod(a)  # a joint table begins with the class token's row
+            resized = resize_table(table[:, extra:].detach(), a, b)
+            resized = torch.cat([table[:, :extra].detach(), resized], dim=1)
+            if isinstance(table, nn.Parameter):
+                resized = nn.Parameter(resized, table.requires_grad)
+            setattr(encoder, name, resized)
 
 
 # ==================================================================================================
-#  THE PAPERS, part 2: the recipe   (needs: torch, torchvision; data.py seeded, torchvision_draws_from)
+#  THE PAPERS, part 2: the recipe
+#  (needs: torch, torchvision; data.py seeded, torchvision_draws_from)
 # ==================================================================================================
 
 
 def layer_groups(model, weight_decay, layer_decay):
-    """AdamW's groups: layer-wise decay of the learning rate, MAE App. A.1 (from BEiT, arXiv 2106.08254).
+    """AdamW's groups: layer-wise decay of the learning rate, MAE App. A.1 (from BEiT, 2106.08254).
 
-    Layer 0 is the embedding with tokens and positions, block i is layer i + 1, norm and head are the last; a layer
-    learns `layer_decay` times as fast as the one above it (ViT-B at 0.75: the embedding at 0.75^13 = 2.4 % of the
-    head's rate). Vectors, tokens and positions have no weight decay.
+    Layer 0 is the embedding with tokens and positions, block i is layer i + 1, norm and head are
+    the last; a layer learns `layer_decay` times as fast as the one above it (ViT-B at 0.75: the
+    embedding at 0.75^13 = 2.4 % of the head's rate). Vectors, tokens and positions do not decay.
 
-    OmniMAE's public code counts one step more (its head learns layer_decay times as fast, and so on down): the
-    same as ours at layer_decay times the learning rate.
+    OmniMAE's public code counts one step more: its head learns layer_decay times as fast, and so on
+    down. That is ours at layer_decay times the learning rate.
     """
     last, groups = len(model.encoder.blocks) + 1, {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         block = re.match(r"encoder\.blocks\.(\d+)\.", name)
-        layer = 0 if name.startswith("encoder.") else last
-        layer = int(block[1]) + 1 if block else layer
+        layer = int(block[1]) + 1 if block else 0 if name.startswith("encoder.") else last
         plain = parameter.ndim < 2 or "_token" in name or "pos_embed" in name
-        new = {"params": [], "lr_scale": layer_decay ** (last - layer), "weight_decay": 0.0 if plain else weight_decay}
-        groups.setdefault((layer, plain), new)["params"].append(parameter)
+        if (layer, plain) not in groups:
+            rate, decay = layer_decay ** (last - layer), 0.0 if plain else weight_decay
+            groups[layer, plain] = {"params": [], "lr_scale": rate, "weight_decay": decay}
+        groups[layer, plain]["params"].append(parameter)
     return list(groups.values())
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled to each matrix: MAE App. A.1 "Linear probing" (arXiv 1708.03888).
+    """SGD with momentum, its step scaled to each matrix: MAE App. A.1, arXiv 1708.03888.
 
-    A matrix moves by lr x trust x its own norm, whatever the length of its gradient. Vectors: plain momentum SGD.
+    A matrix moves by lr x trust x its own norm, however long its gradient is. Vectors: plain SGD.
     """
 
     def __init__(self, groups, lr=0.1, momentum=0.9, trust=0.001):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0})
+        super().__init__(groups, dict(lr=lr, momentum=momentum, trust=trust, weight_decay=0.0))
 
     @torch.no_grad()
     def step(self):
@@ -255,8 +247,9 @@ class LARS(torch.optim.Optimizer):
                 update = p.grad
                 if p.ndim > 1:
                     update = update + group["weight_decay"] * p
-                    norms = p.norm() * update.norm()
-                    update = update * torch.where(norms > 0, group["trust"] * p.norm() / update.norm(), 1.0)
+                    length = p.norm(), update.norm()
+                    trust = group["trust"] * length[0] / length[1]
+                    update = update * torch.where(length[0] * length[1] > 0, trust, 1.0)
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 p.sub_(buffer.mul_(group["momentum"]).add_(update), alpha=group["lr"])
 
@@ -264,30 +257,35 @@ class LARS(torch.optim.Optimizer):
 def mix(x, labels, classes, mixup, cutmix):
     """Mixup or CutMix, one of them at random, of the samples of a batch: MAE Table 9.
 
-    -> x, labels (B,) or soft (B, classes).   All frames of a clip are mixed alike: to torchvision they are channels."""
+    -> x, labels (B,) or soft (B, classes).   All frames of a clip are mixed alike: to torchvision
+    they are channels. It mixes neighbours, with --repeat clips of one video: so shuffle first.
+    """
     kinds = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
     kinds += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
     if not kinds:
         return x, labels
-    order = torch.randperm(len(x))  # torchvision mixes neighbours, and with --repeat those are clips of one video
+    order = torch.randperm(len(x))
     x, labels = x[order], labels[order]
-    mixed, labels = kinds[int(torch.rand(1) * len(kinds))](x.flatten(1, -3), labels)  # (B, C*T, H, W)
+    kind = kinds[int(torch.rand(1) * len(kinds))]
+    mixed, labels = kind(x.flatten(1, -3), labels)  # (B, C*T, H, W)
     return mixed.reshape(x.shape), labels
 
 
 def erase(x, chance):
-    """Random erasing (arXiv 1708.04896): the same box in all frames, filled with new noise.   x (B, C, [T,] H, W)"""
+    """Random erasing, arXiv 1708.04896: a box of noise in all frames.   x (B, C, [T,] H, W)"""
+    if not chance:
+        return x
     eraser = v2.RandomErasing(p=chance, value="random")
-    return torch.stack([eraser(sample.flatten(0, -3)).reshape(sample.shape) for sample in x]) if chance else x
+    return torch.stack([eraser(sample.flatten(0, -3)).reshape(sample.shape) for sample in x])
 
 
 class Augmented(Dataset):
     """A dataset of data.py with RandAugment (arXiv 1909.13719) on top of crop and flip.
 
-    All frames of a clip get the same operations. important: frames augmented one by one would flicker, and the
-    network would learn from motion that is not there.
-    DIFFERS from the official code (timm's): torchvision's operations and scale, after the crop and not before it,
-    without noise on the magnitude, and each operation always, not with a chance of 0.5.
+    All frames of a clip get the same operations. important: frames augmented one by one would
+    flicker, and the network would learn from motion that is not there.
+    DIFFERS from the official code (timm's): torchvision's operations and scale, after the crop, not
+    before it, without noise on the magnitude, each operation always and not with a chance of 0.5.
     """
 
     def __init__(self, dataset, operations, magnitude):
@@ -301,27 +299,28 @@ class Augmented(Dataset):
     def __getitem__(self, key):
         pixels, number, problems = self.dataset[key]
         with data.torchvision_draws_from(data.seeded(self.dataset.seed, 5, *key)):
-            pixels = torch.stack([self.augment(x.movedim(-1, -3)).movedim(-3, -1) for x in pixels])
-        return pixels, number, problems
+            samples = [self.augment(x.movedim(-1, -3)).movedim(-3, -1) for x in pixels]
+        return torch.stack(samples), number, problems
 
 
 # ==================================================================================================
 #  THE PAPERS, part 3: testing      (needs: torch, torchvision, is_video, planes_of, open_aligned;
 #  data.py parts 2-4; mae_image.py choose_precision, rank_and_world; mae_video.py part 4;
-#  multimae.py MODALITIES, PLANES, parse_modalities, part 4; masking.py report)
+#  multimae.py MODALITIES, parse_modalities, part 4; masking.py report)
 # ==================================================================================================
 
 
 def spatial_views(pixels, size, crops):
-    """Whole frame to `size`, then `crops` boxes at even distances along what is too long; one: the middle.
+    """Whole frame to `size`, then `crops` boxes evenly along what is too long; one box: the middle.
 
-    uint8 (T, H, W, 3) -> (crops, T, *size, 3)"""
+    uint8 (T, H, W, 3) -> (crops, T, *size, 3)
+    """
     (H, W), (h, w) = pixels.shape[1:3], size
     if crops == 1:
         return data.make_crop(pixels, size, data.center_box((H, W), size))[None]
     scale = max(h / H, w / W)
     H, W = max(h, round(H * scale)), max(w, round(W * scale))
-    x = TF.resize(torch.from_numpy(pixels).permute(0, 3, 1, 2), [H, W], antialias=True)  # (T, 3, H, W)
+    x = TF.resize(torch.from_numpy(pixels).permute(0, 3, 1, 2), [H, W], antialias=True)
     views = []
     for i in range(crops):
         top, left = round(i * (H - h) / (crops - 1)), round(i * (W - w) / (crops - 1))
@@ -330,74 +329,78 @@ def spatial_views(pixels, size, crops):
 
 
 class ViewDataset(Dataset):
-    """dataset[i] -> uint8 (clips * crops, T, H, W, 3), i, [(path, problem)]: all views of a file, no randomness.
+    """dataset[i] -> uint8 (clips * crops, T, H, W, 3), i, [(path, problem)]: all views of a file.
 
-    Images have one view, the whole centre (DIFFERS from MAE's public code: resized to 256, cropped to 224). A
-    broken file gives None and is named: it is never replaced by another one, as in training, or its label would
-    count twice.
+    Images have one view, the whole centre (DIFFERS from MAE's public code: resized to 256, cropped
+    to 224). A broken file gives None. It is not replaced by another one, as in training, or that
+    one would count twice.
     """
 
     def __init__(self, files, cfg, clips, crops):
         self.files, self.cfg, self.clips, self.crops = files, cfg, clips, crops
         self.size = height_width(cfg.img_size)
         several = cfg.model == "multimae" and planes_of(cfg) != ["rgb"]
-        self.aligned = open_aligned(files, cfg, train=False) if several else None
-        self.images = data.ImageDataset(files, self.size, 0, train=False)
+        images = data.ImageDataset(files, self.size, 0, train=False)
+        self.images = open_aligned(files, cfg, train=False) if several else images
 
     def __len__(self):
         return len(self.files.paths)
 
+    def choose(self, n):
+        return views_of(self.cfg.sampling, n, self.cfg.frames, self.cfg.stride, self.clips)
+
     def __getitem__(self, i):
-        path, cfg = self.files.paths[i], self.cfg
+        path = self.files.paths[i]
         try:
-            if not is_video(cfg):
-                pixels, problem = (self.aligned or self.images).read(i, None)
-            else:
-                clips, problem = data.read_clips(path, lambda n: views_of(cfg.sampling, n, cfg.frames, cfg.stride, self.clips))
+            if is_video(self.cfg):
+                clips, problem = data.read_clips(path, self.choose)
                 pixels = torch.cat([spatial_views(clip, self.size, self.crops) for clip in clips])
-            return data.share(pixels), i, [(str(path), problem)] if problem else []
+            else:
+                pixels, problem = self.images.read(i, None)
+            return pixels, i, [(path, problem)] if problem else []
         except data.BrokenFile as error:
-            return None, i, [(str(path), f"broken, left out: {error}")]
+            return None, i, [(path, f"broken, left out: {error}")]
+
+
+def collate_views(items):
+    """-> views of all files that could be read, or None; the numbers of these files; problems."""
+    good = [(pixels, i) for pixels, i, _ in items if pixels is not None]
+    pixels = data.share(torch.cat([x for x, _ in good])) if good else None
+    return pixels, [i for _, i in good], sum((problems for _, _, problems in items), [])
 
 
 def run_views(model, files, cfg, clips, crops, output):
-    """output(x), a method of the model, of every view of every file -> (files, views, width); NaN for broken files.
+    """output(x), a method of the model, of every view of every file -> (files, views, width).
 
-    Each process takes every world-th file, so each is done exactly once, whatever the number of files."""
+    NaN for files that cannot be read. Each process takes every world-th file: each is done once.
+    """
     (rank, world), device = rank_and_world(), next(model.parameters()).device
-    own, views = range(rank, len(files.paths), world), clips * crops if is_video(cfg) else 1
-    dtype, outputs, problems = choose_precision(cfg, device), {}, []
-    loader = data.start_loader(ViewDataset(files, cfg, clips, crops), cfg.workers, sampler=own, batch_size=None)
+    dtype, views = choose_precision(cfg, device), clips * crops if is_video(cfg) else 1
     size = max(cfg.batch // (world * cfg.accum), 1)  # of a forward pass, as in training
-    waiting, begin = [], time.monotonic()
+    loader = data.start_loader(
+        ViewDataset(files, cfg, clips, crops), cfg.workers, batch_size=-(-size // views),
+        sampler=range(rank, len(files.paths), world), collate_fn=collate_views)
+    outputs, problems, begin = {}, [], time.monotonic()
     shown = begin
     model.eval()
-
-    def flush():
-        """The network's answers to the views that were collected."""
-        x = torch.cat([pixels for _, pixels in waiting])
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            parts = [output(model.encoder.normalize(part.to(device))).float().cpu() for part in x.split(size)]
-        for (i, _), answer in zip(waiting, torch.cat(parts).unflatten(0, (len(waiting), -1))):
-            outputs[i] = answer
-        waiting.clear()
-
-    for done in range(1, len(own) + 1):
-        pixels, i, found = data.take(loader)
+    for done in range(1, len(loader) + 1):
+        pixels, numbers, found = data.take(loader)
         problems += found
-        if pixels is not None:
-            waiting.append((i, pixels))
-        if waiting and (len(waiting) * views >= size or done == len(own)):
-            flush()
+        if numbers:
+            with torch.inference_mode(), torch.autocast(device.type, dtype, dtype != torch.float32):
+                x = [model.encoder.normalize(part.to(device)) for part in pixels.split(size)]
+                answers = torch.cat([output(part).float().cpu() for part in x])
+            outputs |= zip(numbers, answers.unflatten(0, (len(numbers), views)))
         if time.monotonic() - shown > 20:
             shown = time.monotonic()
-            report(f"testing: {done} of {len(own)} files, {(shown - begin) / done * (len(own) - done):.0f} s left")
-    everything = [(outputs, problems)] * world
+            left = (shown - begin) / done * (len(loader) - done)
+            report(f"testing: {done} of {len(loader)} batches, {left:.0f} s left")
+    parts = [(outputs, problems)] * world
     if world > 1:
-        torch.distributed.all_gather_object(everything, (outputs, problems))
-    for path, problem in (one for _, found in everything for one in found):
+        torch.distributed.all_gather_object(parts, (outputs, problems))
+    for path, problem in (one for _, problems in parts for one in problems):
         report(f"{path}: {problem}")
-    outputs = {i: answer for part, _ in everything for i, answer in part.items()}
+    outputs = {i: answer for outputs, _ in parts for i, answer in outputs.items()}
     if not outputs:
         raise ValueError("not one file could be read")
     answers = torch.stack(list(outputs.values()))
@@ -409,41 +412,43 @@ def run_views(model, files, cfg, clips, crops, output):
 
 
 def summarise(probabilities, labels):
-    """Accuracy of single views and of files.   probabilities (N, views, classes), labels (N,) -> dict
+    """Accuracy of single views and of files.
 
-    important: the two are different numbers, and papers report the second: the softmax averaged over all views of
-    a video. Comparing one with the other is the most common way not to reproduce a result.
-    Files that could not be read (NaN) are left out.
+    probabilities (N, views, classes), NaN for files that could not be read: left out; labels (N,)
+    important: the two are different numbers, and papers report the second: the softmax averaged
+    over all views of a video. To compare one with the other is how results fail to reproduce.
     """
     good = probabilities[:, 0, 0].isfinite()
     probabilities, labels = probabilities[good], labels[good]
     N, V, C = probabilities.shape
-    video, clips = probabilities.mean(dim=1), probabilities.flatten(0, 1)  # (N, C), (N*V, C)
-
-    def share(p, y, k):
-        return (p.topk(min(k, C)).indices == y[:, None]).any(dim=1).double().mean().item()
-
-    confusion = torch.zeros(C, C).index_put((labels, video.argmax(dim=1)), torch.ones(N), accumulate=True)
+    of_files = probabilities.mean(dim=1)  # (N, C)
+    right = of_files.topk(min(5, C)).indices == labels[:, None]  # (N, 5)
+    confusion = torch.zeros(C, C, dtype=torch.int)  # true class, answer
+    confusion.index_put_((labels, of_files.argmax(dim=1)), torch.tensor(1).int(), accumulate=True)
     count = confusion.sum(dim=1)
     per_class = confusion.diag() / count  # NaN where there is no test file
-    return {"files": N, "unreadable": int((~good).sum()), "views": V, "top1": share(video, labels, 1),
-            "top5": share(video, labels, 5), "view_top1": share(clips, labels.repeat_interleave(V), 1),
-            "view_top5": share(clips, labels.repeat_interleave(V), 5), "class_mean": per_class.nanmean().item(),
-            "most_frequent": (count.max() / N).item(), "per_class": per_class.tolist(),
-            "confusion": confusion.int().tolist()}  # fmt: skip
+    return {
+        "files": N, "unreadable": int((~good).sum()), "views": V,
+        "top1": right[:, 0].double().mean().item(), "top5": right.any(dim=1).double().mean().item(),
+        "view_top1": (probabilities.argmax(dim=2) == labels[:, None]).double().mean().item(),
+        "class_mean": per_class.nanmean().item(), "most_frequent": (count.max() / N).item(),
+        "per_class": per_class.tolist(), "confusion": confusion.tolist(),
+    }
 
 
 def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.07):
     """Weighted vote of the k nearest training features (arXiv 1805.01978).
 
     (n, D), (n,), (m, D) -> votes (m, classes), numbers of the neighbours (m, k)
-    Nearness is the cosine after subtracting the mean of the training features; a neighbour's vote weighs
-    exp(cosine / temperature)."""
+    Nearness is the cosine after subtracting the mean of the training features; a neighbour's vote
+    weighs exp(cosine / temperature).
+    """
     mean, votes, neighbours = train.mean(dim=0), [], []
     train = F.normalize(train - mean, dim=1)
     for part in test.split(1024):  # all cosines at once would be 250 GB for ImageNet
         weight, index = (F.normalize(part - mean, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
-        vote = torch.zeros(len(part), classes).scatter_add(1, train_labels[index], (weight / temperature).exp())
+        weight = (weight / temperature).exp()
+        vote = torch.zeros(len(part), classes).scatter_add(1, train_labels[index], weight)
         votes.append(vote / vote.sum(dim=1, keepdim=True))
         neighbours.append(index)
     return torch.cat(votes), torch.cat(neighbours)
@@ -459,80 +464,85 @@ class Config(RunConfig):
     SCRIPT, BASELINE = "finetune", "uniform guess"
 
     # what to do
-    mode: typing.Literal["finetune", "linear", "scratch", "knn", "features"] = "finetune"  # features: one vector a file
+    mode: typing.Literal["finetune", "scratch", "linear", "knn", "features"] = "finetune"  # what
     eval_only: bool = False  # no training: test the classifier in --init, or in --out
-    predict: str = ""  # no training: what the classifier in --init, or in --out, says about this one file
+    predict: str = ""  # no training: classify this one file with what is in --init, or in --out
     # data
     data: str = "toy"  # UCF101, HMDB51, a folder, a list file or cifar10
     fold: int = 1  # of the official lists: 1, 2 or 3; as in pretraining
     allow_missing: bool = False  # a list may name files that are not there: use the others
-    share: float = 1.0  # share of the training files of each class that is used, the same for a --seed
+    share: float = 1.0  # share of the training files of each class that is used
     frames: int = 8  # frames per clip
     stride: int = 2  # frames from one to the next
-    sampling: typing.Literal["segments", "dense", "linspace"] = "segments"  # whole video, window, MAE-ST's window
-    img_size: str = "48"  # side in pixels, or HEIGHTxWIDTH; other than in pretraining: positions are resized
+    sampling: typing.Literal["segments", "dense", "linspace"] = "segments"  # whole video or window
+    img_size: str = "48"  # side in pixels, or HEIGHTxWIDTH; a new one: positions are resized
     # augmentation, none of it in a probe but crop and flip
-    min_crop: float = 0.8  # smallest share of the frame that a random crop takes; the public codes have 0.08
+    min_crop: float = 0.8  # smallest share of the frame that a random crop takes; papers 0.08
     flip: bool = True  # mirror half of the samples; --no-flip where left and right are classes
     repeat: int = 1  # clips of every decoded video: repeated augmentation
-    rand_augment: int = 0  # magnitude 0 to 10 of RandAugment, 0: off; the papers' is 9, video codes' 7
+    rand_augment: int = 0  # magnitude 0 to 10 of RandAugment, 0: off; MAE's is 9, VideoMAE's 7
     rand_ops: int = 2  # operations of RandAugment; VideoMAE's code has 4
-    erase: float = 0.0  # chance that a box is filled with noise; the public codes have 0.25
+    erase: float = 0.0  # chance that a box is filled with noise; the papers' codes have 0.25
     mixup: float = 0.0  # alpha of Mixup; the papers' is 0.8
     cutmix: float = 0.0  # alpha of CutMix; the papers' is 1.0
     smoothing: float = 0.0  # label smoothing; the papers' is 0.1
     # model
-    model: typing.Literal["mae", "videomae", "mae_st", "omni", "multimae"] = "videomae"  # as in --init, or mae inflated
+    model: typing.Literal["mae", "videomae", "mae_st", "omni", "multimae"] = "videomae"  # of --init
     classify: typing.Literal["videos", "images"] = "videos"  # --model omni: which of both
     inputs: str = "rgb"  # --model multimae: what the classifier sees, any of rgb,depth,semseg
-    dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: predict this map, linearly from each patch
+    dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: predict this map
     classes: int = 6  # --model multimae: classes of the semantic maps; the toy world has 6
     ignore: int = -1  # --dense semseg: class that does not count (void), -1: none
     class_width: int = 16  # --model multimae: width of a class's learned vector
     size: str = "nano"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS
     patch: int = 8  # side of a patch or cube in pixels
     tubelet: int = 2  # frames in a cube
-    pool: typing.Literal["paper", "mean", "first"] = "paper"  # paper: mean; of a frozen MAE the class token
-    drop_path: float = 0.0  # chance to skip attention or MLP of the last block, lower in earlier ones; papers 0.1-0.2
+    pool: typing.Literal["paper", "mean", "first"] = "paper"  # paper: first token of a frozen MAE
+    drop_path: float = 0.0  # chance to skip a half of the last block, less before; papers 0.1-0.2
     dropout: float = 0.0  # before the head
     # optimiser
     epochs: int = 40  # passes over the training files; each gives --repeat samples
     batch: int = 16  # samples per update, over all processes, accumulation steps and repeats
     lr: float = 5e-2  # base rate, for a batch of 256, made for nano; ViT-B: 1e-3
-    probe_lr: float = 100.0  # base rate of --mode linear (LARS); the paper's is 0.1, for a batch of 16,384
+    probe_lr: float = 100.0  # base rate of --mode linear (LARS); MAE's is 0.1, for batch 16,384
     warmup: float = 3  # epochs of linear warm-up
-    layer_decay: float = 0.9  # rate of a layer: this times that of the one above; papers 0.7-0.75; scratch 1
+    layer_decay: float = 0.9  # rate of a layer beside that of the one above; papers 0.7-0.75
     # test
-    clips: int = 5  # clips of every test video (knn, features: 1); with sampling "segments" 2 is the paper's
-    crops: int = 1  # boxes along the long side of every clip; the papers' is 3
+    clips: int = 5  # clips of a test video (knn, features: 1); with "segments" the paper has 2
+    crops: int = 1  # boxes along the long side of every clip; the papers have 3
     # run
     out: str = "runs/finetune"  # folder for checkpoint, log, predictions and results
 
 
-_recipe = dict(smoothing=0.1, erase=0.25, rand_augment=7, rand_ops=4, mixup=0.8, cutmix=1.0, repeat=2, crops=3)
-_gpu = dict(_recipe, min_crop=0.3, batch=128, lr=1e-3, layer_decay=0.7, drop_path=0.1, epochs=100, warmup=5,
-            workers=8)  # fmt: skip
-# VideoMAE App. 7 "UCF101", "HMDB51": batch 128, base rates 5e-4 and 1e-3. Our --batch counts both clips of a video,
-# so it is twice that and the base rate half. RandAugment, dropout and the end of the cosine: public UCF101 script
-_paper = dict(_recipe, min_crop=0.08, batch=256, layer_decay=0.7, drop_path=0.2, dropout=0.5, warmup=5, min_lr=5e-6,
-              workers=16)  # fmt: skip
+_recipe = dict(smoothing=0.1, erase=0.25, rand_augment=7, rand_ops=4, mixup=0.8, cutmix=1.0,
+               repeat=2, crops=3)
+_gpu = dict(_recipe, min_crop=0.3, batch=128, lr=1e-3, layer_decay=0.7, drop_path=0.1, epochs=100,
+            warmup=5, workers=8)
+# VideoMAE App. 7 "UCF101", "HMDB51": batch 128, base rates 5e-4 and 1e-3. Our --batch counts both
+# clips of a video: so twice that, and half the base rate. RandAugment, dropout and the end of the
+# cosine are those of the public UCF101 script
+_paper = dict(_recipe, min_crop=0.08, batch=256, layer_decay=0.7, drop_path=0.2, dropout=0.5,
+              warmup=5, min_lr=5e-6, workers=16)
 PRESETS = {
-    # some hundred clips of your own, on a CPU or one GPU: the recipe of most sets in tests/claims.py
-    "small": dict(batch=32, lr=1.6e-2, layer_decay=0.75, drop_path=0.1, smoothing=0.1, min_crop=0.5, epochs=15,
-                  warmup=2, clips=2, out="runs/small_ft", init="runs/small/checkpoint.pt"),
+    # some hundred clips of your own, on a CPU or one GPU
+    "small": dict(batch=32, lr=1.6e-2, layer_decay=0.75, drop_path=0.1, smoothing=0.1, min_crop=0.5,
+                  epochs=15, warmup=2, clips=2, out="runs/small_ft",
+                  init="runs/small/checkpoint.pt"),
     "ucf101": dict(_gpu, clips=5, out="runs/ucf101_ft"),
     "hmdb51": dict(_gpu, clips=10, out="runs/hmdb51_ft"),
     "ucf101_paper": dict(_paper, lr=2.5e-4, epochs=100, clips=5, out="runs/ucf101_paper_ft"),
     "hmdb51_paper": dict(_paper, lr=5e-4, epochs=50, clips=10, out="runs/hmdb51_paper_ft"),
-    "cifar10": dict(data="cifar10", smoothing=0.1, drop_path=0.1, batch=512, lr=1e-3, epochs=100, warmup=5,
-                    min_crop=0.6, rand_augment=7, mixup=0.8, cutmix=1.0, layer_decay=0.75, out="runs/cifar10_ft",
-                    init="runs/mae_cifar10/checkpoint.pt"),
+    "cifar10": dict(data="cifar10", smoothing=0.1, drop_path=0.1, batch=512, lr=1e-3, epochs=100,
+                    warmup=5, min_crop=0.6, rand_augment=7, mixup=0.8, cutmix=1.0, layer_decay=0.75,
+                    out="runs/cifar10_ft", init="runs/mae_cifar10/checkpoint.pt"),
     # MAE Table 9 (ViT-B; the public code has 5e-4 and 0.65), random erasing from the public code
-    "mae_paper": dict(smoothing=0.1, min_crop=0.08, erase=0.25, rand_augment=9, mixup=0.8, cutmix=1.0, batch=1024,
-                      lr=1e-3, epochs=100, warmup=5, layer_decay=0.75, drop_path=0.1, workers=16),
+    "mae_paper": dict(smoothing=0.1, min_crop=0.08, erase=0.25, rand_augment=9, mixup=0.8,
+                      cutmix=1.0, batch=1024, lr=1e-3, epochs=100, warmup=5, layer_decay=0.75,
+                      drop_path=0.1, workers=16),
     # MAE Table 10; the class token of MAE, the mean of others
-    "mae_probe_paper": dict(mode="linear", min_crop=0.08, batch=16384, probe_lr=0.1, epochs=90, warmup=10, workers=16),
-}  # fmt: skip
+    "mae_probe_paper": dict(mode="linear", min_crop=0.08, batch=16384, probe_lr=0.1, epochs=90,
+                            warmup=10, workers=16),
+}
 FROZEN = ("linear", "knn", "features")  # modes in which the encoder learns nothing
 
 
@@ -540,19 +550,20 @@ def default_file(cfg):
     """Where a classifier or encoder is looked for without --init."""
     if cfg.eval_only or cfg.predict:
         return f"{cfg.out}/checkpoint.pt"
-    script = {"mae": "mae_image", "omni": "omni", "multimae": "multimae"}.get(cfg.model, "mae_video")
-    return "" if cfg.mode == "scratch" else f"runs/{script}/checkpoint.pt"
+    folders = {"mae": "mae_image", "omni": "omni", "multimae": "multimae"}
+    folder = folders.get(cfg.model, "mae_video")
+    return "" if cfg.mode == "scratch" else f"runs/{folder}/checkpoint.pt"
 
 
 def is_video(cfg):
-    return cfg.model in ("videomae", "mae_st") or (cfg.model == "omni" and cfg.classify == "videos")
+    return cfg.model in ("videomae", "mae_st") or cfg.model == "omni" and cfg.classify == "videos"
 
 
 def planes_of(cfg):
-    """The modalities that are read from files: the inputs and, with --dense, the map that is to be painted."""
+    """The modalities that are read from files: the inputs and, with --dense, the map to predict."""
     inputs = parse_modalities(cfg.inputs)
     if cfg.dense in inputs:
-        raise ValueError(f"--dense {cfg.dense} is also among --inputs {cfg.inputs}: nothing would be left to do")
+        raise ValueError(f"--dense {cfg.dense} is an input, too: nothing is left to predict")
     return [m for m in MODALITIES if m in inputs or m == cfg.dense]
 
 
@@ -562,56 +573,45 @@ def planes_of(cfg):
 
 
 def build(cfg, classes, found=None):
-    """-> Classifier (or DenseHead), what was loaded in words. Without weights unless `found` has some for it."""
-    tested, inflated = cfg.eval_only or bool(cfg.predict), found is not None and found.model != cfg.model
-    said = {} if found is None or inflated else found.settings
-    size, frames = height_width(said.get("img_size", cfg.img_size)), said.get("frames", cfg.frames)
-    state = dict(found.state) if found else {}
+    """-> Classifier or DenseHead, what was loaded in words.   found None: random weights"""
+    said, state = (found.settings, dict(found.state)) if found else ({}, {})
+    size = height_width(said.get("img_size", cfg.img_size))
     shape = encoder_size(cfg.size), (4, 0, 1)  # the decoder will go: the smallest there is
     if cfg.model == "mae":
         encoder = MAE(size, cfg.patch, *shape)
     elif cfg.model == "multimae":
-        encoder = MultiMAE(size, cfg.patch, *shape, planes_of(cfg), cfg.classes, cfg.class_width, cfg.ignore)
+        encoder = MultiMAE(size, cfg.patch, *shape, planes_of(cfg), cfg.classes, cfg.class_width,
+                           cfg.ignore)
     else:
-        joint = found is not None and found.model == "mae_st"
-        options = {"separable": "pos_embed" not in state, "cls": "cls_token" in state} if joint else {}
+        options = {}
+        if found and cfg.model == "mae_st":
+            options = {"separable": "pos_embed" not in state, "cls": "cls_token" in state}
+        frames = said.get("frames", cfg.frames)
         encoder = MODELS[cfg.model](frames, size, cfg.tubelet, cfg.patch, *shape, **options)
-    frozen, first = cfg.mode in FROZEN, cfg.pool == "first"
-    fresh_norm = cfg.model == "multimae" or not (frozen or cfg.model == "mae_st" or first)
+    frozen = cfg.mode in FROZEN
+    keeps_norm = frozen or cfg.model == "mae_st" or cfg.pool == "first"
+    fresh_norm = cfg.model == "multimae" or not keeps_norm
     layer_scale = float("blocks.0.gamma_1" in state)  # its values are in the file
-    if inflated:
-        state = inflate(state, encoder, height_width(found.settings["img_size"]))
-    model = Classifier(encoder, classes, cfg.pool, fresh_norm, cfg.drop_path, cfg.dropout, layer_scale, frozen)
-    text = load_encoder(model, state, cfg, found.path, fresh_norm, tested) if found else "from scratch: no weights"
+    model = Classifier(encoder, classes, cfg.pool, fresh_norm, cfg.drop_path, cfg.dropout,
+                       layer_scale, frozen)
+    text = load_encoder(model, state, cfg, found.path, fresh_norm) if found else "random weights"
+    # built for the size in the file; now for the size that is wanted
     slots = parts_of(cfg.frames, cfg.tubelet, "clip length") if hasattr(encoder, "tubelet") else 1
-    change_grid(encoder, (slots, *(parts_of(side, cfg.patch, "image side") for side in height_width(cfg.img_size))))
-    return DenseHead(encoder, model.norm, parse_modalities(cfg.inputs), cfg.dense) if cfg.dense else model, text
+    sides = (parts_of(side, cfg.patch, "image side") for side in height_width(cfg.img_size))
+    change_grid(encoder, (slots, *sides))
+    if cfg.dense:
+        model = DenseHead(encoder, model.norm, parse_modalities(cfg.inputs), cfg.dense)
+    return model, text
 
 
-def inflate(state, encoder, size):
-    """Image MAE -> video encoder: MAE-ST App. A, last paragraph.   size (H, W) of the MAE's images
-
-    The kernel is repeated over the frames of a cube and divided by their number, so that a still clip gives what
-    the image gives. Where positions are learned, space takes MAE's fixed table, and time and class token start at zero.
-    """
-    u = encoder.tubelet
-    state = {k: v for k, v in state.items() if k not in ("cls_token", "pos_embed")}
-    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][:, :, None].repeat(1, 1, u, 1, 1) / u
-    if isinstance(encoder, MAEST):
-        D, (t, h, w) = encoder.cls_token.shape[2], encoder.grid
-        old = tuple(side // encoder.patch for side in size)
-        space = resize_table(sincos_2d(D, *old)[None], (1, *old), (1, h, w))
-        state |= {"pos_embed_spatial": space, "pos_embed_temporal": torch.zeros(1, t, D),
-                  "pos_embed_class": torch.zeros(1, 1, D), "cls_token": torch.zeros(1, 1, D)}  # fmt: skip
-    return state
-
-
-def load_encoder(model, state, cfg, path, fresh_norm, tested):
-    """Copy a file's weights into a classifier, all of them into one that is tested.   -> what was done, in words"""
-    if isinstance(model.encoder, MAE) and "pos_embed" in state:  # public: a row for the class token, perhaps trained
-        table, extra = state["pos_embed"], state["pos_embed"].shape[1] - math.prod(model.encoder.grid)
-        state |= {"pos_embed": table[:, extra:], "cls_token": state["cls_token"] + table[:, :extra].sum(dim=1, keepdim=True)}
-    norms = ["norm.", "fc_norm."] if not fresh_norm else []  # the first that is there becomes the one before our head
+def load_encoder(model, state, cfg, path, fresh_norm):
+    """Copy a file's weights into a classifier, every one if it is tested.   -> what was done"""
+    tested = cfg.eval_only or bool(cfg.predict)
+    if isinstance(model.encoder, MAE) and "pos_embed" in state:  # public: a row for the class token
+        table, rows = state["pos_embed"], math.prod(model.encoder.grid)
+        state["pos_embed"] = table[:, -rows:]
+        state["cls_token"] = state["cls_token"] + table[:, :-rows].sum(dim=1, keepdim=True)
+    norms = [] if fresh_norm else ["norm.", "fc_norm."]  # the first that is there becomes our norm
     norms = ["fc_norm.", "norm."] if tested else norms
     norm = next((n for n in norms if n + "weight" in state), None)
     mapped = {}
@@ -621,20 +621,29 @@ def load_encoder(model, state, cfg, path, fresh_norm, tested):
         elif not key.startswith(("head.", "fc_norm.")):
             key = f"encoder.{key}"
         mapped[key] = value
-    fresh = [] if tested else ["head."] + ["norm."] * fresh_norm
-    unused = ["encoder.norm.", "fc_norm."] + [f"encoder.{name}" for name in DECODER] + ([] if tested else ["head."])
-    if not isinstance(model.encoder, MAEST):
-        fresh.append("encoder.pos_embed")  # fixed, and not in every file
     seen = parse_modalities(cfg.inputs)  # the map of --dense is painted, not seen
-    unused += [f"encoder.input_adapters.{m}." for m in MODALITIES if m not in seen]
+    fresh = [] if tested else ["head."] + ["norm."] * fresh_norm
     fresh += [f"encoder.input_adapters.{cfg.dense}."] if cfg.dense else []
+    fresh += [] if isinstance(model.encoder, MAEST) else ["encoder.pos_embed"]  # a fixed table
+    unused = ["encoder.norm.", "fc_norm.", "head.", *(f"encoder.{name}" for name in DECODER)]
+    unused += [f"encoder.input_adapters.{m}." for m in MODALITIES if m not in seen]
     count, missing, left = load_into(model, mapped, fresh, unused)
 
-    def groups(names):
-        return ", ".join(sorted({k.removeprefix("encoder.").split(".")[0] for k in names})) or "nothing"
+    def parts(names):
+        names = {name.removeprefix("encoder.").split(".")[0] for name in names}
+        return ", ".join(sorted(names - {"pos_embed"})) or "nothing"
 
-    missing = [k for k in missing if "pos_embed" not in k]
-    return f"{path}: {count} tensors used; left over, as expected: {groups(left)}; new: {groups(missing)}"
+    rest = f"left over, as expected: {parts(left)}; new: {parts(missing)}"
+    return f"{path}: {count} tensors used; {rest}"
+
+
+def as_it_was_built(cfg, found):
+    """A classifier is tested with the head, the pooling and the inputs that it was built with."""
+    if not any(k in found.state for k in ("head.weight", "head.1.weight")):
+        raise ValueError(f"{found.path} holds an encoder, no classifier: fine-tune it first")
+    pool = "mean" if "fc_norm.weight" in found.state or cfg.model in ("mae_st", "omni") else "first"
+    mode = "linear" if "head.1.weight" in found.state else "finetune"
+    return dataclasses.replace(cfg, mode=mode, pool=found.settings.get("pool", pool))
 
 
 # ==================================================================================================
@@ -643,8 +652,9 @@ def load_encoder(model, state, cfg, path, fresh_norm, tested):
 
 
 def open_aligned(files, cfg, train):
-    return AlignedDataset(cfg.data, files, planes_of(cfg), height_width(cfg.img_size), cfg.classes, cfg.ignore,
-                          cfg.seed, cfg.min_crop, cfg.flip, train)  # fmt: skip
+    size = height_width(cfg.img_size)
+    return AlignedDataset(cfg.data, files, planes_of(cfg), size, cfg.classes, cfg.ignore, cfg.seed,
+                          cfg.min_crop, cfg.flip, train)
 
 
 def open_data(cfg):
@@ -657,154 +667,158 @@ def open_data(cfg):
             return data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
         return data.list_images(cfg.data, split, cfg.allow_missing)
 
-    train_files, test_files = open_files("train"), open_files("val")
-    report(data.describe(train_files, test_files))
+    train, test = open_files("train"), open_files("val")
+    report(data.describe(train, test))
     if not cfg.dense and cfg.mode != "features":
-        train_files = labelled(train_files, cfg)
-        test_files = test_files.select(test_files.labels >= 0)
-        check_classes(train_files, test_files, cfg)
-    train_files = take_share(train_files, cfg.share, cfg.seed)
-    size = height_width(cfg.img_size)
+        train, test = train.select(train.labels >= 0), test.select(test.labels >= 0)
+        report(f"of known class: {len(train.paths)} training files, {len(test.paths)} held out")
+        check_classes(train, test, cfg)
+    train, size = take_share(train, cfg.share, cfg.seed), height_width(cfg.img_size)
     if cfg.model == "multimae":
-        dataset = open_aligned(train_files, cfg, train=True)
+        dataset = open_aligned(train, cfg, train=True)
     elif is_video(cfg):
-        dataset = ClipDataset(train_files, cfg.frames, cfg.stride, size, cfg.seed, cfg.sampling, "random",
-                              cfg.min_crop, cfg.flip, cfg.repeat)  # fmt: skip
+        dataset = ClipDataset(train, cfg.frames, cfg.stride, size, cfg.seed, cfg.sampling, "random",
+                              cfg.min_crop, cfg.flip, cfg.repeat)
     else:
-        dataset = data.ImageDataset(train_files, size, cfg.seed, cfg.min_crop, cfg.flip)
+        dataset = data.ImageDataset(train, size, cfg.seed, cfg.min_crop, cfg.flip)
     if cfg.rand_augment:
         dataset = Augmented(dataset, cfg.rand_ops, cfg.rand_augment)
-    return dataset, train_files, test_files
-
-
-def labelled(files, cfg):
-    """The files whose class is known: pretraining has use for the others, too."""
-    known = files.labels >= 0
-    if not known.any():
-        raise ValueError(f"{cfg.data} has no file whose class is known: use class folders or lines 'path label'")
-    if not known.all():
-        report(f"{known.sum()} of {len(known)} training files have a label: these are used")
-    return files.select(known)
+    return dataset, train, test
 
 
 def check_classes(train, test, cfg):
     """Raises ValueError for data from which nothing can be learnt."""
     classes = len(train.classes)
-    count = np.bincount(train.labels, minlength=classes)
     if classes < 2:
-        raise ValueError(f"{cfg.data} has one class, {train.classes[0]}: nothing to tell apart. Is it the right folder?")
-    if len(count) > classes or test.labels.max(initial=-1) >= classes:
-        raise ValueError(f"labels of {cfg.data} go beyond the {classes} classes of its training files")
-    if not count.all() and not cfg.allow_missing:
-        raise ValueError(f"class {train.classes[int(count.argmin())]} of {cfg.data} has no training file with a label")
-    if empty := classes - len(set(test.labels.tolist())):
-        report(f"warning: {empty} of {classes} classes have no test file")
+        one = f"{cfg.data} has one class or none: {', '.join(train.classes)}"
+        raise ValueError(f"{one}. Is it the right folder? Classes are folders, or labels in a list")
+    if max(train.labels.max(initial=-1), test.labels.max(initial=-1)) >= classes:
+        raise ValueError(f"{cfg.data} has labels beyond the {classes} classes in training")
+    for files, what in ((train, "training"), (test, "test")):
+        if lost := [name for i, name in enumerate(train.classes) if i not in files.labels]:
+            text = f"{len(lost)} of {classes} classes have no {what} file, e.g. {lost[0]}"
+            if what == "training" and not cfg.allow_missing:
+                raise ValueError(text)
+            report(f"warning: {text}")
 
 
 def take_share(files, share, seed):
-    """A share of the files of each class, at least one, always the same for a seed: for "few labels" experiments."""
+    """A share of the files of each class, at least one, always the same for a seed."""
+    if share == 1:
+        return files
     keep = []
-    for label in sorted(set(files.labels.tolist())):
+    for label in np.unique(files.labels):
         own = np.flatnonzero(files.labels == label)
         order = torch.randperm(len(own), generator=data.seeded(seed, 7, max(label, 0))).numpy()
         keep += own[order[: max(1, round(share * len(own)))]].tolist()
-    return files if share == 1 else files.select(sorted(keep))
+    return files.select(sorted(keep))
 
 
-def write(path, content):
+def write(cfg, name, content):
+    """A file in --out, whole or not at all."""
+    path = Path(cfg.out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     data.write_whole(path, lambda file: file.write(content))
 
 
 def write_results(probabilities, files, cfg):
-    """Print accuracies; write predictions.csv, results.json and confusion.png into --out. -> the line for the log"""
+    """Print accuracies; write predictions.csv, results.json, confusion.png.   -> the last line"""
     classes, scores = files.classes, summarise(probabilities, torch.from_numpy(files.labels))
-    five = "  top-5 {top5:.1%}" if len(classes) > 5 else ""
-    left_out = f", {scores['unreadable']} unreadable and left out" if scores["unreadable"] else ""
-    report("test: {files} files x {views} views".format(**scores) + left_out)
-    report(f"  file level  top-1 {{top1:.1%}}{five}  mean over classes {{class_mean:.1%}}".format(**scores))
-    report("  view level  top-1 {view_top1:.1%}".format(**scores))
-    report("  always the most frequent class: {most_frequent:.1%}".format(**scores))
-    known = sorted((a, name) for name, a in zip(classes, scores["per_class"]) if math.isfinite(a))
-    report("  worst classes: " + ", ".join(f"{name} {a:.0%}" for a, name in known[:5]))
-    wrong = torch.tensor(scores["confusion"]).fill_diagonal_(0).flatten()
-    pairs = [divmod(int(i), len(classes)) + (int(wrong[i]),) for i in wrong.argsort(descending=True)[:5] if wrong[i]]
-    if pairs:
-        report("  most confused: " + ", ".join(f"{classes[a]} for {classes[b]} {n}x" for a, b, n in pairs))
+    five = ", top-5 {top5:.1%}" * (len(classes) > 5)
+    lines = ["test: {files} files x {views} views; {unreadable} unreadable files are left out",
+             f"  of files: top-1 {{top1:.1%}}{five}, mean over classes {{class_mean:.1%}}",
+             "  of single views: top-1 {view_top1:.1%}",
+             "  always the most frequent class: {most_frequent:.1%}"]
+    for line in lines:
+        report(line.format(**scores))
     if is_first():
-        text = io.StringIO()
-        table = csv.writer(text)
-        table.writerow(["path", "label"] + [f"{what}{k}" for k in range(1, 6) for what in ("class", "score")])
+        table = csv.writer(text := io.StringIO())
+        best = [f"{x}{k}" for k in range(1, 6) for x in ("class", "score")]
+        table.writerow(["path", "label", *best])
         for path, label, p in zip(files.paths, files.labels, probabilities.mean(dim=1)):
-            best = [(c, f"{s:.4f}") for c, s in top5(p, classes)] if p.isfinite().all() else [("unreadable", "")]
-            row = [str(path), classes[label], *sum(best, ())]
-            table.writerow(["'" + cell if cell[:1] in "=+-@" and cell else cell for cell in row])  # no formula
+            row = [str(path), classes[label]]
+            for name, share in top5(p, classes) if p.isfinite().all() else [("unreadable", 0)]:
+                row += [name, f"{share:.4f}"]
+            # a spreadsheet must not take a name for a formula
+            table.writerow(["'" + cell if cell.startswith(tuple("=+-@")) else cell for cell in row])
         # surrogateescape: a name on a disk need not be valid text, and is written as it is
-        write(Path(cfg.out, "predictions.csv"), text.getvalue().encode("utf-8", "surrogateescape"))
-        scores |= {"per_class": {name: a for a, name in known}, "mode": cfg.mode, "init": cfg.init}
-        write(Path(cfg.out, "results.json"), json.dumps(scores, indent=1).encode())
-        share = torch.tensor(scores["confusion"]).float()
-        share = (share / share.sum(dim=1, keepdim=True).clamp(min=1))[:, :, None, None, None]
-        cells = 1 - share * torch.tensor([0.8, 0.65, 0.2])[:, None, None].expand(-1, 24, 24)  # (C, C, 3, 24, 24)
-        names = [f"{i} {name}" for i, name in enumerate(classes, 1)]
-        note = "a row for each class, a column for each answer"
-        table = picture_table(cells, [str(i) for i in range(1, len(classes) + 1)], names, note, side=24)
-        save_picture(table, Path(cfg.out, "confusion.png"))
+        write(cfg, "predictions.csv", text.getvalue().encode("utf-8", "surrogateescape"))
+        draw_confusion(torch.tensor(scores["confusion"]), classes, Path(cfg.out, "confusion.png"))
+        scores["per_class"] = dict(zip(classes, scores["per_class"]))
+        scores |= {"mode": cfg.mode, "init": cfg.init}
+        write(cfg, "results.json", json.dumps(scores, indent=1).encode())
     return "top-1 {top1:.1%} (most frequent class {most_frequent:.1%})".format(**scores)
 
 
 def top5(probabilities, classes):
     """-> [(class name, probability), ...], the five most likely first."""
-    best = probabilities.topk(min(5, len(classes)))
-    return [(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]
+    values, numbers = probabilities.topk(min(5, len(classes)))
+    return [(classes[i], p) for i, p in zip(numbers.tolist(), values.tolist())]
+
+
+def draw_confusion(confusion, classes, path):
+    """A row for each class, a column for each answer; the darker, the more often.   (C, C) int"""
+    share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    color = torch.tensor([0.8, 0.65, 0.2])[:, None, None].expand(-1, 24, 24)
+    cells = 1 - share[:, :, None, None, None] * color  # (C, C, 3, 24, 24)
+    rows = [f"{i} {name}" for i, name in enumerate(classes, 1)]
+    columns, note = [row.split()[0] for row in rows], "rows: true class, columns: answer"
+    save_picture(picture_table(cells, columns, rows, note, side=24), path)
 
 
 def draw_neighbours(test_files, train_files, neighbours, cfg):
     """neighbours.png: some test files, each beside the training files that are most like it."""
-    some = np.linspace(0, len(neighbours) - 1, min(8, len(neighbours))).astype(int)
-    views, rows = [ViewDataset(files, cfg, 1, 1) for files in (test_files, train_files)], []
+    test, train = (ViewDataset(files, cfg, 1, 1) for files in (test_files, train_files))
+    some, rows = np.linspace(0, len(test) - 1, min(8, len(test))).astype(int).tolist(), []
     for i in some:
-        pixels = [views[0][i][0], *(views[1][int(k)][0] for k in neighbours[i][:5])]
-        rows.append(torch.stack([x.flatten(0, -4)[x.flatten(0, -4).shape[0] // 2, ..., :3] for x in pixels]))
-    cells = torch.stack(rows).permute(0, 1, 4, 2, 3) / 255  # (8, 6, 3, H, W)
-    titles = ["test", "nearest", "2nd", "3rd", "4th", "5th"]
-    names = [test_files.classes[test_files.labels[i]] for i in some]
-    save_picture(picture_table(cells, titles[: cells.shape[1]], names), Path(cfg.out, "neighbours.png"))
+        views = [test[i][0], *(train[k][0] for k in neighbours[i, :5].tolist())]
+        if views[0] is not None:
+            middle = [x.flatten(0, -4)[x[..., 0, 0, 0].numel() // 2, ..., :3] for x in views]
+            rows.append((test_files.classes[test_files.labels[i]], torch.stack(middle)))
+    cells = torch.stack([cells for _, cells in rows]).movedim(-1, 2) / 255  # (8, 6, 3, H, W)
+    titles = ["test", "nearest", "2nd", "3rd", "4th", "5th"][: cells.shape[1]]
+    table = picture_table(cells, titles, [name for name, _ in rows])
+    save_picture(table, Path(cfg.out, "neighbours.png"))
 
 
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def main(argv=None):
     cfg, found = read_config(Config, PRESETS, __doc__, READERS, argv, default_file)
     device, tested = start_processes(cfg), cfg.eval_only or bool(cfg.predict)
-    if found and found.script == "finetune":  # names as if it were a public file
-        found.state = {k.removeprefix("encoder.") if k.startswith("encoder.") else k.replace("norm.", "fc_norm.", 1): v
-                       for k, v in found.state.items()}  # fmt: skip
+    if found and found.script == "finetune":  # the names of a public file
+        found.state = {re.sub(r"^encoder\.", "", re.sub(r"^norm\.", "fc_norm.", k)): v
+                       for k, v in found.state.items()}
     if tested:
         cfg = as_it_was_built(cfg, found)
     if cfg.pool == "paper":
-        cfg = dataclasses.replace(cfg, pool="first" if cfg.model == "mae" and cfg.mode in FROZEN else "mean")
+        pool = "first" if cfg.model == "mae" and cfg.mode in FROZEN else "mean"
+        cfg = dataclasses.replace(cfg, pool=pool)
     if cfg.mode == "linear":
-        cfg = dataclasses.replace(cfg, lr=cfg.probe_lr, erase=0.0, rand_augment=0, mixup=0.0, cutmix=0.0, dropout=0.0)
-    if found and found.settings.get("fold", cfg.fold) != cfg.fold:
-        report(f"warning: {found.path} has seen fold {found.settings['fold']}: test files of fold {cfg.fold} are among it")
+        off = dict(erase=0.0, rand_augment=0, mixup=0.0, cutmix=0.0, dropout=0.0)
+        cfg = dataclasses.replace(cfg, lr=cfg.probe_lr, **off)
+    if found and (fold := found.settings.get("fold", cfg.fold)) != cfg.fold:
+        report(f"warning: {found.path} has seen fold {fold}, and with it tests of fold {cfg.fold}")
     torch.manual_seed(cfg.seed)
     if cfg.predict:
         return predict(cfg, found, device)
-    if (cfg.eval_only or cfg.mode == "knn") and Path(cfg.out, "checkpoint.pt").exists() and cfg.init:
-        raise ValueError(f"{cfg.out} holds a trained run, whose results would be lost: name another --out")
+    trained = cfg.init and Path(cfg.out, "checkpoint.pt").exists()
+    if trained and (cfg.eval_only or cfg.mode == "knn"):
+        raise ValueError(f"{cfg.out} holds a run, whose results would be lost: name another --out")
     fetch(cfg.data)
     dataset, train_files, test_files = open_data(cfg)
     classes = test_files.classes = train_files.classes
     if cfg.eval_only and list(found.classes or classes) != list(classes):
-        raise ValueError(f"the classes of {cfg.data} ({', '.join(classes[:3])} ...) are not those of {found.path}")
+        raise ValueError(f"{cfg.data} has other classes than {found.path}, e.g. {classes[0]}")
+    width = len(found.state["head.weight"]) if tested and not found.classes else len(classes)
     weights = None if cfg.mode == "scratch" and not tested else found
-    model, text = build(cfg, len(found.state["head.weight"]) if tested and not found.classes else max(len(classes), 1), weights)
+    model, text = build(cfg, max(width, 1), weights)
     report(text)
     model.to(device)
     if cfg.mode in ("knn", "features"):
         result = use_features(model, train_files, test_files, cfg)
     elif cfg.eval_only:
-        result = write_results(run_views(model, test_files, cfg, cfg.clips, cfg.crops, model.answers), test_files, cfg)
+        answers = run_views(model, test_files, cfg, cfg.clips, cfg.crops, model.answers)
+        result = write_results(answers, test_files, cfg)
     else:
         return train_classifier(model, dataset, test_files, cfg)
     report(f"done: {result}, see {cfg.out}")
@@ -813,36 +827,38 @@ def main(argv=None):
 def train_classifier(model, dataset, test_files, cfg):
     """Supervised training, then the test."""
     device, classes = next(model.parameters()).device, len(dataset.classes)
-    groups = layer_groups(model, cfg.weight_decay, 1.0 if cfg.mode == "scratch" else cfg.layer_decay)
+    decay = 1.0 if cfg.mode == "scratch" else cfg.layer_decay
+    groups = layer_groups(model, cfg.weight_decay, decay)
     if cfg.mode == "linear":  # without weight decay: MAE Table 10
         optimizer = LARS([{"params": group["params"]} for group in groups])
     else:
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
     def loss_of(net, batch, items, step, piece):
-        labels = torch.from_numpy(dataset.labels[items]).repeat_interleave(dataset.repeat).to(device)
+        labels = torch.from_numpy(dataset.labels[items]).to(device)
+        labels = labels.repeat_interleave(dataset.repeat)  # clips of one video stand together
         x = erase(model.encoder.normalize(batch), cfg.erase)
         x, labels = mix(x, labels, classes, cfg.mixup, cfg.cutmix)
         return model.loss(net(x).float(), x, labels, cfg.smoothing)
 
     def look(path):
-        """One view of every test file, for the log alone: what is reported is the last epoch's model."""
+        """One view of every test file, for the log alone: what is reported is the last model."""
         answers = run_views(model, test_files, cfg, 1, 1, model.answers)[:, 0]
+        good = answers[:, 0].isfinite()
         if cfg.dense:
-            return {"val_loss": math.nan, "baseline": math.nan, **model.score(answers[answers[:, 0].isfinite()])}
-        good, labels = answers[:, 0].isfinite(), torch.from_numpy(test_files.labels)
-        loss = F.nll_loss(answers[good].clamp(min=1e-9).log(), labels[good]).item()
-        top1 = (answers[good].argmax(dim=1) == labels[good]).float().mean().item()
+            return model.score(answers[good])
+        answers, labels = answers[good], torch.from_numpy(test_files.labels)[good]
+        loss = F.nll_loss(answers.clamp(min=1e-9).log(), labels).item()
+        top1 = (answers.argmax(dim=1) == labels).float().mean().item()
         return {"val_loss": loss, "baseline": math.log(classes), "top-1": top1}
 
-    run = train(model, dataset, loss_of, optimizer, look, cfg)
-    result = ""
+    run, result = train(model, dataset, loss_of, optimizer, look, cfg), ""
     if not run.stopping:
         answers = run_views(model, test_files, cfg, cfg.clips, cfg.crops, model.answers)
         if cfg.dense:
             scores = model.score(answers[answers[:, 0, 0].isfinite(), 0])
             if is_first():
-                write(Path(cfg.out, "results.json"), json.dumps({"task": cfg.dense, **scores}).encode())
+                write(cfg, "results.json", json.dumps({"task": cfg.dense, **scores}).encode())
             (name, ours), (_, constant) = scores.items()
             result = f"{cfg.dense}: {name} {ours:.3f} (the same map for all: {constant:.3f})"
         else:
@@ -850,47 +866,43 @@ def train_classifier(model, dataset, test_files, cfg):
     run.finish(result)
 
 
-def as_it_was_built(cfg, found):
-    """A classifier is tested with the head, the pooling and the inputs that it was built with."""
-    if not any(k in found.state for k in ("head.weight", "head.1.weight")):
-        raise ValueError(f"{found.path} holds no classifier, only a pretrained encoder: fine-tune it first")
-    pool = "mean" if "fc_norm.weight" in found.state or cfg.model in ("mae_st", "omni") else "first"
-    pool = found.settings.get("pool", pool)
-    return dataclasses.replace(cfg, mode="linear" if "head.1.weight" in found.state else "finetune", pool=pool)
-
-
 def use_features(model, train_files, test_files, cfg):
-    """--mode knn: classify by the nearest training files; --mode features: save a vector of every file."""
-    vectors = [run_views(model, files, cfg, 1, 1, model.features)[:, 0] for files in (train_files, test_files)]
-    good = [x[:, 0].isfinite() for x in vectors]
+    """--mode knn: classify by the nearest training files; features: save a vector of every file."""
+    arrays, kept = {}, []
+    for name, files in (("train", train_files), ("test", test_files)):
+        x = run_views(model, files, cfg, 1, 1, model.features)[:, 0]  # (files, D)
+        good = x[:, 0].isfinite().numpy()
+        kept.append((x[good], files.select(good)))
+        arrays |= {f"{name}_features": x[good].numpy(), f"{name}_labels": files.labels[good],
+                   f"{name}_paths": files.paths[good]}
     if cfg.mode == "knn":
-        known = train_files.select(good[0].numpy())
+        (x, known), (y, asked) = kept
         labels, classes = torch.from_numpy(known.labels), len(known.classes)
-        answers, neighbours = nearest_neighbours(vectors[0][good[0]], labels, vectors[1], classes)
-        result = write_results(answers[:, None], test_files, cfg)
+        answers, neighbours = nearest_neighbours(x, labels, y, classes)
+        result = write_results(answers[:, None], asked, cfg)
         if is_first():
-            draw_neighbours(test_files, known, neighbours, cfg)
+            draw_neighbours(asked, known, neighbours, cfg)
         return result
-    arrays = {}
-    for name, x, files, keep in zip(("train", "test"), vectors, (train_files, test_files), good):
-        kept = files.select(keep.numpy())
-        arrays |= {f"{name}_features": x[keep].numpy(), f"{name}_labels": kept.labels, f"{name}_paths": kept.paths}
     if is_first():
         np.savez(file := io.BytesIO(), **arrays)
-        write(Path(cfg.out, "features.npz"), file.getvalue())
+        write(cfg, "features.npz", file.getvalue())
     return ", ".join(f"{k} {v.shape}" for k, v in arrays.items())
 
 
 def predict(cfg, found, device):
     """Class names with probabilities for one file, the mean over its views."""
     kinds = data.VIDEO if is_video(cfg) else data.IMAGE
-    if Path(cfg.predict).suffix.lower() not in kinds or not Path(cfg.predict).is_file() or cfg.inputs != "rgb":
-        raise ValueError(f"--predict {cfg.predict}: {found.path} classifies one file, that ends in {', '.join(kinds)}")
+    if Path(cfg.predict).suffix.lower() not in kinds or not Path(cfg.predict).is_file():
+        what = f"{found.path} takes a file that ends in {', '.join(kinds)}"
+        raise ValueError(f"--predict {cfg.predict}: {what}")
+    if planes_of(cfg) != ["rgb"]:
+        raise ValueError(f"--predict: {found.path} needs {cfg.inputs}, not one file")
     head = found.state.get("head.weight", found.state.get("head.1.weight"))
     classes = list(found.classes) or [f"class {i}" for i in range(len(head))]
     model = build(cfg, len(head), found)[0].to(device)
-    one = data.Files(np.array([cfg.predict]), np.array([-1]), classes, "")
-    answers = run_views(model, one, dataclasses.replace(cfg, workers=0), cfg.clips, cfg.crops, model.answers)
+    one = data.Files(np.array([cfg.predict]), np.array([-1]), classes)
+    cfg = dataclasses.replace(cfg, workers=0)
+    answers = run_views(model, one, cfg, cfg.clips, cfg.crops, model.answers)
     for name, p in top5(answers[0].mean(dim=0), classes):
         report(f"{p:6.1%}  {name}")
 

@@ -1,7 +1,7 @@
 """mae_image.py - hide three quarters of an image, see a quarter, paint the rest.
 
 Trains a masked autoencoder on any folder of images; what it learnt is saved for finetune.py, with
-pictures of what it paints. --picture shows what a trained one, also a public one, makes of one image.
+pictures of what it paints. --picture shows what a trained model makes of one image.
 
 Paper   Masked Autoencoders Are Scalable Vision Learners. He, Chen, Xie, Li, Dollar, Girshick, 2021,
         arXiv 2111.06377
@@ -42,10 +42,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import data
-from masking import HOLE, MASKS, hidden, is_first, numbers, picture_table, report, restore, run_script, settings, visible
+from masking import (HOLE, MASKS, hidden, is_first, numbers, picture_table, report, restore,
+                     run_script, settings, visible)
 
 # Published encoders: width D, blocks, heads. tiny is DeiT's (arXiv 2012.12877), small that of
-# VideoMAE's code, the others MAE's; huge has 14 x 14 patches in MAE, 16 x 16 in VideoMAE. nano is ours.
+# VideoMAE's code, the others MAE's (huge: patches of 14 in MAE, of 16 in VideoMAE); nano is ours.
 ENCODERS = {
     "nano": (96, 3, 3),
     "tiny": (192, 12, 3),
@@ -71,7 +72,7 @@ def parts_of(length, part, what):
 
 
 def patchify(imgs, p):
-    """Cut images into patches, in raster order: (B, C, H, W) -> (B, N, p*p*C), values (row, col, channel)."""
+    """Cut images into patches: (B, C, H, W) -> (B, N, p*p*C), values (row, col, channel)."""
     B, C, H, W = imgs.shape
     h, w = parts_of(H, p, "image height"), parts_of(W, p, "image width")
     x = imgs.reshape(B, C, h, p, w, p)
@@ -90,11 +91,11 @@ def unpatchify(patches, p, h, w):
 class PatchEmbed(nn.Module):
     """The strided convolution of the papers, applied to patches that are already cut out.
 
-    A convolution whose stride equals its kernel is one matrix product per patch. Written as such it can
-    be applied *after* the hidden patches are dropped: a quarter of the work here, a tenth at 90 %. (And
-    3-D convolutions in bf16 are many times slower than the product in several releases of torch.) The
-    parameters stay those of the convolution, so its initialisation and public checkpoints fit:
-    proj.weight (D, C, [u,] p, p).
+    A convolution whose stride equals its kernel is one matrix product per patch. Written as such it
+    can be applied *after* the hidden patches are dropped: a quarter of the work here, a tenth at
+    90 %. (And 3-D convolutions in bf16 are many times slower than the product in several releases
+    of torch.) The parameters stay those of the convolution, so its initialisation and public
+    checkpoints fit: proj.weight (D, C, [u,] p, p).
     """
 
     def __init__(self, kernel, channels, width):
@@ -108,7 +109,7 @@ class PatchEmbed(nn.Module):
 
 
 def sincos_1d(width, positions):
-    """(N,) positions -> (N, width) float64: [all sines | all cosines] of 10000^(-k / (width/2)) * position."""
+    """(N,) -> (N, width) float64: [sines | cosines] of 10000^(-k / (width/2)) * position."""
     frequency = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angle = positions.double()[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
@@ -118,8 +119,8 @@ def sincos_2d(width, h, w):
     """Fixed table of 2-D positions (h*w, width), float32: MAE App. A.1 "ViT architecture".
 
     important: the first half of the channels encodes the column, the second the row. The official
-    variable names suggest the opposite, and public checkpoints depend on it. Computed in float64, as
-    the official table is.
+    variable names suggest the opposite, and public checkpoints depend on it. Computed in float64,
+    as the official table is.
     """
     parts_of(width, 4, "2-D sine-cosine positions: width")
     rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -128,7 +129,7 @@ def sincos_2d(width, h, w):
 
 
 # ==================================================================================================
-#  THE PAPER, part 2: the Transformer block (ViT, arXiv 2010.11929)    (needs: torch, part 1 parts_of)
+#  THE PAPER, part 2: the Transformer block (ViT, arXiv 2010.11929)  (needs: torch, part 1 parts_of)
 # ==================================================================================================
 
 
@@ -179,7 +180,7 @@ class Block(nn.Module):
 
 
 def init_weights(module):
-    """Xavier-uniform linears, zero bias: App. A.1 "Pre-training". The fused qkv counts as one matrix."""
+    """Xavier-uniform linears, zero bias: App. A.1 "Pre-training". The fused qkv is one matrix."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -208,14 +209,13 @@ class MAE(nn.Module):
     NO_DECAY = ()  # names of tensors with two or more dimensions that weight decay leaves alone
     WARMUP_INCLUSIVE = False  # see lr_at
 
-    def __init__(
-        self, img_size=224, patch=16, size="base", decoder=(512, 8, 16), norm_pix=True, channels=3, mean=None, std=None
-    ):
+    def __init__(self, img_size=224, patch=16, size="base", decoder=(512, 8, 16), norm_pix=True,
+                 channels=3, mean=None, std=None):
         super().__init__()
         H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid = 1, parts_of(H, patch, "image height"), parts_of(W, patch, "image width")
         self.patch, self.norm_pix = patch, norm_pix
-        self.mean, self.std = of_channels(mean, IMAGENET_MEAN, channels), of_channels(std, IMAGENET_STD, channels)
+        self.mean, self.std = mean_and_std(channels, mean, std)
         D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
         E, decoder_depth, decoder_heads = decoder
 
@@ -225,17 +225,18 @@ class MAE(nn.Module):
         self.blocks = nn.ModuleList([Block(D, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
-        # decoder: sees all patches, the hidden ones as one learned vector; thrown away after pretraining
+        # decoder: sees all patches, hidden ones as one learned vector; dropped after pretraining
         self.decoder_embed = nn.Linear(D, E)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
         self.decoder_blocks = nn.ModuleList([Block(E, decoder_heads) for _ in range(decoder_depth)])
         self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
         self.decoder_pred = nn.Linear(E, patch * patch * channels)
 
-        # Fixed tables (1, N, D) and (1, N, E), made for this grid and not in the state dict. So weights fit
-        # any image size, but have not seen the positions of another grid: finetune.py resizes them
-        self.register_buffer("pos_embed", sincos_2d(D, *self.grid[1:])[None], persistent=False)
-        self.register_buffer("decoder_pos_embed", sincos_2d(E, *self.grid[1:])[None], persistent=False)
+        # Fixed tables, (1, N, D) and (1, N, E), not in the state dict: weights fit any image size,
+        # but have not seen the positions of another grid. finetune.py resizes those
+        h, w = self.grid[1:]
+        self.register_buffer("pos_embed", sincos_2d(D, h, w)[None], persistent=False)
+        self.register_buffer("decoder_pos_embed", sincos_2d(E, h, w)[None], persistent=False)
 
         self.apply(init_weights)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # as the matrix it is
@@ -243,7 +244,7 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def normalize(self, batch):
-        """From the loader, uint8 (B, H, W, C) -> (B, C, H, W) float32. On the device: uint8 travels faster."""
+        """uint8 (B, H, W, C) -> (B, C, H, W) float32. On the device: uint8 travels faster."""
         return normalize(batch, self.mean, self.std)
 
     def forward(self, imgs, mask):
@@ -257,14 +258,14 @@ class MAE(nn.Module):
         B, N, P = patches.shape
         x = self.patch_embed(visible(patches, mask))  # (B, K, D)
         x = x + visible(self.pos_embed.expand(B, -1, -1), mask)  # (B, K, D)
-        # App. A.1: the class token is a dummy for later use. Its position is zero, so nothing is added.
+        # App. A.1: the class token is a dummy for later use. Its position is zero: nothing is added
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # (B, 1+K, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
     def forward_decoder(self, latent, mask):
-        """All tokens, the hidden ones as one learned vector: Sec. 3 "MAE decoder".   -> (B, M, P)"""
+        """All tokens, the hidden ones as one learned vector: Sec. 3 "MAE decoder" -> (B, M, P)"""
         x = self.decoder_embed(latent)  # (B, 1+K, E)
         cls, vis = x[:, :1], x[:, 1:]
         x = restore(vis, mask, self.mask_token) + self.decoder_pos_embed  # (B, N, E)
@@ -277,18 +278,17 @@ class MAE(nn.Module):
         return self.decoder_pred(hidden(x, mask))
 
     def patches(self, imgs):
-        """What is to be painted, in the units of pred when norm_pix is off.   (B, C, H, W) -> (B, N, P)"""
-        t, h, w = self.grid
-        if imgs.shape[2:] != (h * self.patch, w * self.patch):
-            size = f"{h * self.patch}x{w * self.patch}"
-            raise ValueError(f"images of {tuple(imgs.shape[2:])} pixels, but the model was built for {size}")
+        """What is to be painted, in the units of pred without norm_pix.   -> (B, N, P)"""
+        size = self.grid[1] * self.patch, self.grid[2] * self.patch
+        if imgs.shape[2:] != size:
+            raise ValueError(f"images of {tuple(imgs.shape[2:])}, but the model takes {size}")
         return patchify(imgs, self.patch)
 
     def standardise(self, patches):
         """Each patch by its own mean and variance: Sec. 3 "Reconstruction target".
 
-        patches (B, M, P) -> target, mean, std, each (B, M, P).   Over all channels together, unbiased
-        variance, epsilon inside the root. VideoMAE and OmniMAE do it per channel, VideoMAE with epsilon outside.
+        patches (B, M, P) -> target, mean, std, each (B, M, P).   Over all channels together,
+        unbiased variance, epsilon inside the root; VideoMAE and OmniMAE do it for each channel.
         """
         mean = patches.mean(dim=-1, keepdim=True).expand_as(patches)
         std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt().expand_as(patches)
@@ -306,18 +306,20 @@ class MAE(nn.Module):
         return F.mse_loss(pred.float(), self.target(imgs, mask))
 
     def encode(self, imgs):
-        """Every token, no mask: for fine-tuning, probing, features.   (B, C, H, W) -> (B, 1+N, D)"""
+        """Every token, no mask: for fine-tuning, probing, features.   -> (B, 1+N, D)"""
         return self.forward_encoder(imgs)
 
     def to_pictures(self, patches):
-        """Patches (B, N, P) -> pictures (B, 1, C, H, W) in [0, 1]; the 1 is the number of frames."""
+        """Patches (B, N, P) -> pictures (B, 1, C, H, W) in [0, 1]; 1 is the number of frames."""
         x = unpatchify(patches, self.patch, *self.grid[1:])  # (B, C, H, W)
         return to_unit_range(x, self.mean, self.std)[:, None]
 
 
-def of_channels(given, rgb, channels):
-    """Mean or deviation of each channel: what was given, else that of RGB, else 0.5."""
-    return given or (rgb if channels == 3 else (0.5,) * channels)
+def mean_and_std(channels, mean, std):
+    """Of each channel: what was given, else ImageNet's for three channels, else 0.5."""
+    half = (0.5,) * channels
+    default = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (half, half)
+    return mean or default[0], std or default[1]
 
 
 def normalize(pixels, mean, std):
@@ -327,7 +329,7 @@ def normalize(pixels, mean, std):
 
 
 def to_unit_range(x, mean, std):
-    """Undo mean and deviation of normalize.   (B, C, ...) float -> the same shape, pixels in [0, 1]"""
+    """Undo mean and deviation of normalize.   (B, C, ...) -> the same shape, pixels in [0, 1]"""
     return (x.movedim(1, -1) * x.new_tensor(std) + x.new_tensor(mean)).movedim(-1, 1)
 
 
@@ -340,19 +342,19 @@ def to_unit_range(x, mean, std):
 def lr_at(step, peak, floor, warmup, total, inclusive=False):
     """Linear warm-up from 0, then half a cosine from `peak` to `floor`.   All counted in updates.
 
-    inclusive: the ramp ends on `peak` one step earlier, as np.linspace does (VideoMAE's and MultiMAE's code).
+    inclusive: the ramp is at `peak` one step earlier (np.linspace in VideoMAE's, MultiMAE's code).
     """
     if step < warmup:
         return peak * min(step / max(warmup - inclusive, 1), 1)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    share = (step - warmup) / max(total - warmup, 1)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def param_groups(model, weight_decay):
-    """Weight decay for matrices, none for vectors (biases, LayerNorm) and what the model lists in NO_DECAY.
+    """Weight decay for matrices, none for vectors (biases, LayerNorm) and what is in NO_DECAY.
 
+    important: what counts is the number of dimensions: MAE's class and mask tokens (1, 1, D) decay.
     NO_DECAY None: everything decays, as in MultiMAE's public code.
-
-    important: the rule goes by the number of dimensions, so the class and mask tokens (1, 1, D) do decay in MAE.
     """
     decay, rest = [], []
     for name, parameter in model.named_parameters():
@@ -368,31 +370,34 @@ def train(model, dataset, loss_of, optimizer, look, cfg, plan=None):
     loss_of  (net, batch, items, step, piece) -> scalar; items: numbers of the files in the batch
     look     (path) -> {"val_loss": ...}: held-out numbers; draws pictures under this name
     plan     epoch -> list of updates, each a list of items; None: all items in random order
-    returns  the Run; it is `complete` unless it was asked to stop
+    returns  the Run, which is `stopping` if it was asked to
 
-    "Randomness is a function, not a history": what item i gets in an epoch comes from (seed, epoch, i), the
-    masks of an update from (seed, step). So the result does not depend on the number of workers, processes or
-    pieces, and a stopped run continues as if nothing had happened.
+    Randomness is a function, not a history: what item i gets in an epoch comes from (seed, epoch,
+    i), the masks of an update from (seed, step). So the result does not depend on the number of
+    workers, processes or pieces, and a stopped run continues as if nothing had happened.
     """
     rank, world = rank_and_world()
-    plan = plan or (lambda epoch: data.shuffled(cfg.seed, epoch, len(dataset), cfg.batch // dataset.repeat))
+    files = cfg.batch // dataset.repeat
+    plan = plan or (lambda epoch: data.shuffled(cfg.seed, epoch, len(dataset), files))
     per_epoch = count_updates(plan, dataset, cfg, world)
     total = min(cfg.epochs * per_epoch, 3 if cfg.smoke else math.inf)
     scale = cfg.batch / 256  # the linear scaling rule: lr = base rate x batch / 256
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model  # averages gradients over processes
+    peak, floor, warmup = cfg.lr * scale, cfg.min_lr * scale, cfg.warmup * per_epoch
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model  # averages gradients
     with Run(cfg, model, optimizer, dataset, per_epoch, total) as run:
         start = run.done  # 0, or where a resumed run had come to
         loader = run.load(data.batches(plan, start, total, rank, world, cfg.accum))
         if start == 0 and cfg.pictures:
             run.score(look)
         for step in range(start, total):
-            lr = lr_at(step, cfg.lr * scale, cfg.min_lr * scale, cfg.warmup * per_epoch, total, model.WARMUP_INCLUSIVE)
+            lr = lr_at(step, peak, floor, warmup, total, model.WARMUP_INCLUSIVE)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)  # in fine-tuning lower layers learn slower
+                group["lr"] = lr * group.get("lr_scale", 1.0)  # fine-tuning: a rate for each layer
 
             # one update, in `accum` pieces if the whole does not fit into memory
             model.train()
-            torch.manual_seed(data.seeded(cfg.seed, 6, step, rank).initial_seed())  # drop path, Mixup, erasing
+            seed = data.seeded(cfg.seed, 6, step, rank).initial_seed()
+            torch.manual_seed(seed)  # of drop path, Mixup, erasing
             loss = 0.0
             for a in range(cfg.accum):
                 batch, items = run.next(loader)
@@ -424,14 +429,14 @@ def train(model, dataset, loss_of, optimizer, look, cfg, plan=None):
 def reconstruct(model, imgs, mask):
     """What the model makes of a masked batch.
 
-    -> loss, baseline, {title: pictures (B, frames, 3, H, W)}, hole (B, frames, 1, H, W): what was hidden
-    baseline  loss of the best constant prediction, the variance of the target. With patches normalised
-              over n values (P, or P / 3 where each channel has its own) it is (n - 1) / n, since they are
-              divided by the unbiased deviation, and less where patches are flat.
-    important: a normalised prediction has no mean and deviation of its own, so the picture takes both
-    from the hidden original: brightness and contrast, and where every channel has its own (VideoMAE,
-    OmniMAE) the colour. That alone looks like a reconstruction! An extra picture shows what a model that
-    has learnt nothing would "rebuild" that way.
+    -> loss, baseline, {title: pictures (B, frames, 3, H, W)}, hole (B, frames, 1, H, W) bool
+    baseline  loss of the mean prediction, the variance of the target. With patches normalised over
+              n values (P, or P / 3 where each channel has its own) it is (n - 1) / n, since the
+              deviation is the unbiased one, and less where patches are flat
+    important: a normalised prediction has no mean and deviation of its own, so the picture takes
+    both from the hidden original: brightness, contrast, and where every channel has its own
+    (VideoMAE, OmniMAE) the colour. That alone looks like a reconstruction! An extra picture shows
+    what a model that has learnt nothing would "rebuild" that way.
     """
     # model.forward, not model(): pictures come in another batch size, which need not be compiled
     loss, pred = model.forward(imgs, mask)
@@ -456,7 +461,7 @@ LEAK_NOTE = "* mean and deviation of each hidden patch are taken from the origin
 
 
 def explained(painted, original, where):
-    """Share of the variance of some pixels that is explained: 1 perfect, 0 as good as their mean colour.
+    """Share of the variance of some pixels that is explained: 1 perfect, 0 their mean colour.
 
     painted, original (B, frames, 3, H, W), where (B, frames, 1, H, W) bool
     """
@@ -465,13 +470,14 @@ def explained(painted, original, where):
 
 
 def explained_objects(pictures, hole, paths, choose=None):
-    """{"object": explained() of objects' hidden pixels}; {} where no maps of them lie beside the data.
+    """{"object": explained() of objects' hidden pixels}, {} where no maps tell where objects are.
 
     The toy world has such maps.   choose: n -> the frame numbers that were taken of n frames
     """
     maps = []
     for path in paths:
-        path = Path(re.sub(r"/(videos|rgb)/", "/object/", str(Path(path).absolute()))).with_suffix(".png")
+        path = re.sub(r"/(videos|rgb)/", "/object/", os.path.abspath(path))
+        path = Path(path).with_suffix(".png")
         if not path.exists():
             return {}
         x = torch.from_numpy(np.array(Image.open(path), dtype=np.float32))
@@ -494,22 +500,22 @@ def held_out(val, draw_mask, seed, count):
     return batch, mask, [val.paths[i] for _, i, _ in items]
 
 
-def draw_losses(log, path):
-    """loss.png: training and held-out loss over the updates, beside the loss of the mean prediction."""
+def draw_losses(log, path, baseline):
+    """loss.png: training and held-out loss over the updates, beside what is called the baseline."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    names = {"loss": "#8899cc", "val_loss": "#cc4433", "baseline": "#777777"}
-    lines = [[(r["step"], r[name]) for r in records if name in r] for name in names]
-    right, top = (max(1e-9, *(point[k] for line in lines for point in line)) for k in (0, 1))
-    picture, font, (W, H) = Image.new("RGB", (640, 360), "white"), ImageFont.load_default(size=14), (560, 290)
+    kinds = [("loss", "training", "#8899cc"), ("val_loss", "held out", "#cc4433"),
+             ("baseline", baseline, "#777777")]
+    lines = [[(r["step"], r[kind]) for r in records if kind in r] for kind, _, _ in kinds]
+    right, top = (max([1e-9, *(point[k] for line in lines for point in line)]) for k in (0, 1))
+    picture, font = Image.new("RGB", (640, 360), "white"), ImageFont.load_default(size=14)
     pen = ImageDraw.Draw(picture)
-    pen.line([(60, 30), (60, 30 + H), (60 + W, 30 + H)], "black")
+    pen.line([(60, 30), (60, 320), (620, 320)], "black")
     for share in (0, 0.5, 1):
-        pen.text((4, 22 + H * (1 - share)), f"{top * share:.3g}", "black", font)
-        pen.text((50 + 0.95 * W * share, 34 + H), f"{right * share:.0f}", "black", font)
-    for i, (line, color) in enumerate(zip(lines, names.values())):
-        places = [(60 + W * x / right, 30 + H * (1 - y / top)) for x, y in line]
-        pen.line(places, color, width=3)
-        pen.text((90 + 130 * i, 4), ("training", "held out", "looks at nothing")[i], color, font)
+        pen.text((4, 312 - 290 * share), f"{top * share:.3g}", "black", font)
+        pen.text((55 + 530 * share, 324), f"{right * share:.0f}", "black", font)
+    for i, (line, (_, title, color)) in enumerate(zip(lines, kinds)):
+        pen.line([(60 + 560 * x / right, 320 - 290 * y / top) for x, y in line], color, width=3)
+        pen.text((90 + 130 * i, 4), title, color, font)
     save_picture(picture, path)
 
 
@@ -543,7 +549,7 @@ class RunConfig:
     seed: int = 0  # random seed of weights, masks, order, crops
     workers: int = 2  # processes that load data
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
     pictures: int = 5  # how often held-out data are looked at, evenly over the run; and once before
@@ -555,37 +561,38 @@ class Config(RunConfig):
     SCRIPT, BASELINE = "mae_image", "mean prediction"
 
     # data
-    data: str = "toy"  # folder of images, list file, or cifar10; "toy" is written first if it is not there
+    data: str = "toy"  # folder of images, list file, or cifar10; the toy world is made
     img_size: str = "48"  # side of the images that the model sees in pixels, or HEIGHTxWIDTH
     min_crop: float = 0.2  # smallest share of the image area that a random crop takes
     flip: bool = True  # mirror half of the images
     allow_missing: bool = False  # a list may name files that are not there: use the others
-    picture: str = ""  # no training: hide parts of this one image and paint them, with the model in --init
+    picture: str = ""  # no training: paint the hidden parts of this one image, with --init
     # model
     size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
     decoder: str = "64x2x4"  # WIDTHxBLOCKSxHEADS; the paper's is 512x8x16
     patch: int = 8  # side of a patch in pixels
     mask: typing.Literal["random", "block", "grid"] = "random"  # which patches are hidden: Fig. 6
     mask_ratio: float = 0.75  # share of patches that are hidden
-    norm_pix: bool = False  # predict patches normalised by their own mean and variance, as the paper's best
+    norm_pix: bool = False  # predict patches normalised by their own mean and variance: Table 1(d)
     # optimiser
     epochs: int = 60  # passes over the data
     batch: int = 64  # samples per update, over all processes and accumulation steps
-    lr: float = 8e-3  # base rate, for a batch of 256; the paper's is 1.5e-4, for 300 times as many updates
+    lr: float = 8e-3  # base rate, for a batch of 256; the paper's is 1.5e-4, for a much longer run
     warmup: float = 4  # epochs of linear warm-up
     # run
     out: str = "runs/mae_image"  # folder for checkpoint, log and pictures
 
 
 PRESETS = {
-    "cifar10": dict(data="cifar10", img_size="32", patch=2, size="tiny", decoder="192x4x3", norm_pix=True,
-                    epochs=400, batch=512, lr=1.5e-4, warmup=40, out="runs/mae_cifar10"),
-    "gpu": dict(img_size="128", patch=16, size="small", decoder="256x4x8", norm_pix=True, epochs=200,
-                batch=256, lr=1.5e-4, warmup=20, workers=8, out="runs/mae_gpu"),
+    "cifar10": dict(data="cifar10", img_size="32", patch=2, size="tiny", decoder="192x4x3",
+                    norm_pix=True, epochs=400, batch=512, lr=1.5e-4, warmup=40,
+                    out="runs/mae_cifar10"),
+    "gpu": dict(img_size="128", patch=16, size="small", decoder="256x4x8", norm_pix=True,
+                epochs=200, batch=256, lr=1.5e-4, warmup=20, workers=8, out="runs/mae_gpu"),
     # App. A.1, Table 8; epochs of Table 3
-    "paper": dict(img_size="224", patch=16, size="base", decoder="512x8x16", norm_pix=True, epochs=1600,
-                  batch=4096, lr=1.5e-4, warmup=40, workers=16, out="runs/mae_paper"),
-}  # fmt: skip
+    "paper": dict(img_size="224", patch=16, size="base", decoder="512x8x16", norm_pix=True,
+                  epochs=1600, batch=4096, lr=1.5e-4, warmup=40, workers=16, out="runs/mae_paper"),
+}
 
 
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
@@ -594,8 +601,9 @@ def main(argv=None):
     device = start_processes(cfg)
     torch.manual_seed(cfg.seed)
     size = height_width(cfg.img_size)
-    model = MAE(size, cfg.patch, encoder_size(cfg.size), numbers(cfg.decoder, 3), cfg.norm_pix).to(device)
-    load_pretrained(model, found)
+    decoder = numbers(cfg.decoder, 3)
+    model = MAE(size, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)
+    load_pretrained(model.to(device), found)
 
     def draw_mask(batch, rows, generator):
         return MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator)
@@ -603,9 +611,11 @@ def main(argv=None):
     if cfg.picture:
         pixels = data.read_image(cfg.picture)
         box = data.center_box(pixels.shape[:2], size)
-        return show_one(model, data.make_crop(pixels[None], size, box, bicubic=True), draw_mask, cfg)
+        pixels = data.make_crop(pixels[None], size, box, bicubic=True)
+        return show_one(model, pixels, draw_mask, cfg)
     fetch(cfg.data)
-    train_files, val_files = (data.list_images(cfg.data, s, cfg.allow_missing) for s in ("train", "val"))
+    train_files, val_files = (data.list_images(cfg.data, split, cfg.allow_missing)
+                              for split in ("train", "val"))
     report(data.describe(train_files, val_files))
     dataset = data.ImageDataset(train_files, size, cfg.seed, cfg.min_crop, cfg.flip)
     val = data.ImageDataset(val_files, size, cfg.seed, train=False)
@@ -619,12 +629,13 @@ def main(argv=None):
         save_picture(table, path.with_suffix(".png"))
         return {"val_loss": loss, "baseline": baseline, **explained_objects(pictures, hole, paths)}
 
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
-    train(model, dataset, pretraining_loss(model, draw_mask, cfg), optimizer, look, cfg).finish()
+    groups, loss_of = param_groups(model, cfg.weight_decay), pretraining_loss(model, draw_mask, cfg)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    train(model, dataset, loss_of, optimizer, look, cfg).finish()
 
 
 def pretraining_loss(model, draw_mask, cfg):
-    """loss_of for train(): the masks of an update follow from (seed, step), and each piece has its share.
+    """loss_of for train(): the masks of an update follow from (seed, step), a piece has its share.
 
     draw_mask  (batch from the loader, rows, generator) -> mask (rows, N)
     """
@@ -638,14 +649,14 @@ def pretraining_loss(model, draw_mask, cfg):
 
 
 def show_one(model, batch, draw_mask, cfg):
-    """--picture: what the model makes of one image or clip, as a picture and, of a clip, as a film."""
+    """--picture: what the model makes of one image or clip, as a picture; a clip also as a film."""
     mask = draw_mask(batch, 1, data.seeded(cfg.seed, 2))
     x = model.eval().normalize(batch.to(next(model.parameters()).device))
     loss, baseline, pictures, _ = reconstruct(model, x, mask)
     path = Path(f"{Path(cfg.picture).stem}_painted.png")
     report(f"loss {loss:.4f} (mean prediction {baseline:.4f})")
-    cells, note = torch.cat(list(pictures.values())), LEAK_NOTE * model.norm_pix  # (kinds, frames, 3, H, W)
-    frames = torch.linspace(0, cells.shape[1] - 1, min(8, cells.shape[1])).round().long()
+    cells = torch.cat(list(pictures.values()))  # (kinds, frames, 3, H, W)
+    note, frames = LEAK_NOTE * model.norm_pix, some_frames(cells.shape[1])
     picture_table(cells[:, frames], rows=list(pictures), note=note, side=128).save(path)
     if cells.shape[1] > 1:
         save_film(cells[None], list(pictures), note, path.with_suffix(".gif"))
@@ -653,13 +664,18 @@ def show_one(model, batch, draw_mask, cfg):
 
 
 def save_film(clips, titles, note, path):
-    """A GIF: a row for each clip, a column for each kind of picture.   clips (rows, kinds, frames, 3, H, W)"""
-    frames = [picture_table(clips[:, :, f], titles, note=note, side=128) for f in range(clips.shape[2])]
-    save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=150, loop=0)
+    """A GIF: a row for each clip, a column for each kind.   clips (rows, kinds, frames, 3, H, W)"""
+    tables = [picture_table(clips[:, :, f], titles, (), note, 128) for f in range(clips.shape[2])]
+    save_picture(tables[0], path, save_all=True, append_images=tables[1:], duration=150, loop=0)
+
+
+def some_frames(count, most=8):
+    """Numbers of at most 8 frames, evenly over the clip."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
 def fetch(*names):
-    """Data that are made ("toy", the default) or downloaded: by the first process, while the others wait."""
+    """Data that are made or downloaded: by the first process, while the others wait."""
     for name in sorted(set(names)) if is_first() else ():
         if name == "toy":
             data.make_toy(name)
@@ -670,8 +686,8 @@ def fetch(*names):
 
 
 # --------------------------------------------------------------------------------------------------
-#  Below this line nothing is about MAE: the settings, the processes and the folder of a run, and files
-#  of weights. To understand the paper it is not needed.
+#  Below this line nothing is about MAE: the settings, the processes and the folder of a run, and
+#  files of weights. To understand the paper it is not needed.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -687,20 +703,22 @@ def encoder_size(text):
 
 # What may change when a run is resumed. All else would make it another run.
 MAY_CHANGE = "out data images resume workers device compile log_every accum pictures".split()
-# What a file says of its model and of the data that it was trained on: a preset for who starts from it.
-SAID = "model size decoder patch tubelet frames stride sampling img_size norm_pix modalities classes class_width fold"
-SAID = f"{SAID} pool inputs classify".split()
-FIXED = ("size", "decoder", "patch", "tubelet", "classes")  # by the weights: a flag must not say otherwise
+# What a file says of its model and of its data: a preset for who starts from it.
+SAID = ("model size decoder patch tubelet frames stride sampling img_size norm_pix modalities "
+        "classes class_width fold pool inputs classify").split()
+# What the weights fix: a flag must not say otherwise.
+FIXED = ("model", "size", "decoder", "patch", "tubelet", "classes")
 
 
 def file_to_show(cfg):
-    return f"{cfg.out}/checkpoint.pt" if cfg.picture else ""
+    return f"{cfg.out}/checkpoint.pt" if getattr(cfg, "picture", "") else ""
 
 
 def read_config(Config, presets, doc, readers, argv, default_file=file_to_show):
-    """-> the config, what is in the file of --init or None.   default < preset < what the file says < flag
+    """-> the config, what is in the file of --init or None.   default < preset < file < flag
 
-    A resumed run has the settings it had, except for those of MAY_CHANGE.   default_file: the file without --init
+    A resumed run has the settings it had, except for those of MAY_CHANGE.
+    default_file  where to look without --init
     """
     preset, flags = settings(Config, presets, doc, argv)
     cfg, found = Config(**{**preset, **flags}), None
@@ -708,8 +726,8 @@ def read_config(Config, presets, doc, readers, argv, default_file=file_to_show):
     if cfg.resume:
         content = data.load_file(Path(cfg.out, "checkpoint.pt"))
         said, fixed = content.get("config", {}), set(flags) - set(MAY_CHANGE)
-        if content.get("script") != Config.SCRIPT:
-            raise ValueError(f"{cfg.out} holds a run of {content.get('script')}.py, not of {Config.SCRIPT}.py")
+        if (script := content.get("script")) != Config.SCRIPT:
+            raise ValueError(f"{cfg.out} holds a run of {script}.py, not of {Config.SCRIPT}.py")
         path = cfg.out
     elif path:
         found = read_file(path, readers)
@@ -717,7 +735,8 @@ def read_config(Config, presets, doc, readers, argv, default_file=file_to_show):
     if getattr(cfg, "mode", "") != "scratch":  # which takes sizes from a file, not weights
         for name in fixed:
             if name in flags and name in said and flags[name] != said[name]:
-                raise ValueError(f"--{name.replace('_', '-')} {flags[name]}: {path} has {said[name]}, which must stay")
+                flag = f"--{name.replace('_', '-')} {flags[name]}"
+                raise ValueError(f"{flag}: {path} has {said[name]}, which cannot be changed")
     known = {f.name: (type(f.default), int) for f in dataclasses.fields(Config)}
     for name, value in said.items():
         if not isinstance(value, known.get(name, ())):
@@ -736,29 +755,33 @@ def start_processes(cfg):
     """-> the device of this process: the only one, or one of those that torchrun started."""
     name = cfg.device
     if name == "auto":
-        name = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+        found = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if found else "cpu"
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from None
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"--device {cfg.device} cannot be used: {cause}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
         patience = datetime.timedelta(hours=2)  # the first process may have data to download
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        torch.distributed.init_process_group(backend, timeout=patience)
     return device
 
 
 def choose_precision(cfg, device):
-    """-> dtype of matrix products: on a GPU bfloat16, or float16 (with a loss scaler) where it is too old."""
+    """-> dtype of matrix products: bfloat16 on a GPU, float16 with a loss scaler on an old one."""
     if cfg.precision != "auto":
         return getattr(torch, cfg.precision)
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    new = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if new else torch.float16
 
 
 def count_updates(plan, dataset, cfg, world):
@@ -769,41 +792,44 @@ def count_updates(plan, dataset, cfg, world):
         raise ValueError(f"--batch {cfg.batch} must be a multiple of {share}: {what}")
     per_epoch = len(plan(0))
     if cfg.epochs and not per_epoch:
-        raise ValueError(f"{len(dataset)} training files do not fill one update of {files}: use a smaller --batch")
+        what = f"{len(dataset)} training files do not fill one update of {files}"
+        raise ValueError(f"{what} (held-out files do not count): use a smaller --batch")
     return per_epoch
 
 
 class Run:
-    """The folder of one run: checkpoint.pt, log.jsonl, loss.png, pictures/. Only one process writes.
+    """The folder of one run: checkpoint.pt, log.jsonl, loss.png, pictures/. One process writes.
 
     `with Run(...)`: Ctrl-C, SIGTERM and a closed terminal ask it to stop after the update at hand.
     """
 
     def __init__(self, cfg, model, optimizer, dataset, per_epoch, total):
         self.cfg, self.model, self.optimizer, self.dataset = cfg, model, optimizer, dataset
-        self.per_epoch, self.total, self.out, self.began = per_epoch, total, Path(cfg.out), time.monotonic()
+        self.per_epoch, self.total, self.out = per_epoch, total, Path(cfg.out)
         self.rank, self.world = rank_and_world()
         self.device = next(model.parameters()).device
         self.dtype = choose_precision(cfg, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.done = self.saved = 0  # updates
         self.asked = self.stopping = False
-        self.recent, self.scores, self.problems = [], {}, {}  # recent: (loss, items) since the last log line
+        self.recent = []  # (loss, file numbers) of the updates since the last line of the log
+        self.scores, self.problems, self.began = {}, {}, time.monotonic()
         self.saved_at = self.save_seconds = self.waited = 0.0
-        looks = max(cfg.pictures, 1)
-        self.look_at = {math.ceil(total * k / looks) for k in range(1, cfg.pictures + 1)}
+        looks = range(1, cfg.pictures + 1)
+        self.look_at = {math.ceil(total * k / cfg.pictures) for k in looks}
 
     def __enter__(self):
         self.open()
-        names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]  # Windows lacks one
+        names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]  # not on Windows
         self.handlers = {n: signal.signal(getattr(signal, n), self.on_signal) for n in names}
         if self.cfg.compile:
             self.model.compile()
         learn = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         where = f"{self.dtype} on {self.world} x {self.device}".replace("torch.", "")
-        report(f"{learn:.3g} M parameters learn, {where}, {self.total} updates, {self.per_epoch} an epoch")
-        peak = self.cfg.lr * self.cfg.batch / 256
-        report(f"learning rate {self.cfg.lr:g} x batch {self.cfg.batch} / 256 = {peak:g}")
+        report(f"{learn:.3g} M parameters learn, {where}")
+        lr, batch = self.cfg.lr, self.cfg.batch
+        rate = f"{lr:g} x batch {batch} / 256 = {lr * batch / 256:g}"
+        report(f"{self.total} updates, {self.per_epoch} an epoch; learning rate {rate}")
         return self
 
     def __exit__(self, *error):
@@ -821,12 +847,11 @@ class Run:
     def open(self):
         """Make the folder, or read it to resume."""
         path, log = self.out / "checkpoint.pt", self.out / "log.jsonl"
-        files = data.fingerprint(self.dataset)
         if self.cfg.resume:
-            state = data.load_file(path)
+            state, files = data.load_file(path), data.fingerprint(self.dataset)
             if state["files"] != files:
-                counts = f"({state['files'][0]} training files then, {files[0]} now)"
-                raise ValueError(f"{self.cfg.data} is not what {self.out} was trained on {counts}")
+                counts = f"{state['files'][0]} training files then, {files[0]} now"
+                raise ValueError(f"{self.cfg.data} is not the data of {self.out} ({counts})")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty if the run began on a device that needs none
@@ -834,16 +859,16 @@ class Run:
             self.done, self.saved, self.scores = state["step"], state["step"], state["scores"]
             report(f"resumed {self.out} after update {self.done}")
         elif is_first() and path.exists() and not data.load_file(path)["config"]["smoke"]:
-            raise ValueError(f"{self.out} already holds a run: --resume continues it, or use another --out")
+            raise ValueError(f"{self.out} holds a run: --resume continues it, or use another --out")
         if is_first():
             self.lock()
             log.touch()
-            os.truncate(log, state["log"] if self.cfg.resume else 0)  # what was written after the checkpoint
+            os.truncate(log, state["log"] if self.cfg.resume else 0)  # lines of lost updates go
             if not self.cfg.resume:
                 path.unlink(missing_ok=True)  # of a smoke test
 
     def lock(self):
-        """Two runs in one folder would overwrite each other. The lock ends with the process, however that ends."""
+        """Two runs in one folder would overwrite each other. The lock ends with the process."""
         self.out.mkdir(parents=True, exist_ok=True)
         self.locked = open(self.out / ".lock", "w")
         with contextlib.suppress(ImportError):  # Windows has no fcntl
@@ -852,7 +877,7 @@ class Run:
             try:
                 fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another run is writing to {self.out}: wait for it, or use another --out") from None
+                raise ValueError(f"another run writes to {self.out}: use another --out") from None
 
     def load(self, keys):
         self.mark, self.clock = self.done, time.monotonic()
@@ -860,7 +885,7 @@ class Run:
         return data.start_loader(self.dataset, self.cfg.workers, batch_sampler=keys, **options)
 
     def next(self, loader):
-        """-> batch on the device, file numbers. If the loader fails, the state is saved before the run ends."""
+        """-> batch on the device, file numbers. If the loader fails, the run is saved and ends."""
         tick = time.monotonic()
         try:
             batch, items, problems = data.take(loader)
@@ -877,7 +902,7 @@ class Run:
         return batch.to(self.device, non_blocking=True), items
 
     def after_update(self, loss, lr, items, look):
-        """Log, pictures and checkpoint, when they are due: only then does the CPU wait for the GPU."""
+        """Log, pictures and checkpoint when due: only then does the CPU wait for the GPU."""
         self.done += 1
         self.recent.append((loss, items))
         self.stopping = self.over_processes(self.asked, "MAX") > 0 and self.done < self.total
@@ -887,7 +912,8 @@ class Run:
             self.log_losses(lr)
             if looking:
                 self.score(look)
-            if ending or time.monotonic() - self.saved_at > 50 * self.save_seconds:  # 2 % of the time at most
+            # as often as it costs 2 % of the time at most
+            if ending or time.monotonic() - self.saved_at > 50 * self.save_seconds:
                 self.save()
 
     def over_processes(self, value, how):
@@ -902,20 +928,21 @@ class Run:
         """A line of the log: the mean loss since the last one."""
         for i, (loss, items) in enumerate(self.recent):
             if not math.isfinite(loss):
-                update, names = self.done - len(self.recent) + 1 + i, [str(self.dataset.paths[k]) for k in items]
-                hint = f"try a lower --lr, --clip 1 or --precision float32. The batch was: {', '.join(names)}"
+                update = self.done - len(self.recent) + 1 + i
+                names = ", ".join(str(self.dataset.paths[k]) for k in items)
+                hint = f"try a lower --lr, --clip 1 or --precision float32. The batch was: {names}"
                 raise FloatingPointError(f"the loss is {float(loss)} in update {update}: {hint}")
-        loss = sum(float(x) for x, _ in self.recent) / len(self.recent)
+        loss = sum(float(loss) for loss, _ in self.recent) / len(self.recent)
         loss = self.over_processes(loss, "SUM") / self.world
         seconds = time.monotonic() - self.clock
         speed, waiting = (self.done - self.mark) * self.cfg.batch / seconds, self.waited / seconds
-        left = datetime.timedelta(seconds=round((self.total - self.done) * self.cfg.batch / speed))
+        left = (self.total - self.done) * self.cfg.batch / speed
         epoch = self.done / self.per_epoch
-        report(
-            f"epoch {epoch:6.1f}  update {self.done:6d}/{self.total}  loss {loss:.4f}{self.beside()}  lr {lr:.1e}  "
-            f"{speed:7.1f} samples/s  waiting for data {waiting:4.0%}  ETA {left}"
-        )
-        self.log(step=self.done, epoch=epoch, loss=loss, lr=lr, samples_per_second=speed, data_wait=waiting)
+        report(f"epoch {epoch:6.1f}  update {self.done:6d}/{self.total}  loss {loss:.4f}"
+               f"{self.beside()}  lr {lr:.1e}  {speed:7.1f} samples/s  waiting {waiting:4.0%}"
+               f"  ETA {datetime.timedelta(seconds=round(left))}")
+        self.log(step=self.done, epoch=epoch, loss=loss, lr=lr, samples_per_second=speed,
+                 data_wait=waiting)
         self.mark, self.clock, self.waited, self.recent = self.done, time.monotonic(), 0.0, []
 
     def log(self, **record):
@@ -928,11 +955,16 @@ class Run:
 
     def beside(self):
         """What a loss is to be compared with."""
-        return f" ({self.cfg.BASELINE} {self.scores['baseline']:.3f})" if self.scores else ""
+        baseline = self.scores.get("baseline")
+        return f" ({self.cfg.BASELINE} {baseline:.3f})" if baseline else ""
 
     def result(self):
-        more = [f", {k} {v:.3f}" for k, v in self.scores.items() if k != "baseline" and "_" not in k]
-        return f"held-out loss {self.scores.get('val_loss', math.nan):.4f}{self.beside()}{''.join(more)}"
+        """The held-out numbers; those with a "_" in their name are for the log alone."""
+        shown = {k: v for k, v in self.scores.items() if k != "baseline" and "_" not in k}
+        shown = [f"{k} {v:.3f}" for k, v in shown.items()]
+        if "val_loss" in self.scores:
+            shown.insert(0, f"held-out loss {self.scores['val_loss']:.4f}{self.beside()}")
+        return ", ".join(shown)
 
     def score(self, look):
         """Numbers of the held-out data, and pictures."""
@@ -942,25 +974,27 @@ class Run:
         report(self.result())
         self.log(step=self.done, **self.scores)
         if is_first():
-            draw_losses(self.out / "log.jsonl", self.out / "loss.png")
+            draw_losses(self.out / "log.jsonl", self.out / "loss.png", self.cfg.BASELINE)
         self.clock = time.monotonic()
 
     def save(self):
         """Everything that is needed to continue, in one file of tensors and plain values."""
         if not is_first():
             return
-        tick, path, lock = time.monotonic(), self.out / "checkpoint.pt", self.out / ".lock"
+        tick, path = time.monotonic(), self.out / "checkpoint.pt"
+        lock, log = self.out / ".lock", self.out / "log.jsonl"
         if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(self.locked.fileno()))):
             if path.exists():
-                raise ValueError(f"{self.out} was replaced by the folder of another run: nothing is written there")
+                raise ValueError(f"{self.out} was replaced by another run, which is left alone")
             report(f"warning: {self.out} was removed, and is made again")
             self.lock()
-        log = self.out / "log.jsonl"
-        state = {"script": self.cfg.SCRIPT, "config": dataclasses.asdict(self.cfg), "step": self.done,
-                 "scores": self.scores, "log": log.stat().st_size if log.exists() else 0,
-                 "files": data.fingerprint(self.dataset), "classes": list(self.dataset.classes),
-                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "scaler": self.scaler.state_dict()}  # fmt: skip
+        state = {
+            "script": self.cfg.SCRIPT, "config": dataclasses.asdict(self.cfg), "step": self.done,
+            "scores": self.scores, "log": log.stat().st_size if log.exists() else 0,
+            "files": data.fingerprint(self.dataset), "classes": list(self.dataset.classes),
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
         try:
             data.write_whole(path, lambda file: torch.save(state, file))
             self.saved = self.done
@@ -972,11 +1006,11 @@ class Run:
     def finish(self, result=""):
         """The last lines of a script."""
         if self.problems:
-            few = ", ".join(sorted(self.problems)[:20])
-            report(f"{len(self.problems)} files with problems, met {sum(self.problems.values())} times: {few}")
+            few, met = ", ".join(sorted(self.problems)[:20]), sum(self.problems.values())
+            report(f"{len(self.problems)} files with problems, met {met} times: {few}")
         if self.stopping:
-            how = f"; resume with: python {self.cfg.SCRIPT}.py --resume --out {self.out}" if self.saved else ""
-            report(f"stopped after update {self.done}{how}")
+            hint = f"; resume with: python {self.cfg.SCRIPT}.py --resume --out {self.out}"
+            report(f"stopped after update {self.done}" + (hint if self.saved else ""))
             raise SystemExit(130)  # what a shell expects after Ctrl-C
         spent = datetime.timedelta(seconds=round(time.monotonic() - self.began))
         report(f"done: {result or self.result()} after {spent}, see {self.out}")
@@ -986,7 +1020,7 @@ class Run:
 
 @dataclasses.dataclass
 class Found:
-    """What a file holds. A guess is what no file tells (heads, the size of a public VideoMAE), and is never its word."""
+    """What a file holds. A guess is what no file tells (heads, the size of a public VideoMAE)."""
 
     path: str
     model: str  # mae, videomae, mae_st, omni, multimae
@@ -997,32 +1031,33 @@ class Found:
     classes: tuple = ()  # names of the classes of a classifier of ours
 
 
-DECODER = ("decoder", "mask_token", "output_adapters")  # how the names of a decoder's parts begin, in all models
+# How the names of a decoder's parts begin, in all models.
+DECODER = ("decoder", "mask_token", "output_adapters")
 
 
 def read_file(path, readers):
-    """Recognise a pretrained file by its contents.   readers {model: function like public_mae} -> Found"""
+    """Recognise a pretrained file by its contents.   readers {model: function like public_mae}"""
     content = data.load_file(path)
     if "script" in content:
-        config, script = content.get("config"), content["script"]
+        config, script, state = content.get("config"), content["script"], content.get("model")
         model = {"mae_image": "mae", "omni": "omni", "multimae": "multimae"}.get(script)
         model = model or (isinstance(config, dict) and config.get("model"))
-        if model not in readers or not isinstance(content.get("model"), dict):
-            raise ValueError(f"checkpoint {path} was written by {script}.py, and holds a {model or 'strange'} model")
+        if model not in readers or not isinstance(state, dict):
+            raise ValueError(f"{path}: a {model or 'strange'} model, written by {script}.py")
         said = {k: v for k, v in config.items() if k in SAID} | {"model": model}
-        return Found(str(path), model, said, content["model"], (), script, content.get("classes", ()))
+        return Found(str(path), model, said, state, (), script, content.get("classes", ()))
     state = unwrap(content)
     for model, reader in readers.items():
         if found := reader(dict(state)):
             said, state, guesses = found
             return Found(str(path), model, said | {"model": model}, state, guesses)
-    first = ", ".join(list(state)[:3]) or ", ".join(map(str, list(content)[:3]))
-    known = ", ".join(readers)
-    raise ValueError(f"{path} has no layout that is known here ({known}, HuggingFace's); its first names are: {first}")
+    first = ", ".join(map(str, [*state, *content][:3]))
+    known = f"{', '.join(readers)}, as their papers' code or HuggingFace wrote it"
+    raise ValueError(f"{path} is in no format known here ({known}); its first names are: {first}")
 
 
 def unwrap(content):
-    """The weights in a public file: perhaps inside another dict, perhaps with a prefix before all names."""
+    """The weights in a public file: perhaps in a dict of their own, with a prefix to all names."""
     for key in ("model", "module", "model_state", "state_dict", "model_state_dict", "model_ema"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -1035,15 +1070,15 @@ def unwrap(content):
 
 
 def load_into(model, state, fresh=(), unused=("pos_embed", "decoder_pos_embed")):
-    """Copy weights by name into a model.   -> how many, names that start new, names that are left over
+    """Copy weights by name.   -> how many, names that start new, names that are left over
 
-    fresh   how names begin that may be missing;   unused: how names begin that may be left over
+    fresh   how names begin that may be missing;   unused: that may be left over
     raises  ValueError for anything else: a tensor that is unknown, missing or of another shape
     """
     own = model.state_dict()
     missing, left = [k for k in own if k not in state], [k for k in state if k not in own]
     wrong = [f"{k} {tuple(v.shape)}, here {tuple(own[k].shape)}" for k, v in state.items()
-             if k in own and v.shape != own[k].shape]  # fmt: skip
+             if k in own and v.shape != own[k].shape]
     wrong += [f"no {k}" for k in missing if not k.startswith(tuple(fresh))]
     wrong += [f"unknown {k}" for k in left if not k.startswith(tuple(unused))]
     if wrong:
@@ -1059,51 +1094,57 @@ def load_pretrained(model, found):
         whole = any(k.startswith(DECODER) for k in found.state)
         count, missing, _ = load_into(model, found.state, fresh=() if whole else DECODER)
         guessed = ", ".join(f"{name} {found.settings[name]}" for name in found.guesses)
-        text = f"{found.path}: {count} tensors used" + (", the decoder starts new" if missing else "")
-        report(text + (f"; guessed, for no file tells them: {guessed}" if guessed else ""))
+        report(f"{found.path}: {count} tensors used" + ", the decoder starts new" * bool(missing)
+               + f"; guessed, for no file tells them: {guessed}" * bool(guessed))
 
 
-HUGGINGFACE = [  # names on the hub and those of transformers 5 -> public names of MAE and VideoMAE
-    (r"^(vit|videomae)\.", ""),
-    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
-    (r"^embeddings\.cls_token", "cls_token"),
-    (r"^embeddings\.position_embeddings", "pos_embed"),
-    (r"^decoder\.(decoder_|mask_token)", r"\1"),
-    (r"^(encoder\.layer|layers)\.", "blocks."),
-    (r"^(decoder\.)?decoder_layers\.", "decoder_blocks."),
-    (r"attention\.attention\.(q|k|v)(uery|ey|alue)\.", r"attn.\1."),
-    (r"attention\.attention\.(q|v)_bias", r"attn.\1.bias"),
-    (r"attention\.(q|k|v)_proj", r"attn.\1"),
-    (r"attention\.(output\.dense|o_proj)", "attn.proj"),
-    (r"intermediate\.dense", "mlp.fc1"),
-    (r"(blocks\.\d+)\.output\.dense", r"\1.mlp.fc2"),
-    (r"layernorm_before", "norm1"),
-    (r"layernorm_after", "norm2"),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
-]
+HUGGINGFACE = {  # names on the hub and those of transformers 5: public names of MAE and VideoMAE
+    r"^(vit|videomae)\.": "",
+    r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+    r"^embeddings\.cls_token": "cls_token",
+    r"^embeddings\.position_embeddings": "pos_embed",
+    r"^decoder\.(decoder_|mask_token)": r"\1",
+    r"^(encoder\.layer|layers)\.": "blocks.",
+    r"^(decoder\.)?decoder_layers\.": "decoder_blocks.",
+    r"attention\.attention\.(q|k|v)(uery|ey|alue)\.": r"attn.\1.",
+    r"attention\.attention\.(q|v)_bias": r"attn.\1.bias",
+    r"attention\.(q|k|v)_proj": r"attn.\1",
+    r"attention\.(output\.dense|o_proj)": "attn.proj",
+    r"intermediate\.dense": "mlp.fc1",
+    r"(blocks\.\d+)\.output\.dense": r"\1.mlp.fc2",
+    r"layernorm_before": "norm1",
+    r"layernorm_after": "norm2",
+    r"^layernorm\.": "norm.",
+    r"^classifier\.": "head.",
+}
 
 
 def from_huggingface(state):
-    """HuggingFace's ViTMAE and VideoMAE, old and new names -> the papers' public names; others stay as they are."""
+    """HuggingFace's ViTMAE and VideoMAE, old and new names -> the papers'; others stay."""
     if not any("patch_embeddings.projection" in k for k in state):
         return state
+    return fuse_qkv(rename(state, HUGGINGFACE))
+
+
+def rename(state, names):
+    """Other names for the tensors.   names {regular expression: what takes its place}, in order"""
     renamed = {}
     for key, value in state.items():
-        for pattern, name in HUGGINGFACE:
+        for pattern, name in names.items():
             key = re.sub(pattern, name, key)
         renamed[key] = value
-    return fuse_qkv(renamed)
+    return renamed
 
 
 def fuse_qkv(state):
-    """Separate q, k and v -> one qkv. Where there is no key bias (VideoMAE) it is zero: none would change anything."""
+    """Separate q, k and v -> one qkv. VideoMAE has no key bias: zero is the same."""
     state = {re.sub(r"attn\.([qv])_bias$", r"attn.\1.bias", k): v for k, v in state.items()}
     for name in [k for k in state if ".attn.q." in k]:
         q, k, v = (state.pop(name.replace(".attn.q.", f".attn.{x}."), None) for x in "qkv")
         if v is None or (k is None and not name.endswith("bias")):
             raise ValueError(f"the file has {name} but not its k and v")
-        state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
+        k = torch.zeros_like(q) if k is None else k
+        state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([q, k, v])
     return state
 
 
@@ -1112,28 +1153,35 @@ def blocks_in(state, prefix):
     return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
 
 
-def guess_heads(width, depth):
-    """No file tells its heads: those of the published encoder of this width and depth, else slices of 64."""
-    published = {(D, n): heads for D, n, heads in ENCODERS.values()}
-    return published.get((width, depth), max(width // 64, 1))
+
+def sizes_in(state, decoder_heads=16):
+    """What a public file tells of encoder and decoder -> settings, names of those that are guesses.
+
+    No file tells its heads: those of the published encoder of that width and depth, or of width 64.
+    """
+    kernel = state["patch_embed.proj.weight"]  # (D, C, [u,] p, p)
+    D, depth = len(kernel), blocks_in(state, "blocks.")
+    published = {(width, blocks): heads for width, blocks, heads in ENCODERS.values()}
+    heads = published.get((D, depth), max(D // 64, 1))
+    said, guesses = {"patch": kernel.shape[-1], "size": f"{D}x{depth}x{heads}"}, ["size"]
+    if kernel.ndim == 5:
+        said["tubelet"] = kernel.shape[2]
+    if "decoder_embed.weight" in state:
+        E, blocks = len(state["decoder_embed.weight"]), blocks_in(state, "decoder_blocks.")
+        said |= {"decoder": f"{E}x{blocks}x{decoder_heads or max(E // 64, 1)}", "norm_pix": True}
+        guesses += ["decoder", "norm_pix"]  # MAE's mae_visualize_* need --no-norm-pix
+    return said, guesses
 
 
 def public_mae(state):
-    """facebookresearch/mae, HuggingFace's ViTMAE, timm's ViT -> settings, our names, guesses; None: another layout."""
+    """facebookresearch/mae, HuggingFace's ViTMAE, timm's ViT -> settings, our names, guesses."""
     state = from_huggingface(state)
     kernel = state.get("patch_embed.proj.weight", torch.empty(0))
     if kernel.ndim != 4 or "cls_token" not in state or not blocks_in(state, "blocks."):
         return None
-    D, _, p, _ = kernel.shape
-    depth = blocks_in(state, "blocks.")
-    said, guesses = {"patch": p, "size": f"{D}x{depth}x{guess_heads(D, depth)}"}, ["size"]
+    said, guesses = sizes_in(state)
     if "pos_embed" in state:
-        side = math.isqrt(state["pos_embed"].shape[1] - 1)
-        said["img_size"] = str(side * p)
-    if "decoder_embed.weight" in state:
-        E, blocks = len(state["decoder_embed.weight"]), blocks_in(state, "decoder_blocks.")
-        said |= {"decoder": f"{E}x{blocks}x16", "norm_pix": True}  # mae_visualize_* need --no-norm-pix
-        guesses += ["decoder", "norm_pix"]
+        said["img_size"] = str(math.isqrt(state["pos_embed"].shape[1] - 1) * said["patch"])
     return said, state, guesses
 
 

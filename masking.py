@@ -1,8 +1,8 @@
 """masking.py - which tokens does the encoder not get to see?
 
-An image or a clip becomes a grid of tokens: t time slots x h rows x w columns (t = 1 for an image). A
-masked autoencoder hides most of them and learns to paint them back. *How the hidden ones are chosen* is
-one thing in which papers differ. This file draws every kind of mask, and obeys it.
+An image or a clip becomes a grid of tokens: t time slots x h rows x w columns (t = 1 for an image).
+A masked autoencoder hides most of them and learns to paint them back. *How the hidden ones are
+chosen* is one thing in which papers differ. This file draws every kind of mask, and obeys it.
 
     MAE       He et al. 2021, arXiv 2111.06377         random 75 %                   random_mask
     VideoMAE  Tong et al. 2022, arXiv 2203.12602       tubes 90 % (small sets 75 %)  tube_mask
@@ -12,9 +12,9 @@ one thing in which papers differ. This file draws every kind of mask, and obeys 
     MultiMAE  Bachmann et al. 2022, arXiv 2204.01678   1/6 visible of 3 modalities   dirichlet_mask
     ablations MAE Fig. 6, MAE-ST Fig. 4, VideoMAE Table 1(b)   block_mask, grid_mask, frame_mask
 
-A mask is a bool tensor (B, N) with N = t*h*w, True = hidden. Tokens are time-major: the token in slot s,
-row r, column c has number (s*h + r)*w + c ("raster order"). Every row of a batch hides the same number
-of tokens, or the visible ones would not fit into one tensor (B, K, D).
+A mask is a bool tensor (B, N) with N = t*h*w, True = hidden. Tokens are time-major: the token in
+slot s, row r, column c has number (s*h + r)*w + c ("raster order"). Every row of a batch hides the
+same number of tokens, or the visible ones would not fit into one tensor (B, K, D).
 
 Run   python masking.py                       (3 s; ends with "wrote masks.png")
       python masking.py --ratio 0.9 --grid 8x14x14 --out my_masks.png
@@ -43,8 +43,9 @@ def num_hidden(tokens, ratio, rule):
             "hide": int(tokens * ratio) are hidden             VideoMAE, OmniMAE (public code)
     raises  ValueError if the ratio is outside [0, 1) or leaves nothing visible
 
-    important: both rules truncate, so they differ (196 tokens at 0.9: 177 or 176 hidden), and floats
-    bite: 50 * (1 - 0.9) is 4.999..., so 4 tokens stay and not 5. The official counts have this trap, too.
+    important: both rules truncate, so they differ (196 tokens at 0.9: 177 or 176 hidden), and
+    floats bite: 50 * (1 - 0.9) is 4.999..., so 4 tokens stay and not 5. The official counts have
+    this trap, too.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"mask ratio {ratio} is outside [0, 1): 0.75 hides three quarters")
@@ -83,8 +84,8 @@ def random_mask(batch, grid, ratio, generator, rule="keep"):
 def tube_mask(batch, grid, ratio, generator):
     """One pattern of h*w places, the same in all t time slots: VideoMAE Sec. 3.3 "tube masking".
 
-    Neighbouring frames look alike. If a hidden patch had a visible twin one slot earlier, the network
-    could copy it; a tube leaves no twin. (The paper has a Bernoulli draw, its code an exact count.)
+    Neighbouring frames look alike. If a hidden patch had a visible twin one slot earlier, the
+    network could copy it; a tube leaves no twin. (Bernoulli in the paper, a count in its code.)
     """
     t, h, w = grid
     noise = torch.rand(batch, h * w, generator=generator)  # (B, h*w)
@@ -108,9 +109,9 @@ def causal_mask(batch, grid, ratio, generator=None):
 def block_mask(batch, grid, ratio, generator):
     """Large boxes in space-time, until enough is hidden: MAE Fig. 6 "block", MAE-ST Fig. 4.
 
-    DIFFERS from the official code (BEiT's): box sides are drawn uniformly, a quarter to a half of the
-    grid's side (in time 1 to t slots), and the last box loses a random part, so that every row hides
-    the same number.
+    DIFFERS from the official code (BEiT's): box sides are drawn uniformly, a quarter to a half of
+    the grid's side (in time 1 to t slots), and the last box loses a random part, so that every row
+    hides the same number.
     """
     t, h, w = grid
     count = num_hidden(t * h * w, ratio, "keep")
@@ -152,9 +153,9 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
 
     sizes         tokens of each modality, e.g. [196, 196, 196] for RGB, depth, classes
     num_visible   tokens that stay visible over all modalities, in every row (MultiMAE: 98 of 588)
-    alpha         symmetric Dirichlet: 1 = every split equally likely, small = one modality takes all
-    subset_first  draw a non-empty subset of the modalities first and share among these only (an option
-                  of the public code)
+    alpha         symmetric Dirichlet: 1 = every split equally likely, small = one modality takes
+    all subset_first  draw a non-empty subset of the modalities first and share among these only (an
+                  option of the public code)
     returns       mask (B, sum(sizes)) bool; `mask.split(sizes, dim=1)` gives one per modality
     """
     total, modalities = sum(sizes), len(sizes)
@@ -169,11 +170,11 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
     counts = torch.from_numpy(shares * num_visible).round()  # (B, modalities)
     masks = []
     for size, count in zip(sizes, counts.T):
-        rank = torch.rand(batch, size, generator=generator).argsort(dim=1).argsort(dim=1)  # (B, size)
-        masks.append(rank >= count[:, None])  # (B, size)
-    # Rounding, or a share above its modality's size, makes the sum miss num_visible. The repair: visible
-    # tokens first, hidden ones behind, both in random order, cut after num_visible. A missing token
-    # comes at random from the hidden ones of all modalities; a surplus one is dropped at random.
+        order = torch.rand(batch, size, generator=generator).argsort(dim=1)  # (B, size)
+        masks.append(order.argsort(dim=1) >= count[:, None])  # rank >= count
+    # Rounding, or a share above its modality's size, makes the sum miss num_visible. The repair:
+    # visible tokens first, hidden ones behind, both in random order, cut after num_visible. A
+    # missing token comes at random from the hidden ones of all modalities; a surplus one goes.
     draft = torch.cat(masks, dim=1).float()  # (B, N), 1 = hidden
     noise = draft + torch.rand(draft.shape, generator=generator)  # (B, N)
     return hide_largest(noise, total - num_visible)
@@ -186,8 +187,8 @@ MASKS = {"random": random_mask, "tube": tube_mask, "frame": frame_mask, "block":
 # ==================================================================================================
 #  THE PAPER, part 3: to obey a mask                                                  (needs: torch)
 #
-#  The only gather and scatter of the project. Masks may lie on the CPU while x is on a GPU, and better
-#  do: counting the visible tokens of a mask on the GPU would make the CPU wait for it.
+#  The only gather and scatter of the project. Masks may lie on the CPU while x is on a GPU, and
+#  better do: counting the visible tokens of a mask on the GPU would make the CPU wait for it.
 # ==================================================================================================
 
 
@@ -237,7 +238,7 @@ def restore(vis, mask, token):
 #  THE RUN, part 1: pictures and printing
 # ==================================================================================================
 
-HOLE = (1.0, 0.8, 0.85)  # a hidden patch, in every picture of the project: depth maps have all greys
+HOLE = (1.0, 0.8, 0.85)  # a hidden patch, in every picture: pink, as depth maps have all greys
 
 
 def printable(text):
@@ -300,7 +301,7 @@ def as_text(mask, grid):
 
 
 def draw_masks(masks, grid):
-    """A row for each kind of mask, a column for each time slot.   masks {title: (N,)} -> PIL image"""
+    """A row for each kind of mask, a column for each time slot.   masks {title: (N,)} -> image"""
     t, h, w = grid
     where = torch.stack(list(masks.values())).reshape(-1, t, 1, h, w)
     hole, seen = (torch.tensor(color)[:, None, None] for color in (HOLE, (0.24, 0.26, 0.32)))
@@ -317,8 +318,8 @@ def draw_masks(masks, grid):
 def run_script(main):
     """main(), in which what a user can mend becomes one line and exit code 2.
 
-    That is a ValueError, an OSError (paths, disks), a loss that is not finite, a full GPU; to see where
-    it was raised: python -X dev SCRIPT.
+    That is a ValueError, an OSError (paths, disks), a loss that is not finite, a full GPU; to see
+    where it was raised: python -X dev SCRIPT.
     """
     try:
         main()
@@ -333,7 +334,7 @@ def run_script(main):
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        if torch.distributed.is_initialized():  # its threads may abort a process that ends with them
+        if torch.distributed.is_initialized():  # or its threads may abort the ending process
             torch.distributed.destroy_process_group()
 
 
@@ -350,15 +351,17 @@ AT_LEAST_1 = ("batch", "accum", "log_every", "frames", "stride", "repeat", "clip
 def settings(Config, presets, doc, argv=None):
     """Command line -> settings of the preset, settings given as flags: two dicts {field: value}.
 
-    Every field of the dataclass Config is a flag; the comment behind it is its --help text, a comment
-    line above some fields is the name of their group.
+    Every field of the dataclass Config is a flag; the comment behind it is its --help text, a
+    comment line above some fields is the name of their group.
     """
     summary, example = doc.split("\n\n")[:2], re.search(r"^Run +(python .*)$", doc, re.M)[1]
-    lines = [f"  {name}: " + ", ".join(f"{k} {v}" for k, v in p.items()) for name, p in presets.items()]
+    lines = ["presets:"] if presets else []
+    for name, preset in presets.items():
+        lines.append(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in preset.items()))
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--flag value ...]    (--help explains every flag)",
         description="\n\n".join(summary) + f"\n\nexample: {example}",
-        epilog="\n".join(["presets:", *lines] if presets else []),
+        epilog="\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

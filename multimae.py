@@ -1,35 +1,35 @@
-"""multimae.py - hide most of an image, its depth map and its class map; paint all three from what is left.
+"""multimae.py - hide most of an image, its depth map and its class map; paint all three.
 
-Trains on a folder with rgb/, depth/ and semseg/, or some of them; prints and draws how well one whole map
-predicts the others.
+Trains on a folder with rgb/, depth/ and semseg/, or some of them; prints and draws how well one
+whole map predicts the others.
 
-Paper   MultiMAE: Multi-modal Multi-task Masked Autoencoders. Bachmann, Mizrahi, Atanov, Zamir, 2022,
-        arXiv 2204.01678
-Covers  Fig. 1, "1/6 of the patches visible over all modalities"    masking.dirichlet_mask
-        public code, input adapters                   PatchEmbed, ClassEmbed, MultiMAE.forward_encoder
-        public code, one encoder and one global token               MultiMAE.forward_encoder
-        public code, a cross-attention decoder for each task        Decoder
-        public code, masked losses per sample                       MultiMAE.task_losses, masked_mean
-        public code, robustly standardised depth                    standardise_depth
-        Fig. 1, any input predicts any output         paint_from; cross_modal: how well from one alone
-        dense transfers                               DenseHead, for finetune.py --dense
-Not     the uncertainty weighting of the losses; DPT and ConvNeXt heads (DenseHead is a linear layer).
-        Of the paper only the abstract, the start of the introduction and the caption of Fig. 1 were
-        read: what goes beyond them follows the public code, and is named so.
+Paper   MultiMAE: Multi-modal Multi-task Masked Autoencoders. Bachmann, Mizrahi, Atanov, Zamir,
+        2022, arXiv 2204.01678
+Covers  Fig. 1, "1/6 of the patches visible over all modalities"   masking.dirichlet_mask
+        public code, input adapters                                PatchEmbed, ClassEmbed
+        public code, one encoder and one global token              MultiMAE.forward_encoder
+        public code, a cross-attention decoder for each task       Decoder
+        public code, masked losses per sample                      MultiMAE.task_losses, masked_mean
+        public code, robustly standardised depth                   standardise_depth
+        Fig. 1, any input predicts any output                      paint_from, cross_modal
+        dense transfers                                            DenseHead; finetune.py --dense
+Not     the uncertainty weighting of the losses; DPT and ConvNeXt heads (DenseHead is linear).
+        Of the paper only the abstract, the start of the introduction and the caption of Fig. 1
+        were read: what goes beyond them follows the public code, and is named so.
 
 What changes against mae_image.py:
-                     MAE                         MultiMAE
-    input            RGB                         any of RGB, depth (1 channel), classes (a quarter the size)
-    modality known   -                           by its own patch projection; by task embeddings in decoders
-    visible          a quarter of each image     a sixth of all tokens; each modality's share is random
-    positions        columns, then rows          rows, then columns
-    extra token      class token, in front       global token, at the end, without position
-    encoder's norm   at the end                  none
-    decoder          self-attention on all       queries of a task look at visible tokens of all modalities
-    predicted patch  (row, column, channel)      (channel, row, column)
-    loss             mean over hidden patches    mean over hidden patches of a sample, then over samples
+                     MAE                       MultiMAE
+    input            RGB                       any of RGB, depth, classes (a quarter of H and W)
+    modality known   -                         by patch projection; in decoders by task embeddings
+    visible          a quarter of each image   a sixth of all tokens, by chance from each modality
+    positions        columns, then rows        rows, then columns
+    extra token      class token, in front     global token, at the end, without position
+    encoder's norm   at the end                none
+    decoder          self-attention on all     queries of a task look at visible tokens of all maps
+    predicted patch  (row, column, channel)    (channel, row, column)
+    loss             mean over hidden patches  the same in each sample, then over samples
 
-Run     python multimae.py                       (6 min on 2 CPU cores, with the toy world's three maps)
+Run     python multimae.py                       (6 min on 2 CPU cores)
         python multimae.py --data FOLDER --modalities rgb,semseg --classes 12
         It ends with "done: ... see runs/multimae".
 Next    finetune.py: what all this was for.
@@ -42,49 +42,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from mae_image import (
-    ENCODERS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    MLP,
-    Attention,
-    Block,
-    PatchEmbed,
-    RunConfig,
-    blocks_in,
-    encoder_size,
-    fetch,
-    guess_heads,
-    height_width,
-    held_out,
-    init_weights,
-    load_pretrained,
-    normalize,
-    of_channels,
-    param_groups,
-    parts_of,
-    patchify,
-    pretraining_loss,
-    read_config,
-    save_picture,
-    sincos_2d,
-    start_processes,
-    to_unit_range,
-    train,
-    unpatchify,
-)
+from mae_image import (ENCODERS, MLP, Attention, Block, PatchEmbed, RunConfig, blocks_in,
+                       encoder_size, fetch, height_width, held_out, init_weights, load_pretrained,
+                       mean_and_std, normalize, param_groups, parts_of, patchify, pretraining_loss,
+                       read_config, rename, save_picture, sincos_2d, sizes_in, start_processes,
+                       to_unit_range, train, unpatchify)
 from mae_video import resize_table
-from masking import HOLE, dirichlet_mask, numbers, picture_table, report, restore, run_script, visible
+from masking import (HOLE, dirichlet_mask, numbers, picture_table, report, restore, run_script,
+                     visible)
 
 MODALITIES = ("rgb", "depth", "semseg")  # their order is that of the tokens
-PLANES = {"rgb": 3, "depth": 2, "semseg": 1}  # bytes of a pixel in a batch: depth has a high and a low one
-STRIDE = 4  # class maps have a quarter of the resolution, so their patch has a quarter of the pixels
+PLANES = {"rgb": 3, "depth": 2, "semseg": 1}  # bytes of a pixel in a batch; depth: high and low
+STRIDE = 4  # class maps have a quarter of the height and width, and so have their patches
 
 
 # ==================================================================================================
@@ -93,15 +68,16 @@ STRIDE = 4  # class maps have a quarter of the resolution, so their patch has a 
 
 
 def sincos_rows_first(width, h, w):
-    """Fixed positions (1, h*w, width), float32: the first half of the channels encodes the row. (MAE: the column.)"""
+    """Fixed positions (1, h*w, width): the first half of the channels is the row (MAE: column)."""
     cols, rows = sincos_2d(width, h, w).chunk(2, dim=1)  # each (h*w, width / 2)
     return torch.cat([rows, cols], dim=1)[None]
 
 
 class ClassEmbed(nn.Module):
-    """Patches of class numbers -> tokens: each number becomes a learned vector, then as in PatchEmbed.
+    """Patches of class numbers -> tokens: each number becomes a vector, then as in PatchEmbed.
 
-    Numbers beyond the classes (a void of 255) become zeros."""
+    Numbers beyond the classes (a void of 255) become zeros.
+    """
 
     def __init__(self, classes, kernel, width, D):
         super().__init__()
@@ -116,10 +92,11 @@ class ClassEmbed(nn.Module):
 
 
 def standardise_depth(depth):
-    """Each depth map by mean and deviation of its middle 80 % of values: the public code.   (B, 1, H, W) -> the same
+    """Each depth map by mean and deviation of its middle 80 % of values: public code. (B, 1, H, W)
 
-    The nearest and farthest tenth, often errors of a sensor, have no say; unbiased variance, epsilon inside the root.
-    The result is input and target."""
+    The nearest and farthest tenth, often errors of a sensor, have no say; unbiased variance,
+    epsilon inside the root. The result is input and target.
+    """
     values = depth.flatten(1).sort(dim=1).values  # (B, H*W)
     n = values.shape[1]
     middle = values[:, int(0.1 * n) : int(0.9 * n)]
@@ -128,7 +105,7 @@ def standardise_depth(depth):
 
 
 def channels_first(patches, channels):
-    """Values of each patch from (row, col, channel) to (channel, row, col), the order of this paper's decoders."""
+    """Values of each patch from (row, col, channel) to (channel, row, col), the decoders' order."""
     B, N, P = patches.shape
     return patches.reshape(B, N, P // channels, channels).transpose(2, 3).flatten(2)
 
@@ -152,7 +129,8 @@ class CrossAttention(nn.Module):
     def forward(self, x, context):
         B, N, E = x.shape
         q = self.q(x).reshape(B, N, self.heads, -1).transpose(1, 2)  # (B, heads, N, E / heads)
-        k, v = self.kv(context).reshape(B, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        kv = self.kv(context).reshape(B, context.shape[1], 2, self.heads, -1)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # each (B, heads, K, E / heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, E))
 
@@ -160,8 +138,8 @@ class CrossAttention(nn.Module):
 class Decoder(nn.Module):
     """From the encoder's tokens to the patches of one task.
 
-    The visible tokens of all modalities can be attended to, whatever their number; the queries are the full grid of
-    this task alone, so a decoder costs as much as that of one image.
+    The visible tokens of all modalities can be attended to, whatever their number; the queries are
+    the full grid of this task alone, so a decoder costs as much as that of one image.
     """
 
     def __init__(self, task, modalities, width, depth, heads, D, values):
@@ -173,29 +151,33 @@ class Decoder(nn.Module):
         self.task_embeddings = nn.ParameterDict(embeddings)
         for embedding in embeddings.values():
             nn.init.trunc_normal_(embedding, std=0.02)
-        self.query_norm, self.context_norm, self.out_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
+        self.query_norm = nn.LayerNorm(width, eps=1e-6)
+        self.context_norm = nn.LayerNorm(width, eps=1e-6)
+        self.out_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder = CrossAttention(width, heads)
         self.mlp = MLP(width)
         self.decoder_transformer = nn.ModuleList([Block(width, heads) for _ in range(depth)])
         self.out_proj = nn.Linear(width, values)
 
     def forward(self, latent, mask, given, table):
-        """latent (B, K+1, D), mask (B, sum of N), given [modality, ...] in token order, table (1, N, E) -> (B, N, P)
+        """latent (B, K+1, D), mask (B, sum of N) or None, table (1, N, E) -> (B, N, P)
 
-        mask None: nothing is hidden"""
+        given  modalities in token order;   mask None: nothing is hidden
+        """
         B, N = len(latent), table.shape[1]
         x = self.proj_context(latent)  # (B, K+1, E)
         vis, glob = x[:, :-1], x[:, -1:]
-        # every slot of every given modality gets its position and the embedding of its modality; the global token none
-        places = torch.cat([table + self.task_embeddings[m] for m in given], dim=1)  # (1, sum of N, E)
+        # every slot gets its position and the embedding of its modality; the global token neither
+        places = torch.cat([table + self.task_embeddings[m] for m in given], dim=1)
         slots = vis if mask is None else restore(vis, mask, self.mask_token)
         slots = slots + places  # (B, sum of N, E)
         context = torch.cat([visible(slots, mask), glob.to(slots.dtype)], dim=1)  # (B, K+1, E)
-        if self.task in given:  # visible tokens of this task are among the queries, with their content
+        if self.task in given:  # visible tokens of this task are among the queries
             start = given.index(self.task) * N
             queries = slots[:, start : start + N]
         else:
-            queries = (self.mask_token + table + self.task_embeddings[self.task]).expand(B, -1, -1)
+            queries = self.mask_token + table + self.task_embeddings[self.task]
+            queries = queries.expand(B, -1, -1)  # (B, N, E)
         # important: no residual around the cross-attention
         x = self.decoder(self.query_norm(queries), self.context_norm(context))  # (B, N, E)
         x = x + self.mlp(self.out_norm(x))
@@ -206,8 +188,8 @@ class Decoder(nn.Module):
 
 # ==================================================================================================
 #  THE PAPER, part 3: the model
-#  (needs: torch, MODALITIES, PLANES, STRIDE, parts 1, 2; mae_image.py ENCODERS, IMAGENET_*, parts 1-3;
-#   mae_video.py resize_table; masking.py part 3)
+#  (needs: torch, MODALITIES, PLANES, STRIDE, parts 1, 2; mae_image.py parts 1-3;
+#  mae_video.py resize_table; masking.py part 3)
 # ==================================================================================================
 
 
@@ -217,11 +199,12 @@ class MultiMAE(nn.Module):
     inputs  dict with any of   rgb (B, C, H, W) float, normalised with mean and std
                                depth (B, 1, H, W) float, standardised
                                semseg (B, H/4, W/4) int64, class numbers
-    mask    (B, sum of N) bool over the tokens of the given modalities in the order of MODALITIES, True = hidden; the
-            number of visible tokens is the same in every row, its share of a modality is not
-    loss    float32 scalar, the sum over tasks;   preds {task: (B, N, P)}, values (channel, row, col)
+    mask    (B, sum of N) bool over the tokens of the given modalities in the order of MODALITIES,
+            True = hidden; every row has as many visible tokens, but not of each modality
+    loss    float32 scalar, the sum over tasks;   preds {task: (B, N, P)}, (channel, row, col)
 
-    modalities  inputs that the model knows. It paints the same, and with rgb also norm_rgb, patches normalised as MAE's
+    modalities  inputs that the model knows. It paints the same, and with rgb also norm_rgb, patches
+                normalised as MAE's
     size        name in ENCODERS, or (width, blocks, heads)
     decoder     (width, blocks, heads); published (256, 2, 8)
     ignore      class number that has no part in the loss (void), -1: none
@@ -231,14 +214,15 @@ class MultiMAE(nn.Module):
     NO_DECAY = None  # important: here even biases, norms and tokens decay (public code)
     WARMUP_INCLUSIVE = True
 
-    def __init__(self, img_size=224, patch=16, size="base", decoder=(256, 2, 8), modalities=MODALITIES, classes=133,
-                 class_width=64, ignore=-1, channels=3, mean=None, std=None):  # fmt: skip
+    def __init__(self, img_size=224, patch=16, size="base", decoder=(256, 2, 8),
+                 modalities=MODALITIES, classes=133, class_width=64, ignore=-1, channels=3,
+                 mean=None, std=None):
         super().__init__()
         H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid = 1, parts_of(H, patch, "image height"), parts_of(W, patch, "image width")
         D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
         self.patch, self.classes, self.ignore = patch, classes, ignore
-        self.mean, self.std = of_channels(mean, IMAGENET_MEAN, channels), of_channels(std, IMAGENET_STD, channels)
+        self.mean, self.std = mean_and_std(channels, mean, std)
         self.channels = {"rgb": channels, "norm_rgb": channels, "depth": 1}
         self.modalities = [m for m in MODALITIES if m in modalities]
         self.tasks = [*self.modalities, "norm_rgb"] if "rgb" in modalities else self.modalities
@@ -256,11 +240,15 @@ class MultiMAE(nn.Module):
         self.output_adapters = nn.ModuleDict()
         for task in self.tasks:
             m = task.removeprefix("norm_")
-            values = classes * (patch // STRIDE) ** 2 if m == "semseg" else self.channels[m] * patch**2
+            values = classes * (patch // STRIDE) ** 2  # logits
+            if m != "semseg":
+                values = self.channels[m] * patch**2
             self.output_adapters[task] = Decoder(m, self.modalities, *decoder, D, values)
         # Fixed tables, resized where the input has another size.   (1, N, D), (1, N, E)
-        self.register_buffer("pos_embed", sincos_rows_first(D, *self.grid[1:]), persistent=False)
-        self.register_buffer("decoder_pos_embed", sincos_rows_first(decoder[0], *self.grid[1:]), persistent=False)
+        h, w = self.grid[1:]
+        self.register_buffer("pos_embed", sincos_rows_first(D, h, w), persistent=False)
+        table = sincos_rows_first(decoder[0], h, w)
+        self.register_buffer("decoder_pos_embed", table, persistent=False)
 
         self.apply(init_weights)
         for module in self.modules():  # q, k and v have the bound of separate matrices
@@ -275,20 +263,23 @@ class MultiMAE(nn.Module):
         nn.init.normal_(self.global_tokens, std=0.02)
 
     def normalize(self, batch):
-        """Batch from the loader, uint8 (B, H, W, planes), see AlignedDataset -> the dict of inputs."""
+        """Batch of an AlignedDataset, uint8 (B, H, W, planes) -> the dict of inputs."""
         inputs = {}
         for m, x in zip(self.modalities, batch.split([PLANES[m] for m in self.modalities], dim=-1)):
             if m == "rgb":
                 inputs[m] = normalize(x, self.mean, self.std)
             elif m == "depth":
-                inputs[m] = standardise_depth((x[..., 0].float() * 256 + x[..., 1].float())[:, None] / 65536)
+                depth = x[..., 0].float() * 256 + x[..., 1].float()  # (B, H, W)
+                inputs[m] = standardise_depth(depth[:, None] / 65536)
             else:  # one pixel of every 4 x 4
                 inputs[m] = x[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE, 0].long()
         return inputs
 
     def patches(self, m, x):
-        """One modality -> its patches (B, N, P), values (row, col, channel); of classes numbers (B, N, p*p)."""
-        return patchify(x[:, None], self.patch // STRIDE) if m == "semseg" else patchify(x, self.patch)
+        """One modality -> patches (B, N, P), values (row, col, channel); of classes the numbers."""
+        if m == "semseg":
+            return patchify(x[:, None], self.patch // STRIDE)
+        return patchify(x, self.patch)
 
     def resize(self, table, m, x, mode):
         """Positions for the size of this input."""
@@ -296,9 +287,10 @@ class MultiMAE(nn.Module):
         return resize_table(table, self.grid, (1, x.shape[-2] // scale, x.shape[-1] // scale), mode)
 
     def given(self, inputs):
-        """The modalities among the inputs, in token order.   Raises ValueError for an unknown one or none"""
+        """The modalities among the inputs, in token order.   Raises ValueError for others, none"""
         if not inputs or set(inputs) - set(self.modalities):
-            raise ValueError(f"inputs {', '.join(inputs) or 'none'}: this model knows {', '.join(self.modalities)}")
+            known = ", ".join(self.modalities)
+            raise ValueError(f"inputs {', '.join(inputs) or 'none'}: this model knows {known}")
         return [m for m in self.modalities if m in inputs]
 
     def forward(self, inputs, mask):
@@ -307,21 +299,22 @@ class MultiMAE(nn.Module):
         return sum(self.task_losses(preds, inputs, inputs, mask).values()), preds
 
     def forward_encoder(self, inputs, mask=None):
-        """Visible tokens of all given modalities and the global token.   -> (B, K+1, D), global token last
+        """Visible tokens of all given modalities, then the global token.   -> (B, K+1, D)
 
-        Patches are embedded before the hidden ones are dropped: how many of a modality stay differs from row to
-        row, so only the tokens, all of one width, can be gathered. No final LayerNorm.
+        Patches are embedded before the hidden ones are dropped: how many of a modality stay differs
+        from row to row, so only the tokens, all of one width, can be gathered. No final LayerNorm.
         """
         tokens = []
         for m in self.given(inputs):
-            # public code: bicubic for RGB and depth, bilinear for classes
-            table = self.resize(self.pos_embed, m, inputs[m], "bilinear" if m == "semseg" else "bicubic")
+            mode = "bilinear" if m == "semseg" else "bicubic"  # public code
+            table = self.resize(self.pos_embed, m, inputs[m], mode)  # (1, N, D)
             patches = self.patches(m, inputs[m])  # (B, N, P)
             tokens.append(self.input_adapters[m](patches) + table)  # (B, N, D)
         if len({x.shape[1] for x in tokens}) > 1:
-            raise ValueError(f"the sizes of {', '.join(self.given(inputs))} must agree (classes: a quarter)")
+            raise ValueError(f"{', '.join(inputs)} must agree in size (classes: a quarter)")
         x = visible(torch.cat(tokens, dim=1), mask)  # (B, K, D)
-        x = torch.cat([x, self.global_tokens.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, K+1, D)
+        token = self.global_tokens.expand(len(x), -1, -1)
+        x = torch.cat([x, token.to(x.dtype)], dim=1)  # (B, K+1, D)
         for block in self.blocks:
             x = block(x)
         return x
@@ -329,13 +322,15 @@ class MultiMAE(nn.Module):
     def forward_decoder(self, latent, inputs, mask=None):
         """Every task from the same latent.   -> {task: (B, N, P)}
 
-        DIFFERS from the official code: there the decoder of the classes runs in float32, here as the others."""
+        DIFFERS from the official code: there the decoder of the classes always runs in float32.
+        """
         given = self.given(inputs)
         table = self.resize(self.decoder_pos_embed, given[0], inputs[given[0]], "bilinear")
-        return {task: decoder(latent, mask, given, table) for task, decoder in self.output_adapters.items()}
+        decoders = self.output_adapters.items()
+        return {task: decoder(latent, mask, given, table) for task, decoder in decoders}
 
     def target(self, task, x):
-        """What a task is compared with: (B, N, P) in the order of its prediction, classes (B, N, p*p)."""
+        """What a task is compared with: (B, N, P) as its prediction; classes (B, N, p*p)."""
         patches = self.patches(task.removeprefix("norm_"), x)
         if task == "semseg":
             return patches
@@ -347,8 +342,9 @@ class MultiMAE(nn.Module):
     def task_losses(self, preds, targets, inputs, mask=None):
         """{task: loss}: squared error of RGB, absolute error of depth, cross-entropy of classes.
 
-        targets: dict as inputs, may have more modalities. Loss on hidden patches only; a task that was not an input
-        has no mask, and its whole map counts."""
+        targets: dict as inputs, may have more modalities. Loss on hidden patches only; a task that
+        was not an input has no mask, and its whole map counts.
+        """
         given, losses = self.given(inputs), {}
         hide = {} if mask is None else dict(zip(given, mask.chunk(len(given), dim=1)))
         for task, pred in preds.items():
@@ -357,11 +353,12 @@ class MultiMAE(nn.Module):
                 continue
             target = self.target(task, targets[m])
             B, N, _ = target.shape
+            # where a map was given without a mask, nothing of it was hidden
             everywhere = torch.full((B, N), m not in given or mask is not None, device=pred.device)
             count = hide.get(m, everywhere).to(pred.device)[..., None].expand_as(target)
             if task == "semseg":
-                logits = pred.reshape(B, N, self.classes, -1).transpose(1, 2)  # (B, classes, N, p*p)
-                error = F.cross_entropy(logits, target, reduction="none", ignore_index=self.ignore)  # (B, N, p*p)
+                logits = pred.reshape(B, N, self.classes, -1).transpose(1, 2)  # (B, C, N, p*p)
+                error = F.cross_entropy(logits, target, reduction="none", ignore_index=self.ignore)
                 count = count & (target != self.ignore)
             else:
                 error = (pred - target).abs() if task == "depth" else (pred - target) ** 2
@@ -369,16 +366,16 @@ class MultiMAE(nn.Module):
         return losses
 
     def encode(self, inputs):
-        """Every token of what is given, no mask; a tensor is taken as RGB.   -> (B, sum of N + 1, D)"""
+        """Every token of what is given, no mask; a tensor is RGB.   -> (B, sum of N + 1, D)"""
         return self.forward_encoder({"rgb": inputs} if torch.is_tensor(inputs) else inputs)
 
 
 def masked_mean(error, count):
-    """Mean over what counts in each sample, then over samples.   error (B, ...), count (B, ...) bool -> scalar
+    """Mean over what counts in each sample, then over samples.   error, count (B, ...) -> scalar
 
-    important: a sample in which nothing counts has the mean 0 and is not among those that are averaged. The public code
-    divides 0 by 0 and drops the NaN afterwards, but its gradient has spread by then. Samples of one forward pass are
-    averaged: where some are left out, --accum changes the result a little.
+    important: a sample in which nothing counts is not among those that are averaged. The public
+    code divides 0 by 0 and drops the NaN afterwards, but its gradient has spread by then. Samples
+    of one forward pass are averaged: where some are left out, --accum changes the result a little.
     """
     n = count.flatten(1).sum(dim=1)  # (B,)
     means = (error * count).flatten(1).sum(dim=1) / n.clamp(min=1)
@@ -386,12 +383,12 @@ def masked_mean(error, count):
 
 
 class DenseHead(nn.Module):
-    """A class map or depth map from a MultiMAE encoder: one linear layer on every patch.   pred = model(x) (B, N, P)
+    """A class or depth map from a MultiMAE encoder: one linear layer on every patch.   -> (B, N, P)
 
-    MultiMAE's public code puts ConvNeXt blocks or a DPT head here. This one is ours, and as plain as can be, so that
-    what it finds was in the tokens. Of several modalities the tokens at one place are averaged.
+    MultiMAE's public code puts ConvNeXt blocks or a DPT head here. This one is ours, and as plain
+    as can be: what it finds was in the tokens. Of several modalities their mean is taken.
 
-    encoder, norm  of a finetune.Classifier;   inputs: modalities it sees;   task: "semseg" or "depth"
+    encoder, norm  of a finetune.Classifier;   inputs: modalities it sees;   task: semseg or depth
     """
 
     def __init__(self, encoder, norm, inputs, task):
@@ -399,71 +396,78 @@ class DenseHead(nn.Module):
         self.encoder, self.norm, self.inputs, self.task = encoder, norm, inputs, task
         self.WARMUP_INCLUSIVE = encoder.WARMUP_INCLUSIVE
         if task in encoder.input_adapters:
-            del encoder.input_adapters[task]  # it is read from the files, but the encoder does not see it
-        values = encoder.classes * (encoder.patch // STRIDE) ** 2 if task == "semseg" else encoder.patch**2
+            del encoder.input_adapters[task]  # read from the files, but not for the encoder
+        classes, side = encoder.classes, encoder.patch // STRIDE
+        values = classes * side**2 if task == "semseg" else encoder.patch**2
         self.head = nn.Linear(norm.normalized_shape[0], values)
 
     def forward(self, x):
-        tokens = self.encoder.encode({m: x[m] for m in self.inputs})[:, :-1]  # (B, sum of N, D), no global token
+        tokens = self.encoder.encode({m: x[m] for m in self.inputs})[:, :-1]  # no global token
         tokens = tokens.unflatten(1, (len(self.inputs), -1)).mean(dim=1)  # (B, N, D)
         return self.head(self.norm(tokens))
 
     def loss(self, pred, x, labels, smoothing):
-        return self.encoder.task_losses({self.task: pred}, x, {m: x[m] for m in self.inputs})[self.task]
+        inputs = {m: x[m] for m in self.inputs}
+        return self.encoder.task_losses({self.task: pred}, x, inputs)[self.task]
 
     def answers(self, x):
-        """-> (B, 2 * values): what is painted (of classes the numbers) and what would be right, pixel by pixel."""
+        """-> (B, 2 * values): what is painted (of classes the numbers), and what would be right."""
         pred, target = self(x), self.encoder.target(self.task, x[self.task])
         if self.task == "semseg":
             pred = pred.unflatten(2, (self.encoder.classes, -1)).argmax(dim=2)
         return torch.cat([pred.flatten(1), target.flatten(1)], dim=1)
 
     def score(self, answers):
-        """{name: mean IoU or absolute depth error, "constant map": that of one map for all}.   answers (files, 2 * values)"""
+        """Mean IoU or depth error, and that of one map for all.   answers (files, 2 * values)"""
         guess, truth = answers.chunk(2, dim=1)  # each (files, values)
         if self.task == "depth":
             constant = truth.median(dim=0).values
             return {"depth error": (guess - truth).abs().mean().item(),
-                    "constant map": (constant - truth).abs().mean().item()}  # fmt: skip
+                    "constant map": (constant - truth).abs().mean().item()}
         classes, counted = self.encoder.classes, truth != self.encoder.ignore
-        votes = torch.stack([((truth == c) & counted).sum(dim=0) for c in range(classes)])  # (classes, values)
+        votes = torch.stack([((truth == c) & counted).sum(dim=0) for c in range(classes)])
         constant = votes.argmax(dim=0).expand_as(truth)
         return {name: mean_iou(x[counted].long(), truth[counted].long(), classes)
-                for name, x in (("mean IoU", guess), ("constant map", constant))}  # fmt: skip
+                for name, x in (("mean IoU", guess), ("constant map", constant))}
 
 
 def mean_iou(guess, truth, classes):
-    """Intersection over union, averaged over the classes that there are.   guess, truth (n,) class numbers"""
-    pairs = torch.bincount(truth * classes + guess, minlength=classes**2).reshape(classes, classes).double()
+    """Intersection over union, averaged over the classes that there are.   guess, truth (n,)"""
+    pairs = torch.bincount(truth * classes + guess, minlength=classes**2)
+    pairs = pairs.reshape(classes, classes).double()
     right, union = pairs.diag(), pairs.sum(0) + pairs.sum(1) - pairs.diag()
     return (right / union)[pairs.sum(1) > 0].mean().item()
 
 
 # ==================================================================================================
-#  THE PAPER, part 4: aligned files             (needs: numpy, torch, torchvision, pillow; data.py parts 1-4)
+#  THE PAPER, part 4: aligned files
+#  (needs: numpy, torch, torchvision, pillow; data.py parts 1-4)
 # ==================================================================================================
 
 
 def list_aligned(root, split, modalities):
-    """The files of the first modality of one split, see data.list_images; the others are found by their names."""
+    """The files of the first modality of one split, see data.list_images."""
     first = Path(root) / modalities[0]
     if not first.is_dir():
-        raise ValueError(f"{root} has no folder {modalities[0]}/: expected {', '.join(f'{m}/' for m in modalities)}")
+        raise ValueError(f"{root} needs the folders {', '.join(f'{m}/' for m in modalities)}")
     return data.list_images(first, split)
 
 
 class AlignedDataset(data.FileDataset):
-    """Items uint8 (1, H, W, planes): those of the modalities in order, RGB 3, depth 2 (high, low byte), classes 1.
+    """Items uint8 (1, H, W, planes): RGB 3, depth 2 (high, low byte), classes 1.
 
-    root    folder of rgb/, depth/, semseg/ with the same file names below, in any image format: depth 8 or 16 bits,
-            class maps 8 bits or palette. One crop and one flip for all; classes by nearest neighbour, for there is
-            nothing between class 3 and class 5
-    raises  ValueError for a missing or differently sized map, and for class numbers of `classes` or more, but `ignore`
+    root    folder of rgb/, depth/, semseg/ with the same file names below, in any image format:
+            depth 8 or 16 bits, class maps 8 bits or palette. One crop and one flip for all; classes
+            by nearest neighbour, for there is nothing between class 3 and class 5
+    raises  ValueError for a map that is missing or of another size, and for a class number of
+            `classes` or more that is not `ignore`
     """
 
-    def __init__(self, root, files, modalities, size, classes, ignore, seed, min_crop=0.2, flip=True, train=True):
+    def __init__(self, root, files, modalities, size, classes, ignore, seed, min_crop=0.2,
+                 flip=True, train=True):
         super().__init__(files, seed)
-        self.root, self.modalities, self.size, self.number, self.ignore = Path(root), modalities, size, classes, ignore
+        self.root, self.modalities, self.size = Path(root), modalities, size
+        self.number, self.ignore = classes, ignore
         self.min_crop, self.flip, self.train = min_crop, flip, train
 
     def find(self, i, m):
@@ -473,19 +477,19 @@ class AlignedDataset(data.FileDataset):
         suffixes = [path.suffix, *data.IMAGE, *(s.upper() for s in data.IMAGE)]
         found = next((p for s in suffixes if (p := path.with_suffix(s)).is_file()), None)
         if found is None:
-            raise ValueError(f"{self.paths[i]} has no counterpart in {self.root / m}: every map needs the same name")
+            raise ValueError(f"{self.paths[i]} has no counterpart in {self.root / m}")
         return found
 
     def read(self, i, generator):
         maps = {m: read_map(self.find(i, m), m) for m in self.modalities}
         if len({x.shape[-2:] for x in maps.values()}) > 1:
-            sizes = ", ".join(f"{m} {x.shape[-1]}x{x.shape[-2]}" for m, x in maps.items())
-            raise ValueError(f"{self.paths[i]}: modalities of different sizes (or one is turned by EXIF): {sizes}")
+            sizes = ", ".join(f"{m} {tuple(x.shape[-2:])}" for m, x in maps.items())
+            raise ValueError(f"{self.paths[i]}: sizes differ (is one turned by EXIF?): {sizes}")
         if "semseg" in maps:
-            found = set(maps["semseg"].unique().tolist()) - {self.ignore}
-            if max(found, default=0) >= self.number:
-                raise ValueError(f"{self.find(i, 'semseg')} has class {max(found)}, but --classes {self.number}: raise it, "
-                                 "or name a void class with --ignore")  # fmt: skip
+            found = max(set(maps["semseg"].unique().tolist()) - {self.ignore}, default=0)
+            if found >= self.number:
+                hint = f"raise --classes {self.number}, or name a void class with --ignore"
+                raise ValueError(f"{self.find(i, 'semseg')} has class {found}: {hint}")
         x = next(iter(maps.values()))
         if self.train:
             box = data.random_box(x.shape[-2:], self.size, self.min_crop, generator)
@@ -495,8 +499,8 @@ class AlignedDataset(data.FileDataset):
         planes = []
         for m, x in maps.items():
             how = {"rgb": InterpolationMode.BICUBIC, "depth": InterpolationMode.BILINEAR,
-                   "semseg": InterpolationMode.NEAREST}[m]  # fmt: skip
-            x = TF.resized_crop(x, *box, list(self.size), interpolation=how, antialias=m != "semseg")
+                   "semseg": InterpolationMode.NEAREST}[m]
+            x = TF.resized_crop(x, *box, list(self.size), how, antialias=m != "semseg")
             x = TF.horizontal_flip(x) if flip else x
             if m == "depth":
                 x = x.round().clamp(0, 65535).int()
@@ -506,7 +510,10 @@ class AlignedDataset(data.FileDataset):
 
 
 def read_map(path, m):
-    """-> (3, H, W) uint8 RGB, (1, H, W) float32 depth in 0 .. 65535, or (1, H, W) uint8 classes.   Raises BrokenFile"""
+    """-> uint8 RGB (3, H, W), float32 depth (1, H, W) in 0 .. 65535, or uint8 classes (1, H, W).
+
+    Raises BrokenFile, and ValueError for something that is no map
+    """
     if m == "rgb":
         return torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
     try:
@@ -517,7 +524,7 @@ def read_map(path, m):
     bits = 8 if m == "semseg" else 16
     if x.ndim != 2 or x.dtype.kind not in "iu" or not 0 <= x.min() <= x.max() < 2**bits:
         what = f"{x.ndim}-D {x.dtype} {x.min()} to {x.max()}"
-        raise ValueError(f"{path}: {what} is no {m} map: one channel of whole numbers is needed, up to {bits} bits")
+        raise ValueError(f"{path} is no {m} map, one channel of whole numbers < 2^{bits}: {what}")
     if m == "semseg":
         return torch.from_numpy(x.astype(np.uint8))[None]
     return torch.from_numpy(x.astype(np.float32) * (257 if x.dtype == np.uint8 else 1))[None]
@@ -533,7 +540,7 @@ class Config(RunConfig):
     SCRIPT, BASELINE = "multimae", "constant maps"
 
     # data
-    data: str = "toy"  # folder with rgb/, depth/, semseg/; "toy" is written first if it is not there
+    data: str = "toy"  # folder with rgb/, depth/, semseg/; the toy world is made
     modalities: str = "rgb,depth,semseg"  # what goes in and is painted, any of these
     classes: int = 6  # number of classes of the semantic maps; the toy world has 6
     ignore: int = -1  # class that has no part in the loss (void, often 255), -1: none
@@ -546,11 +553,11 @@ class Config(RunConfig):
     patch: int = 8  # side of a patch in pixels
     class_width: int = 16  # width of a class's learned vector; the public code has 64
     visible: float = 1 / 6  # share of all tokens, over all modalities, that stays visible
-    alpha: float = 1.0  # of the Dirichlet shares: 1 every split equally likely, small: one modality takes all
+    alpha: float = 1.0  # of the Dirichlet shares: 1 all splits equally likely, small: one has all
     # optimiser
     epochs: int = 30  # passes over the data
     batch: int = 32  # images per update, over all processes and accumulation steps
-    lr: float = 1.6e-2  # base rate, for a batch of 256; the public code's is 1e-4, for much longer runs
+    lr: float = 1.6e-2  # base rate, for a batch of 256; the public code's is 1e-4, for longer runs
     warmup: float = 2  # epochs of linear warm-up
     # run
     out: str = "runs/multimae"  # folder for checkpoint, log and pictures
@@ -558,11 +565,12 @@ class Config(RunConfig):
 
 PRESETS = {
     # The public recipe: ViT-B on ImageNet with pseudo-labels, 8 GPUs
-    "paper": dict(classes=133, img_size="224", patch=16, size="base", class_width=64, decoder="256x2x8", epochs=1600,
-                  batch=2048, lr=1e-4, warmup=40, workers=16, out="runs/multimae_paper"),
-    "gpu": dict(img_size="64", patch=8, size="tiny", decoder="192x2x3", epochs=400, batch=256, lr=1e-3, warmup=20,
-                workers=8, out="runs/multimae_gpu"),
-}  # fmt: skip
+    "paper": dict(classes=133, img_size="224", patch=16, size="base", class_width=64,
+                  decoder="256x2x8", epochs=1600, batch=2048, lr=1e-4, warmup=40, workers=16,
+                  out="runs/multimae_paper"),
+    "gpu": dict(img_size="64", patch=8, size="tiny", decoder="192x2x3", epochs=400, batch=256,
+                lr=1e-3, warmup=20, workers=8, out="runs/multimae_gpu"),
+}
 
 
 def parse_modalities(text):
@@ -574,24 +582,24 @@ def parse_modalities(text):
 
 
 def constant_maps(model, reference):
-    """What a predictor that looks at nothing would paint: {task: (1, N, P)} in the form of the predictions.
+    """What a predictor that looks at nothing would paint.   -> {task: (1, N, P)}
 
-    Learnt from `reference`, training samples: the mean colour, 0 for norm_rgb, at each pixel the median depth, and at
-    each pixel how often each class is there (as log-probabilities: the best that a constant can do in cross-entropy;
-    void has no share).
+    From `reference`, training samples: the mean colour, 0 for norm_rgb, at each pixel the median
+    depth, and at each pixel the logarithm of how often each class is there.
     """
     maps = {}
     for task in model.tasks:
         target = model.target(task, reference[task.removeprefix("norm_")])  # (B, N, P)
         if task == "semseg":
             classes = torch.arange(model.classes, device=target.device)
-            there = (target[..., None] == classes) & (classes != model.ignore)  # (B, N, p*p, classes)
+            there = (target[..., None] == classes) & (classes != model.ignore)  # (B, N, p*p, C)
             maps[task] = (there.float().mean(dim=0) + 1e-3).log().transpose(1, 2).flatten(1)[None]
         elif task == "depth":
             maps[task] = target.median(dim=0).values[None]
         else:
-            colour = target.unflatten(2, (model.channels[task], -1)).mean(dim=(0, 1, 3)) * (task == "rgb")
-            maps[task] = colour.repeat_interleave(model.patch**2).expand(1, *target.shape[1:])
+            target = target.unflatten(2, (model.channels[task], -1))  # (B, N, C, p*p)
+            colour = target.mean(dim=(0, 1, 3)) * (task == "rgb")
+            maps[task] = colour.repeat_interleave(model.patch**2).expand(1, target.shape[1], -1)
     return maps
 
 
@@ -601,17 +609,16 @@ def paint_from(model, source, x):
 
 
 def cross_modal(model, inputs, source, constant):
-    """How well all other modalities are painted from one alone.   -> {name: three numbers}
+    """How well depth and classes are painted from one map alone.   -> {name: three numbers}
 
-    For depth the mean absolute error (standardised), for classes the share of right ones among the pixels where the
-    constant map is wrong: in the toy world those of objects. (Most pixels are floor and wall, which a constant gets
-    right.) Each for the model, the constant map, and the model given another sample's input: that gap is what was
-    really read from it. The other one is half the set away: files come class by class, and a neighbour would show the
-    same kind of object.
+    For depth the mean absolute error (standardised), for classes the share of right ones among the
+    pixels where the constant map is wrong: in the toy world those of objects. Each for the model,
+    for the constant map, and for the model given another sample's map: that gap is what was really
+    read. The other one is half the set away: files come class by class, neighbours are alike.
     """
-    other = inputs[source].roll(len(inputs[source]) // 2, 0)
-    contestants = paint_from(model, source, inputs[source]), constant, paint_from(model, source, other)
-    numbers = {}
+    x, numbers = inputs[source], {}
+    other = x.roll(len(x) // 2, 0)
+    contestants = paint_from(model, source, x), constant, paint_from(model, source, other)
     if "depth" in inputs and source != "depth":
         target = model.target("depth", inputs["depth"])
         numbers["depth error"] = [(x["depth"] - target).abs().mean().item() for x in contestants]
@@ -624,41 +631,43 @@ def cross_modal(model, inputs, source, constant):
     return numbers
 
 
-PALETTE = torch.tensor([[90, 130, 90], [120, 140, 190], [220, 70, 60], [240, 180, 50], [150, 80, 190], [60, 190, 200]])
+PALETTE = torch.tensor([(90, 130, 90), (120, 140, 190), (220, 70, 60), (240, 180, 50),
+                        (150, 80, 190), (60, 190, 200)])
 
 
 def to_pictures(model, task, values):
     """Patches of a task in its own units -> pictures (B, 3, H, W) in [0, 1]."""
-    t, h, w = model.grid
+    _, h, w = model.grid
     if task == "semseg":  # numbers (B, N, p*p)
         ids = unpatchify(values, model.patch // STRIDE, h, w)[:, 0]
         x = PALETTE[ids.cpu() % len(PALETTE)].movedim(-1, 1) / 255
         return x.repeat_interleave(STRIDE, 2).repeat_interleave(STRIDE, 3)
-    C = model.channels[task]
-    x = unpatchify(values.unflatten(2, (C, -1)).transpose(2, 3).flatten(2).cpu(), model.patch, h, w)
+    values = values.unflatten(2, (model.channels[task], -1)).transpose(2, 3).flatten(2).cpu()
+    x = unpatchify(values, model.patch, h, w)
     if task == "depth":  # near is bright
         return (0.5 - x / 6).clamp(0, 1).expand(-1, 3, -1, -1)
     return to_unit_range(x, model.mean, model.std).clamp(0, 1)
 
 
 def draw(model, inputs, mask, preds, path):
-    """One PNG: a row per sample; per modality original, what is visible, painted; then each from one other alone."""
-    columns, titles, (t, h, w) = [], [], model.grid
+    """One PNG, a row per sample: of each map the original, what is visible, what is painted."""
+    columns, titles, pink = [], [], torch.tensor(HOLE)[:, None, None]
 
-    def numbered(m, pred):
-        return pred.unflatten(2, (model.classes, -1)).argmax(dim=2) if m == "semseg" else pred.float()
+    def picture(m, pred):
+        if m == "semseg":
+            pred = pred.unflatten(2, (model.classes, -1)).argmax(dim=2)
+        return to_pictures(model, m, pred)
 
     for m, hide in zip(model.modalities, mask.chunk(len(model.modalities), dim=1)):
         original = to_pictures(model, m, model.target(m, inputs[m]))
-        painted = to_pictures(model, m, numbered(m, preds[m]))
-        hole = hide.reshape(-1, 1, h, w).repeat_interleave(model.patch, 2).repeat_interleave(model.patch, 3)
-        pink = torch.tensor(HOLE)[:, None, None]
-        columns += [original, torch.where(hole, pink, original), torch.where(hole, painted, original)]
+        painted = picture(m, preds[m])
+        hole = hide.reshape(-1, *model.grid).repeat_interleave(model.patch, 2)
+        hole = hole.repeat_interleave(model.patch, 3)  # (B, 1, H, W)
+        columns += [original, *(torch.where(hole, x, original) for x in (pink, painted))]
         titles += [m, "visible", "painted"]
     pairs = [("rgb", "depth"), ("rgb", "semseg"), ("depth", "rgb"), ("semseg", "rgb")]
-    for source, goal in [pair for pair in pairs if set(pair) <= set(inputs)][:3]:  # as many as fit beside the others
-        pred = paint_from(model, source, inputs[source])[goal]
-        columns.append(to_pictures(model, goal, numbered(goal, pred)))
+    for source, goal in [pair for pair in pairs if set(pair) <= set(inputs)][:3]:
+        columns.append(picture(goal, paint_from(model, source, inputs[source])[goal]))
         titles.append(f"{source} > {goal}")
     some = torch.linspace(0, len(mask) - 1, min(6, len(mask))).long()  # over all classes
     cells = torch.stack([c[some] for c in columns], dim=1)  # (6, columns, 3, H, W)
@@ -672,9 +681,9 @@ def main(argv=None):
     device = start_processes(cfg)
     torch.manual_seed(cfg.seed)
     modalities, size = parse_modalities(cfg.modalities), height_width(cfg.img_size)
-    model = MultiMAE(size, cfg.patch, encoder_size(cfg.size), numbers(cfg.decoder, 3), modalities, cfg.classes,
-                     cfg.class_width, cfg.ignore).to(device)  # fmt: skip
-    load_pretrained(model, found)
+    model = MultiMAE(size, cfg.patch, encoder_size(cfg.size), numbers(cfg.decoder, 3), modalities,
+                     cfg.classes, cfg.class_width, cfg.ignore)
+    load_pretrained(model.to(device), found)
     sizes = [math.prod(model.grid)] * len(modalities)
     count = max(1, round(cfg.visible * sum(sizes)))
 
@@ -682,62 +691,59 @@ def main(argv=None):
         return dirichlet_mask(rows, sizes, count, generator, cfg.alpha)
 
     def open_files(files, train):
-        return AlignedDataset(cfg.data, files, modalities, size, cfg.classes, cfg.ignore, cfg.seed, cfg.min_crop,
-                              cfg.flip, train)  # fmt: skip
+        return AlignedDataset(cfg.data, files, modalities, size, cfg.classes, cfg.ignore, cfg.seed,
+                              cfg.min_crop, cfg.flip, train)
 
     fetch(cfg.data)
-    train_files, val_files = (list_aligned(cfg.data, split, modalities) for split in ("train", "val"))
+    train_files, val_files = (list_aligned(cfg.data, x, modalities) for x in ("train", "val"))
     report(data.describe(train_files, val_files))
     batch, mask, _ = held_out(open_files(val_files, False), draw_mask, cfg.seed, 64)
     reference, _, _ = held_out(open_files(train_files, False), draw_mask, cfg.seed, 128)
 
     def look(path):
-        """Loss of every task beside that of a constant map, and what one map alone tells of the others."""
+        """Losses beside those of a constant map, and what one map alone tells of the others."""
         inputs = model.normalize(batch.to(device))
         preds = model.forward_decoder(model.forward_encoder(inputs, mask), inputs, mask)
         constant = constant_maps(model, model.normalize(reference.to(device)))
         everywhere = {t: x.expand(len(batch), -1, -1) for t, x in constant.items()}
         losses, baseline = (model.task_losses(x, inputs, inputs, mask) for x in (preds, everywhere))
-        report("held-out " + ", ".join(f"{t} {x:.3f} (constant map {baseline[t]:.3f})" for t, x in losses.items()))
-        record = {f"{t}_loss": x.item() for t, x in losses.items()}
-        record |= {f"{t}_constant": x.item() for t, x in baseline.items()}
-        for name, (alone, fixed, other) in cross_modal(model, inputs, modalities[0], constant).items():
-            first = f"{modalities[0]} alone: {name} {alone:.3f}"
-            report(f"  {first} (constant map {fixed:.3f}, another's {modalities[0]} {other:.3f})")
+        record = {"val_loss": sum(losses.values()).item(),
+                  "baseline": sum(baseline.values()).item()}
+        for task, loss in losses.items():
+            report(f"held-out {task} {loss:.3f} (constant map {baseline[task]:.3f})")
+            record |= {f"{task}_loss": loss.item(), f"{task}_constant": baseline[task].item()}
+        first = modalities[0]
+        for name, (alone, fixed, other) in cross_modal(model, inputs, first, constant).items():
+            text = f"constant map {fixed:.3f}, from another's {first} {other:.3f}"
+            report(f"  from {first} alone: {name} {alone:.3f} ({text})")
             record |= {f"{name}_alone": alone, f"{name}_constant": fixed, f"{name}_other": other}
         draw(model, inputs, mask, preds, path.with_suffix(".png"))
-        return {"val_loss": sum(losses.values()).item(), "baseline": sum(baseline.values()).item(), **record}
+        return record
 
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
-    loss_of = pretraining_loss(model, draw_mask, cfg)
+    groups, loss_of = param_groups(model, cfg.weight_decay), pretraining_loss(model, draw_mask, cfg)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     train(model, open_files(train_files, True), loss_of, optimizer, look, cfg).finish()
 
 
 def public_multimae(state):
-    """EPFL-VILAB/MultiMAE -> settings, our names, guesses; None: another layout.
-
-    The MultiViT layout, or timm's (RGB only, token and table in front) if the file says that it is one of a MAE."""
+    """EPFL-VILAB/MultiMAE, its MultiViT layout -> settings, our names, guesses."""
     kernel = state.get("input_adapters.rgb.proj.weight", torch.empty(0))
     if kernel.ndim != 4:
         return None
-    D, _, p, _ = kernel.shape
-    depth, renamed = blocks_in(state, "encoder."), {}
-    for key, value in state.items():
-        key = "blocks." + key.removeprefix("encoder.") if key.startswith("encoder.") else key
-        key = key.replace("output_adapters.cls.norm.", "fc_norm.").replace("output_adapters.cls.head.", "head.")
-        if not key.endswith("pos_emb"):  # fixed tables are computed here
-            renamed[key] = value
-    given = [m for m in MODALITIES if f"input_adapters.{m}.proj.weight" in state]
-    said = {"patch": p, "size": f"{D}x{depth}x{guess_heads(D, depth)}", "modalities": ",".join(given),
-            "img_size": str(14 * p)}  # fmt: skip
+    names = {r"^encoder\.": "blocks.", r"^output_adapters\.cls\.norm\.": "fc_norm.",
+             r"^output_adapters\.cls\.head\.": "head."}
+    renamed = {k: v for k, v in rename(state, names).items() if not k.endswith("pos_emb")}
+    said, guesses = sizes_in(renamed | {"patch_embed.proj.weight": kernel})
+    p, given = said["patch"], [m for m in MODALITIES if f"input_adapters.{m}.proj.weight" in state]
+    said |= {"modalities": ",".join(given), "img_size": str(14 * p)}
     if (table := state.get("input_adapters.rgb.pos_emb")) is not None:  # (1, D, h, w)
         said["img_size"] = f"{table.shape[2] * p}x{table.shape[3] * p}"
     if (embedding := state.get("input_adapters.semseg.class_emb.weight")) is not None:
         said |= {"classes": embedding.shape[0], "class_width": embedding.shape[1]}
-    guesses = ["size"]
     if "output_adapters.rgb.proj_context.weight" in state:
         E = len(state["output_adapters.rgb.proj_context.weight"])
-        said["decoder"] = f"{E}x{blocks_in(state, 'output_adapters.rgb.decoder_transformer.')}x8"
+        blocks = blocks_in(state, "output_adapters.rgb.decoder_transformer.")
+        said["decoder"] = f"{E}x{blocks}x8"
         guesses.append("decoder")
     return said, renamed, guesses
 

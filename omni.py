@@ -3,27 +3,27 @@
 Trains one network on a folder of images and a folder of videos, in turn or both in every update.
 --picture shows what a trained one makes of one image or clip.
 
-Paper   OmniMAE: Single Model Masked Pretraining on Images and Videos. Girdhar, El-Nouby, Singh, Alwala,
-        Joulin, Misra, 2022, arXiv 2206.08356
-Covers  abstract, "90 % of image and 95 % of video patches"    random_mask, --mask-ratio-image, --mask-ratio
-        public code, images as clips one cube long             OmniMAE.as_clip, positions
-        public code, the decoder                               OmniMAE.forward_decoder
-        public code, the target                                OmniMAE.patches, standardise
-        public code, every update images or clips              JointDataset, joint_plan
-        public code, sample replication                        --repeat, mae_video.ClipDataset
-        ours: images and clips in every update                 --joint mixed
-Not     fine-tuning (finetune.py takes the checkpoint for images and for videos); block masks after BEiT.
-        Of the paper only the abstract, the start of the introduction and the caption of Fig. 1 were
-        read: what goes beyond them follows the public code, and is named so.
+Paper   OmniMAE: Single Model Masked Pretraining on Images and Videos. Girdhar, El-Nouby, Singh,
+        Alwala, Joulin, Misra, 2022, arXiv 2206.08356
+Covers  abstract, "90 % of image and 95 % of video patches"   --mask-ratio-image, --mask-ratio
+        public code, images as clips one cube long            OmniMAE.as_clip, positions
+        public code, the decoder                              OmniMAE.forward_decoder
+        public code, the target                               OmniMAE.patches, standardise
+        public code, every update images or clips             JointDataset, joint_plan
+        public code, sample replication                       --repeat, mae_video.ClipDataset
+        ours: images and clips in every update                --joint mixed
+Not     fine-tuning (finetune.py takes the checkpoint for images and for videos); block masks.
+        Of the paper only the abstract, the start of the introduction and the caption of Fig. 1
+        were read: what goes beyond them follows the public code, and is named so.
 
 What changes against mae_video.py:
-                     VideoMAE                              OmniMAE
-    input            clips                                 images (B, 3, H, W) or clips (B, 3, T, H, W)
-    positions        one sine over the token number        the same; an image has those of the first slot
-    mask token       decoder width                         encoder width, put in before the projection
-    decoder's sine   decoder width, after the projection   encoder width, before it, on every token
-    decoder order    visible, then hidden                  raster
-    target's scale   sqrt(variance) + epsilon              sqrt(variance + epsilon)
+                     VideoMAE                             OmniMAE
+    input            clips                                (B, C, H, W) or (B, C, T, H, W)
+    positions        one sine over the token number       the same; an image: of the first slot
+    mask token       decoder width                        encoder width, before the projection
+    decoder's sine   decoder width, after the projection  encoder width, before it, on every token
+    decoder order    visible, then hidden                 raster
+    target's scale   sqrt(variance) + epsilon             sqrt(variance + epsilon)
 Nothing tells the network whether it sees an image or a clip, and every weight serves both.
 
 Run     python omni.py                                   (6 min on 2 CPU cores, with the toy world)
@@ -36,6 +36,7 @@ Next    multimae.py: several modalities of one image instead of two kinds of inp
 
 import dataclasses
 import math
+import re
 import typing
 from pathlib import Path
 
@@ -44,42 +45,18 @@ import torch
 from torch import nn
 
 import data
-from mae_image import (
-    ENCODERS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    LEAK_NOTE,
-    MAE,
-    Block,
-    PatchEmbed,
-    RunConfig,
-    blocks_in,
-    encoder_size,
-    explained_objects,
-    fetch,
-    guess_heads,
-    height_width,
-    held_out,
-    init_weights,
-    load_pretrained,
-    of_channels,
-    param_groups,
-    pretraining_loss,
-    rank_and_world,
-    read_config,
-    reconstruct,
-    save_picture,
-    show_one,
-    start_processes,
-    to_unit_range,
-    train,
-)
-from mae_video import ClipDataset, grid_of, patchify_clips, sinusoid, standardise_channels, unpatchify_clips
+from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, encoder_size,
+                       explained_objects, fetch, height_width, held_out, init_weights,
+                       load_pretrained, mean_and_std, param_groups, pretraining_loss,
+                       rank_and_world, read_config, reconstruct, rename, save_picture, show_one,
+                       sizes_in, some_frames, start_processes, to_unit_range, train)
+from mae_video import (ClipDataset, grid_of, patchify_clips, sinusoid, standardise_channels,
+                       unpatchify_clips)
 from masking import MASKS, hidden, numbers, picture_table, report, restore, run_script, visible
 
 # ==================================================================================================
 #  THE PAPER, part 1: the model
-#  (needs: torch; mae_image.py ENCODERS, IMAGENET_*, parts 1-3; mae_video.py part 1; masking.py part 3)
+#  (needs: torch; mae_image.py parts 1-3; mae_video.py part 1; masking.py part 3)
 # ==================================================================================================
 
 
@@ -91,21 +68,23 @@ class OmniMAE(nn.Module):
     loss  float32 scalar;   pred (B, M, u*p*p*C)
 
     size      name in ENCODERS, or (width, blocks, heads)
-    decoder   (width, blocks, heads); published: base (384, 4, 16), large (512, 4, 16), huge (512, 8, 16)
-    decoder_bias  True: q, k and v of the decoder have a bias, as in the training recipe. False: it stays
-              zero, as in the public code that reads the released files (whatever its flag says)
-    channels, mean, std: as in MAE.   Raises ValueError if a side cannot be cut evenly, or a width into heads
+    decoder   (width, blocks, heads); published: base (384, 4, 16), large (512, 4, 16), huge
+              (512, 8, 16)
+    decoder_bias  True: q, k and v of the decoder have a bias, as in the training recipe. False: it
+              stays zero, as in the public code that reads the released files (whatever its flag)
+    channels, mean, std, errors: as in MAE
     """
 
     NO_DECAY = ()
     WARMUP_INCLUSIVE = False
 
-    def __init__(self, frames=16, img_size=224, tubelet=2, patch=16, size="base", decoder=(384, 4, 16), norm_pix=True,
-                 decoder_bias=True, channels=3, mean=None, std=None):  # fmt: skip
+    def __init__(self, frames=16, img_size=224, tubelet=2, patch=16, size="base",
+                 decoder=(384, 4, 16), norm_pix=True, decoder_bias=True, channels=3, mean=None,
+                 std=None):
         super().__init__()
         self.grid = grid_of(frames, img_size, tubelet, patch)
         self.tubelet, self.patch, self.norm_pix = tubelet, patch, norm_pix
-        self.mean, self.std = of_channels(mean, IMAGENET_MEAN, channels), of_channels(std, IMAGENET_STD, channels)
+        self.mean, self.std = mean_and_std(channels, mean, std)
         D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
         E, decoder_depth, decoder_heads = decoder
 
@@ -130,7 +109,7 @@ class OmniMAE(nn.Module):
                 block.attn.qkv.bias.requires_grad_(False)
 
     def as_clip(self, x):
-        """An image is repeated until it is one cube long.   (B, C, H, W) -> (B, C, u, H, W); clips stay"""
+        """An image is repeated to the length of a cube: (B, C, H, W) -> (B, C, u, H, W)."""
         return x[:, :, None].expand(-1, -1, self.tubelet, -1, -1) if x.ndim == 4 else x
 
     def positions(self, N):
@@ -153,7 +132,7 @@ class OmniMAE(nn.Module):
         return self.norm(x)
 
     def decoder_input(self, latent, mask):
-        """Mask tokens and positions join at encoder width, so visible tokens get positions twice.   -> (B, N, D)"""
+        """Mask tokens and positions, at encoder width: visible tokens get positions twice."""
         return restore(latent, mask, self.mask_token) + self.positions(mask.shape[1])
 
     def forward_decoder(self, latent, mask):
@@ -166,9 +145,10 @@ class OmniMAE(nn.Module):
     def cubes(self, x):
         """The network's input, cut; an image is one time slot.   -> (B, N, u*p*p*C)"""
         x, (t, h, w) = self.as_clip(x), self.grid
-        if x.shape[3:] != (h * self.patch, w * self.patch) or x.shape[2] not in (self.tubelet, t * self.tubelet):
-            built = f"images and clips of {t * self.tubelet} x {h * self.patch} x {w * self.patch}"
-            raise ValueError(f"an input of {tuple(x.shape[2:])}, but the model was built for {built}")
+        frames, size = t * self.tubelet, (h * self.patch, w * self.patch)
+        if x.shape[3:] != size or x.shape[2] not in (self.tubelet, frames):
+            takes = f"{frames} frames or one image of {size}"
+            raise ValueError(f"an input of {tuple(x.shape[2:])}, but the model takes {takes}")
         return patchify_clips(x, self.tubelet, self.patch)
 
     def patches(self, x):
@@ -177,14 +157,15 @@ class OmniMAE(nn.Module):
         return patchify_clips(pixels, self.tubelet, self.patch)
 
     def standardise(self, patches):
-        """Each cube by its own mean and deviation, each channel by itself; epsilon inside the root."""
+        """Each channel of a cube by itself; epsilon inside the root."""
         return standardise_channels(patches, len(self.mean), lambda var: (var + 1e-6).sqrt())
 
     # as in MAE: mean squared error on hidden cubes only; no weight for either kind of input
-    normalize, target, forward_loss, encode = MAE.normalize, MAE.target, MAE.forward_loss, MAE.encode
+    normalize, target = MAE.normalize, MAE.target
+    forward_loss, encode = MAE.forward_loss, MAE.encode
 
     def to_pictures(self, patches):
-        """Cubes (B, N, P) -> frames (B, T, C, H, W) in [0, 1]; of an image one of the two copies."""
+        """Cubes (B, N, P) -> frames (B, T, C, H, W) in [0, 1]; of an image one of its copies."""
         t, h, w = self.grid
         slots = patches.shape[1] // (h * w)
         frames = unpatchify_clips(patches, self.patch, slots, h, w, len(self.mean)).transpose(1, 2)
@@ -192,7 +173,7 @@ class OmniMAE(nn.Module):
 
 
 # ==================================================================================================
-#  THE PAPER, part 2: joint training                              (needs: numpy, torch; data.py part 4)
+#  THE PAPER, part 2: joint training                           (needs: numpy, torch; data.py part 4)
 # ==================================================================================================
 
 
@@ -216,11 +197,11 @@ class JointDataset(torch.utils.data.Dataset):
 
 
 def joint_plan(epoch, images, videos, batch, repeat, shares, seed):
-    """The updates of an epoch: each of images only or of videos only, in a random order (public code).
+    """The updates of an epoch, each of images only or of videos only (public code).
 
     images, videos  how many there are; videos are numbered behind the images
-    shares          which share of the image and of the video updates an epoch has; the public recipe's are 1 and
-                    1/4, because each decoded video is replicated 4 times. What an epoch mixes is updates, not
+    shares          of the image and of the video updates that an epoch has. The public recipe's are
+                    1 and 1/4, since each decoded video is replicated 4 times. It mixes updates, not
                     samples: with the public recipe one update in nine is of videos
     """
     of_images = data.shuffled(seed, epoch, images, batch)
@@ -234,17 +215,18 @@ def joint_plan(epoch, images, videos, batch, repeat, shares, seed):
 
 
 def mixed_plan(epoch, images, videos, batch, repeat, pieces, seed):
-    """The updates of an epoch, each of as many images as clips: a list of pieces, the images' first.
+    """The updates of an epoch, each of as many images as clips: a list of pieces, images first.
 
-    Each piece is of one kind, and the gradients of all are added up: the same loss and the same gradients as if
-    both went through the network together.   pieces: an even number
+    Each piece is of one kind, and the gradients of all are added up: the same loss and the same
+    gradients as if both went through the network together.   pieces: an even number
     """
-    half = pieces // 2
     of_images = data.shuffled(seed, epoch, images, batch // pieces)
     of_videos = data.shuffled(seed + 1, epoch, videos, batch // pieces // repeat)
     of_videos = [[images + i for i in piece] for piece in of_videos]
-    count = min(len(of_images), len(of_videos)) // half
-    return [of_images[k * half : (k + 1) * half] + of_videos[k * half : (k + 1) * half] for k in range(count)]
+    size, updates = pieces // 2, []
+    for k in range(0, min(len(of_images), len(of_videos)) - size + 1, size):
+        updates.append(of_images[k : k + size] + of_videos[k : k + size])
+    return updates
 
 
 # ==================================================================================================
@@ -257,51 +239,52 @@ class Config(RunConfig):
     SCRIPT, BASELINE = "omni", "mean prediction"
 
     # data
-    data: str = "toy"  # videos: UCF101, HMDB51, folder or list file; "toy" is written first if it is not there
+    data: str = "toy"  # videos: UCF101, HMDB51, folder or list file; the toy world is made
     images: str = "toy"  # images: folder, list file or cifar10
     fold: int = 1  # of the official lists: 1, 2 or 3
     frames: int = 8  # frames per clip; the public code has 16
     stride: int = 2  # frames from one to the next
-    sampling: typing.Literal["segments", "dense", "linspace"] = "segments"  # whole video, window, MAE-ST's window
-    img_size: str = "48"  # side of images and frames that the model sees in pixels, or HEIGHTxWIDTH
-    min_crop: float = 0.5  # smallest share of a frame that a random crop takes; the public code: 0.08
+    sampling: typing.Literal["segments", "dense", "linspace"] = "segments"  # whole video or window
+    img_size: str = "48"  # side of images and frames that the model sees, or HEIGHTxWIDTH
+    min_crop: float = 0.5  # smallest share of a frame that a random crop takes; published: 0.08
     min_crop_image: float = 0.2  # smallest share of an image that a random crop takes
     flip: bool = False  # mirror half of the clips; the public code does not
     flip_image: bool = True  # mirror half of the images
     repeat: int = 1  # clips of every decoded video: sample replication; the public code has 4
     allow_missing: bool = False  # a list may name files that are not there: use the others
-    picture: str = ""  # no training: hide parts of this image or clip and paint them, with the model in --init
-    joint: typing.Literal["interleaved", "mixed"] = "interleaved"  # images or clips in an update, as published; or both
+    picture: str = ""  # no training: paint the hidden parts of this image or clip, with --init
+    joint: typing.Literal["interleaved", "mixed"] = "interleaved"  # an update has one kind, or both
     image_share: float = 1.0  # interleaved: share of the image updates that an epoch has, 0: none
-    video_share: float = 1.0  # interleaved: share of the video updates; the public recipe with --repeat 4: 0.25
+    video_share: float = 1.0  # the same for videos; the public recipe with --repeat 4: 0.25
     # model
     size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
     decoder: str = "64x1x2"  # WIDTHxBLOCKSxHEADS; the public code's base has 384x4x16
     patch: int = 8  # side of a cube in pixels
     tubelet: int = 2  # frames in a cube
-    mask: typing.Literal["random", "tube", "frame", "causal"] = "random"  # of videos; images are always random
-    mask_ratio: float = 0.75  # share of a clip's cubes that are hidden; the paper 0.95, the released recipe 0.9
-    mask_ratio_image: float = 0.75  # share of an image's patches; the paper 0.9, the released recipe 0.75
-    norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as the public code does
+    mask: typing.Literal["random", "tube", "frame", "causal"] = "random"  # of videos
+    mask_ratio: float = 0.75  # share of a clip's cubes that are hidden; paper 0.95, public code 0.9
+    mask_ratio_image: float = 0.75  # share of an image's patches; paper 0.9, public recipe 0.75
+    norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as published
     # optimiser
     epochs: int = 30  # passes over images and videos, by their shares
-    batch: int = 16  # images or clips per update, over all processes, accumulation steps and repeats
-    lr: float = 5e-2  # base rate, for a batch of 256; the public code's is 2e-4, for much longer runs
+    batch: int = 16  # images or clips per update, over all processes, pieces and repeats
+    lr: float = 5e-2  # base rate, for a batch of 256; the public code's is 2e-4, for longer runs
     warmup: float = 2  # epochs of linear warm-up
     # run
     out: str = "runs/omni"  # folder for checkpoint, log and pictures
 
 
 PRESETS = {
-    # The public recipe for ViT-B (64 GPUs); ratios of the abstract, where the recipe has 0.75 and 0.9. Its clips are
-    # 2.7 s long, whatever the frame rate; stride 4 is 2.1 s at 30 frames a second
-    "paper": dict(frames=16, stride=4, sampling="dense", img_size="224", patch=16, size="base", decoder="384x4x16",
-                  mask_ratio=0.95, mask_ratio_image=0.9, norm_pix=True, min_crop=0.08, repeat=4, video_share=0.25,
-                  batch=2048, lr=2e-4, epochs=800, warmup=40, workers=16, out="runs/omni_paper"),
-    "gpu": dict(frames=16, stride=4, sampling="dense", img_size="112", patch=8, size="small", decoder="192x4x3",
-                mask_ratio=0.9, mask_ratio_image=0.75, norm_pix=True, repeat=4, batch=128, lr=3e-4, epochs=200,
-                warmup=10, workers=8, out="runs/omni_gpu"),
-}  # fmt: skip
+    # The public recipe for ViT-B (64 GPUs); ratios of the abstract, where it has 0.75 and 0.9. Its
+    # clips last 2.7 s, whatever the frame rate; stride 4 is 2.1 s at 30 frames a second
+    "paper": dict(frames=16, stride=4, sampling="dense", img_size="224", patch=16, size="base",
+                  decoder="384x4x16", mask_ratio=0.95, mask_ratio_image=0.9, norm_pix=True,
+                  min_crop=0.08, repeat=4, video_share=0.25, batch=2048, lr=2e-4, epochs=800,
+                  warmup=40, workers=16, out="runs/omni_paper"),
+    "gpu": dict(frames=16, stride=4, sampling="dense", img_size="112", patch=8, size="small",
+                decoder="192x4x3", mask_ratio=0.9, norm_pix=True, repeat=4, batch=128, lr=3e-4,
+                epochs=200, warmup=10, workers=8, out="runs/omni_gpu"),
+}
 
 
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
@@ -310,13 +293,13 @@ def main(argv=None):
     device = start_processes(cfg)
     torch.manual_seed(cfg.seed)
     size = height_width(cfg.img_size)
-    model = OmniMAE(cfg.frames, size, cfg.tubelet, cfg.patch, encoder_size(cfg.size), numbers(cfg.decoder, 3),
-                    cfg.norm_pix).to(device)  # fmt: skip
-    load_pretrained(model, found)
+    model = OmniMAE(cfg.frames, size, cfg.tubelet, cfg.patch, encoder_size(cfg.size),
+                    numbers(cfg.decoder, 3), cfg.norm_pix)
+    load_pretrained(model.to(device), found)
     t, h, w = model.grid
 
     def draw_mask(batch, rows, generator):
-        if batch.ndim == 4:  # OmniMAE's code counts the hidden tokens ("hide"), where MAE's counts the visible ones
+        if batch.ndim == 4:  # "hide": this code counts the hidden tokens, MAE's the visible ones
             return MASKS["random"](rows, (1, h, w), cfg.mask_ratio_image, generator, "hide")
         rule = ("hide",) if cfg.mask == "random" else ()
         return MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator, *rule)
@@ -325,26 +308,23 @@ def main(argv=None):
         return data.ImageDataset(files, size, cfg.seed, cfg.min_crop_image, cfg.flip_image, train)
 
     def open_videos(files, train):
-        return ClipDataset(files, cfg.frames, cfg.stride, size, cfg.seed, cfg.sampling, "random", cfg.min_crop,
-                           cfg.flip, cfg.repeat, train)  # fmt: skip
+        return ClipDataset(files, cfg.frames, cfg.stride, size, cfg.seed, cfg.sampling, "random",
+                           cfg.min_crop, cfg.flip, cfg.repeat, train)
 
     if cfg.picture:
-        one = data.Files(np.array([cfg.picture]), np.array([-1]), [], "")
+        one = data.Files(np.array([cfg.picture]), np.array([-1]), [])
         kind = open_videos if Path(cfg.picture).suffix.lower() in data.VIDEO else open_images
         return show_one(model, kind(one, False).read(0, None)[0], draw_mask, cfg)
     fetch(cfg.data, cfg.images)
-    samples, dataset = {}, []
-    for name, folder, listing, kind, count in (
-        ("images", cfg.images, data.list_images, open_images, 64),
-        ("videos", cfg.data, data.list_videos, open_videos, 16),
-    ):
-        fold = (cfg.fold,) if name == "videos" else ()
-        train_files, val_files = (listing(folder, s, *fold, cfg.allow_missing) for s in ("train", "val"))
-        report(f"{name}, {data.describe(train_files, val_files)}")
-        dataset.append(kind(train_files, True))
-        val = kind(val_files, False)
-        samples[name] = val, *held_out(val, draw_mask, cfg.seed, count)
-    dataset = JointDataset(*dataset)
+    images = [data.list_images(cfg.images, split, cfg.allow_missing) for split in ("train", "val")]
+    videos = [data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
+              for split in ("train", "val")]
+    report(f"images, {data.describe(*images)}")
+    report(f"videos, {data.describe(*videos)}")
+    dataset = JointDataset(open_images(images[0], True), open_videos(videos[0], True))
+    val_images, val_videos = open_images(images[1], False), open_videos(videos[1], False)
+    samples = {"images": held_out(val_images, draw_mask, cfg.seed, 64),
+               "videos": held_out(val_videos, draw_mask, cfg.seed, 16)}
     counts, shares = (len(dataset.images), len(dataset.videos)), (cfg.image_share, cfg.video_share)
     if cfg.joint == "mixed":
         world = rank_and_world()[1]
@@ -362,59 +342,52 @@ def main(argv=None):
 
     def look(path):
         """Losses of both, and one picture: images above, clips below."""
-        scores, tables, objects = {}, [], {}
-        for name, (val, batch, mask, paths) in samples.items():
-            loss, baseline, pictures, hole = reconstruct(model, model.normalize(batch.to(device)), mask)
+        scores, tables = {}, []
+        for name, (batch, mask, paths) in samples.items():
+            x = model.normalize(batch.to(device))
+            loss, baseline, pictures, hole = reconstruct(model, x, mask)
+            report(f"held-out {name} {loss:.4f} ({cfg.BASELINE} {baseline:.4f})")
             scores |= {f"{name}_loss": loss, f"{name}_baseline": baseline}
-            choose = (lambda n, val=val: val.choose(n)[0]) if name == "videos" else None
-            objects |= {f"{k} in {name}": v for k, v in explained_objects(pictures, hole, paths, choose).items()}
+            choose = (lambda n: val_videos.choose(n)[0]) if name == "videos" else None
+            objects = explained_objects(pictures, hole, paths, choose)
+            scores |= {f"object in {name}": share for share in objects.values()}
             some = torch.linspace(0, len(batch) - 1, min(3, len(batch))).long()
-            cells = torch.stack([p[some] for p in pictures.values()], dim=1)  # (3, kinds, frames, 3, H, W)
-            frames = torch.linspace(0, cells.shape[2] - 1, min(3, cells.shape[2])).long()
-            tables.append(cells[:, :, frames].transpose(1, 2).flatten(0, 1))  # a row per frame
+            cells = torch.stack([p[some] for p in pictures.values()], dim=1)
+            cells = cells[:, :, some_frames(cells.shape[2], 3)]  # (3, kinds, 1 or 3, 3, H, W)
+            tables.append(cells.transpose(1, 2).flatten(0, 1))  # a row per frame
         titles = [f"image {k}" for k in range(len(tables[0]))]
         titles += [f"clip {k // 3}" if k % 3 == 0 else "" for k in range(len(tables[1]))]
         table = picture_table(torch.cat(tables), list(pictures), titles, LEAK_NOTE * cfg.norm_pix)
         save_picture(table, path.with_suffix(".png"))
-        both = [weight * scores[f"images_{x}"] + (1 - weight) * scores[f"videos_{x}"] for x in ("loss", "baseline")]
-        for name in samples:
-            report(f"held-out {name} {scores[f'{name}_loss']:.4f} (mean prediction {scores[f'{name}_baseline']:.4f})")
-        return {"val_loss": both[0], "baseline": both[1], **scores, **objects}
+        both = {key: weight * scores[f"images_{x}"] + (1 - weight) * scores[f"videos_{x}"]
+                for key, x in (("val_loss", "loss"), ("baseline", "baseline"))}
+        return both | scores
 
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
-    train(model, dataset, pretraining_loss(model, draw_mask, cfg), optimizer, look, cfg, plan).finish()
+    groups, loss_of = param_groups(model, cfg.weight_decay), pretraining_loss(model, draw_mask, cfg)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    train(model, dataset, loss_of, optimizer, look, cfg, plan).finish()
 
 
 def public_omni(state):
-    """facebookresearch/omnivore, files of the hub and of the trainer -> settings, our names, guesses; None: another.
+    """facebookresearch/omnivore, of the hub and of the trainer -> settings, our names, guesses.
 
-    Their tables are computed here; where the decoder has no q, k, v bias, ours is zero."""
-    kernel = state.get("trunk.patch_embed.proj.1.weight")
-    if kernel is None:
+    Tables of positions are left out; where the decoder has no q, k, v bias, ours is zero.
+    """
+    if "trunk.patch_embed.proj.1.weight" not in state:
         return None
-    D, _, u, p, _ = kernel.shape
-    renamed = {}
-    for key, value in state.items():
-        key = key.removeprefix("trunk.").replace("patch_embed.proj.1.", "patch_embed.proj.")
-        key = key.replace("decoder.decoder_", "decoder_").replace("decoder.norm.", "decoder_norm.")
-        key = key.replace("heads.0.projector.", "head.")
-        if not key.endswith("pos_embed"):
-            renamed[key] = value
-    depth = blocks_in(renamed, "blocks.")
+    names = {r"^trunk\.": "", r"proj\.1\.": "proj.", r"^decoder\.decoder_": "decoder_",
+             r"^decoder\.norm\.": "decoder_norm.", r"^heads\.0\.projector\.": "head."}
+    renamed = {k: v for k, v in rename(state, names).items() if not k.endswith("pos_embed")}
+    said, guesses = sizes_in(renamed)
     N = state["trunk.pos_embed"].shape[1] if "trunk.pos_embed" in state else 8 * 14 * 14
-    side = math.isqrt(N // (16 // u))  # huge: patches of 14 pixels, 16 x 16 of them
-    said = {"tubelet": u, "patch": p, "size": f"{D}x{depth}x{guess_heads(D, depth)}", "frames": 16, "stride": 4,
-            "sampling": "dense", "img_size": str(side * p)}  # fmt: skip
-    guesses = ["size", "frames"]
-    if "decoder_embed.weight" in renamed:
-        E, blocks = len(renamed["decoder_embed.weight"]), blocks_in(renamed, "decoder_blocks.")
-        said |= {"decoder": f"{E}x{blocks}x16", "norm_pix": True}
-        guesses += ["decoder"]
-        for k in ("weight", "bias"):
-            renamed[f"decoder_pred.{k}"] = renamed.pop(f"head.{k}")  # the pixel head
-    for key in [k for k in renamed if k.startswith("decoder_blocks.") and k.endswith("attn.qkv.weight")]:
+    side = math.isqrt(N // (16 // said["tubelet"]))  # huge: patches of 14 pixels, 16 x 16 of them
+    said |= {"frames": 16, "stride": 4, "sampling": "dense", "img_size": str(side * said["patch"])}
+    if "decoder" in said:
+        for kind in ("weight", "bias"):
+            renamed[f"decoder_pred.{kind}"] = renamed.pop(f"head.{kind}")  # the pixel head
+    for key in [k for k in renamed if re.fullmatch(r"decoder_blocks.*qkv\.weight", k)]:
         renamed.setdefault(key.replace("weight", "bias"), torch.zeros(len(renamed[key])))
-    return said, renamed, guesses
+    return said, renamed, guesses + ["frames"]
 
 
 if __name__ == "__main__":
