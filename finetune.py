@@ -221,8 +221,9 @@ def layer_groups(model, weight_decay, layer_decay):
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        block = re.match(r"encoder\.blocks\.(\d+)\.", name)
-        layer = int(block[1]) + 1 if block else 0 if name.startswith("encoder.") else last
+        layer = 0 if name.startswith("encoder.") else last
+        if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
+            layer = int(block[1]) + 1
         plain = parameter.ndim < 2 or "_token" in name or "pos_embed" in name
         if (layer, plain) not in groups:
             rate, decay = layer_decay ** (last - layer), 0.0 if plain else weight_decay

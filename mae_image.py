@@ -42,8 +42,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import data
-from masking import (HOLE, MASKS, hidden, is_first, numbers, picture_table, report, restore,
-                     run_script, settings, visible)
+from masking import (HOLE, MASKS, as_pixels, hidden, is_first, numbers, picture_table, report,
+                     restore, run_script, settings, visible)
 
 # Published encoders: width D, blocks, heads. tiny is DeiT's (arXiv 2012.12877), small that of
 # VideoMAE's code, the others MAE's (huge: patches of 14 in MAE, of 16 in VideoMAE); nano is ours.
@@ -446,7 +446,8 @@ def reconstruct(model, imgs, mask):
         return model.to_pictures(restore(painted, ~mask, patches))
 
     original, star = model.to_pictures(patches), "*" * model.norm_pix
-    hole = (fill(pred * 0) != fill(pred * 0 + 1)).any(dim=2, keepdim=True)
+    _, frames, _, H, W = original.shape
+    hole = as_pixels(mask, frames, H, W, *model.grid[1:]).to(original.device)
     pink = original.new_tensor(HOLE)[:, None, None]
     pictures = {"original": original, "masked": torch.where(hole, pink, original)}
     if model.norm_pix:

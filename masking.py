@@ -292,6 +292,13 @@ def picture_table(cells, columns=(), rows=(), note="", side=96):
     return table
 
 
+def as_pixels(mask, frames, H, W, h, w):
+    """Where a clip or image is hidden.   mask (B, slots*h*w) -> (B, frames, 1, H, W) bool"""
+    x = mask.reshape(len(mask), -1, h, w)  # (B, slots, h, w)
+    x = x.repeat_interleave(frames // x.shape[1], 1)  # (B, frames, h, w)
+    return x.repeat_interleave(H // h, 2).repeat_interleave(W // w, 3)[:, :, None]
+
+
 def as_text(mask, grid):
     """A mask (N,) as lines of text, time slots side by side: '#' hidden, '.' visible."""
     lines = []

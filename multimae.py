@@ -54,8 +54,8 @@ from mae_image import (ENCODERS, MLP, Attention, Block, PatchEmbed, RunConfig, b
                        read_config, rename, save_picture, sincos_2d, sizes_in, start_processes,
                        to_unit_range, train, unpatchify)
 from mae_video import resize_table
-from masking import (HOLE, dirichlet_mask, numbers, picture_table, report, restore, run_script,
-                     visible)
+from masking import (HOLE, as_pixels, dirichlet_mask, numbers, picture_table, report, restore,
+                     run_script, visible)
 
 MODALITIES = ("rgb", "depth", "semseg")  # their order is that of the tokens
 PLANES = {"rgb": 3, "depth": 2, "semseg": 1}  # bytes of a pixel in a batch; depth: high and low
@@ -661,8 +661,7 @@ def draw(model, inputs, mask, preds, path):
     for m, hide in zip(model.modalities, mask.chunk(len(model.modalities), dim=1)):
         original = to_pictures(model, m, model.target(m, inputs[m]))
         painted = picture(m, preds[m])
-        hole = hide.reshape(-1, *model.grid).repeat_interleave(model.patch, 2)
-        hole = hole.repeat_interleave(model.patch, 3)  # (B, 1, H, W)
+        hole = as_pixels(hide, 1, *original.shape[2:], *model.grid[1:])[:, 0]  # (B, 1, H, W)
         columns += [original, *(torch.where(hole, x, original) for x in (pink, painted))]
         titles += [m, "visible", "painted"]
     pairs = [("rgb", "depth"), ("rgb", "semseg"), ("depth", "rgb"), ("semseg", "rgb")]

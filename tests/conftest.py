@@ -1,8 +1,8 @@
-"""Helpers of the tests: a small toy world, and a way to run the scripts as a user does.
+"""Helpers of the tests: a small toy world, and two ways to run a script.
 
-Real data is optional: set MAE_TEST_DATA to a folder with gestures10/, real_clips/ucf101/ and real_clips/hmdb51/ (all
-three in the official layouts), camvid128.tar.gz and, if there, lips20/, sprites5/ and weizmann4/; tests that need it are
-skipped otherwise.
+Real data is optional: set MAE_TEST_DATA to a folder with gestures10/, real_clips/ucf101/ and
+real_clips/hmdb51/ (all three in the official layouts), camvid128.tar.gz and, if there, lips20/,
+sprites5/ and weizmann4/; tests that need it are skipped otherwise.
 """
 
 import os
@@ -32,9 +32,9 @@ def two_threads():
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A small toy world: 48 clips of 24 frames and 64 + 16 images, 32 px."""
+    """A small toy world: 96 clips of 24 frames (6 classes x 4 groups x 4) and 64 + 16 images, 48 px."""
     folder = tmp_path_factory.mktemp("world") / "toy"
-    data.make_toy(folder, size=32, groups=4, clips=2, images=(64, 16))
+    data.make_toy(folder, groups=4, images=(64, 16), labelled=3)
     return folder
 
 
@@ -48,41 +48,58 @@ def real():
 
 
 @pytest.fixture
-def run(tmp_path):
-    """run("mae_image.py", "--flag", "value", code=0) -> its output; the working directory is tmp_path."""
+def run(tmp_path, monkeypatch, capsys):
+    """run(mae_image, "--flag", "value", code=0) -> what it prints. In this process, in tmp_path."""
 
-    def call(*command, code=0, cwd=tmp_path, env=None, timeout=300):
-        script, *flags = [str(x) for x in command]
-        result = subprocess.run([sys.executable, "-W", "always::DeprecationWarning", ROOT / script, *flags], cwd=cwd,
-                                capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})})  # fmt: skip
-        assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
-        assert "DeprecationWarning" not in result.stderr and "FutureWarning" not in result.stderr, result.stderr
-        return result.stdout + result.stderr
+    def call(module, *flags, code=0):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *[str(x) for x in flags]])
+        status = 0
+        try:
+            run_script(module.main)
+        except SystemExit as stop:
+            status = stop.code or 0
+        shown = capsys.readouterr()
+        assert status == code, f"exit code {status}\n{shown.out}\n{shown.err}"
+        return shown.out + shown.err
 
     return call
 
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """refused(module, "--flag", "value") -> the one line of error, exit code 2. In this process: importing torch is slow."""
+def refused(run):
+    """refused(mae_image, "--flag", "value") -> the one line of error, exit code 2."""
 
     def call(module, *flags):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *[str(x) for x in flags]])
-        with pytest.raises(SystemExit) as stop:
-            run_script(module.main)
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2 and len(lines) == 1, lines
-        assert lines[0].startswith(f"{module.__name__}.py: error: ")
-        return lines[0]
+        lines = run(module, *flags, code=2).strip().splitlines()
+        mark = f"{module.__name__}.py: error: "
+        assert lines[-1].startswith(mark) and sum(mark in line for line in lines) == 1, lines
+        return lines[-1]
+
+    return call
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script("mae_image.py", "--flag", "value", code=0) -> what it prints. In a process of its own."""
+
+    def call(*command, code=0, cwd=tmp_path, env=None, timeout=300):
+        name, *flags = [str(x) for x in command]
+        command = [sys.executable, ROOT / name, *flags]
+        env = {**os.environ, **(env or {})}
+        options = dict(cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+        result = subprocess.run(command, **options)
+        shown = f"{result.stdout}\n{result.stderr}"
+        assert result.returncode == code, f"exit code {result.returncode}\n{shown}"
+        return result.stdout + result.stderr
 
     return call
 
 
 # The smallest runs that still go through every line.
-TINY_IMAGE = ["--img-size", 16, "--patch", 8, "--decoder-width", 16, "--decoder-depth", 1, "--decoder-heads", 2,
-              "--batch", 16, "--epochs", 2, "--warmup", 1, "--workers", 0, "--log-every", 1, "--pictures", 1]  # fmt: skip
-TINY_VIDEO = ["--frames", 4, *TINY_IMAGE]
+TINY_IMAGE = ["--img-size", 16, "--patch", 8, "--size", "24x1x2", "--decoder", "16x1x2", "--batch", 16,
+              "--epochs", 2, "--warmup", 1, "--workers", 0, "--log-every", 1, "--pictures", 1]
+TINY_VIDEO = ["--frames", 4, "--tubelet", 2, *TINY_IMAGE]
 
 
 @torch.no_grad()
