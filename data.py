@@ -69,7 +69,9 @@ def seeded(*numbers):
 
 
 # ==================================================================================================
-#  PART 1: which files, with which labels                (needs: numpy, torchvision, VIDEO, IMAGE)
+#  PART 1: which files, with which labels
+#  (needs: collections, itertools, os, re, unicodedata, zlib, dataclass, Path, np, datasets,
+#  VIDEO, IMAGE)
 # ==================================================================================================
 
 
@@ -333,7 +335,8 @@ def fingerprint(files):
 
 # ==================================================================================================
 #  PART 2: decoding. About FFmpeg's habits, not about learning: a student may go on with part 3.
-#  (needs: numpy, av, pillow, CONTAINERS, PICTURES)
+#  (needs: contextlib, errno, functools, itertools, os, warnings, av, np, Image, ImageOps,
+#  CONTAINERS, PICTURES)
 # ==================================================================================================
 
 
@@ -518,7 +521,7 @@ def read_image(path):
 
 
 # ==================================================================================================
-#  PART 3: one crop and one flip for all frames of a clip                (needs: torch, torchvision)
+#  PART 3: one crop and one flip for all frames of a clip         (needs: contextlib, torch, v2, TF)
 # ==================================================================================================
 
 
@@ -562,7 +565,8 @@ def torchvision_draws_from(generator):
 
 
 # ==================================================================================================
-#  PART 4: from files to batches                                  (needs: torch, seeded, parts 2, 3)
+#  PART 4: from files to batches
+#  (needs: functools, os, signal, sys, time, torch, DataLoader, Dataset, seeded, parts 2, 3)
 # ==================================================================================================
 
 
@@ -691,8 +695,22 @@ def take(loader):
         raise ValueError(f"the loader failed: {message}") from None
 
 
+def in_parallel(work, jobs, what):
+    """Yield work(job) of each job in order, from all CPU cores, with progress on stderr."""
+    results = start_loader(jobs, os.cpu_count(), batch_size=None, collate_fn=work)
+    begin, shown_at, live = time.monotonic(), 0.0, sys.stderr.isatty()
+    for i in range(1, len(jobs) + 1):
+        yield take(results)
+        spent = time.monotonic() - begin
+        if i == len(jobs) or spent - shown_at > (1 if live else 20):
+            shown_at, left = spent, spent / i * (len(jobs) - i)
+            end = "\r" if live and i < len(jobs) else "\n"
+            text = f"{what}: {i} of {len(jobs)}, {left:.0f} s left  "
+            print(text, end=end, file=sys.stderr, flush=True)
+
+
 # ==================================================================================================
-#  PART 5: checkpoints to the disk and back                                           (needs: torch)
+#  PART 5: checkpoints to the disk and back           (needs: argparse, os, Path, np, torch, part 2)
 # ==================================================================================================
 
 
@@ -743,7 +761,7 @@ def load_file(path):
 
 
 # ==================================================================================================
-#  PART 6: the toy world                                                  (needs: numpy, av, pillow)
+#  PART 6: the toy world               (needs: functools, os, Fraction, Path, av, np, Image, part 4)
 #
 #  A room, a large object that matters, and two small ones by the wall. They are flat sprites,
 #  painted from far to near, so depth and class maps are exact. Metres: x right, y up, z away.
@@ -915,20 +933,6 @@ def write_video(frames, rate, path):
 # ==================================================================================================
 #  THE RUN: the commands toy, check, shrink
 # ==================================================================================================
-
-
-def in_parallel(work, jobs, what):
-    """Yield work(job) of each job in order, from all CPU cores, with progress on stderr."""
-    results = start_loader(jobs, os.cpu_count(), batch_size=None, collate_fn=work)
-    begin, shown_at, live = time.monotonic(), 0.0, sys.stderr.isatty()
-    for i in range(1, len(jobs) + 1):
-        yield take(results)
-        spent = time.monotonic() - begin
-        if i == len(jobs) or spent - shown_at > (1 if live else 20):
-            shown_at, left = spent, spent / i * (len(jobs) - i)
-            end = "\r" if live and i < len(jobs) else "\n"
-            text = f"{what}: {i} of {len(jobs)}, {left:.0f} s left  "
-            print(text, end=end, file=sys.stderr, flush=True)
 
 
 def tell(path, problems):

@@ -63,7 +63,8 @@ READERS = {"multimae": public_multimae, "omni": public_omni, "mae": public_mae,
 
 # ==================================================================================================
 #  THE PAPERS, part 1: a classifier around the encoder
-#  (needs: torch; mae_image.py DECODER, part 3; mae_video.py resize_table, part 3)
+#  (needs: contextlib, math, torch, F, nn; mae_image.py DECODER, part 3; mae_video.py parts 1, 3;
+#  multimae.py part 3)
 # ==================================================================================================
 
 
@@ -203,7 +204,7 @@ def change_grid(encoder, new):
 
 # ==================================================================================================
 #  THE PAPERS, part 2: the recipe
-#  (needs: torch, torchvision; data.py seeded, torchvision_draws_from)
+#  (needs: re, torch, Dataset, v2; data.py seeded, torchvision_draws_from)
 # ==================================================================================================
 
 
@@ -305,9 +306,7 @@ class Augmented(Dataset):
 
 
 # ==================================================================================================
-#  THE PAPERS, part 3: testing      (needs: torch, torchvision, is_video, planes_of, open_aligned;
-#  data.py parts 2-4; mae_image.py choose_precision, rank_and_world; mae_video.py part 4;
-#  multimae.py MODALITIES, parse_modalities, part 4; masking.py report)
+#  THE PAPERS, part 3: testing, on all that stands below
 # ==================================================================================================
 
 

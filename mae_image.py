@@ -59,7 +59,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ==================================================================================================
-#  THE PAPER, part 1: from pixels to patches and back                                 (needs: torch)
+#  THE PAPER, part 1: from pixels to patches and back                          (needs: torch, F, nn)
 # ==================================================================================================
 
 
@@ -129,7 +129,7 @@ def sincos_2d(width, h, w):
 
 
 # ==================================================================================================
-#  THE PAPER, part 2: the Transformer block (ViT, arXiv 2010.11929)  (needs: torch, part 1 parts_of)
+#  THE PAPER, part 2: the Transformer block (ViT, arXiv 2010.11929)         (needs: F, nn, parts_of)
 # ==================================================================================================
 
 
@@ -188,7 +188,7 @@ def init_weights(module):
 
 # ==================================================================================================
 #  THE PAPER, part 3: the model
-#  (needs: torch, ENCODERS, IMAGENET_*, parts 1, 2; masking.py part 3)
+#  (needs: torch, F, nn, ENCODERS, IMAGENET_*, parts 1, 2; masking.py part 3)
 # ==================================================================================================
 
 
@@ -335,7 +335,7 @@ def to_unit_range(x, mean, std):
 
 # ==================================================================================================
 #  THE PAPER, part 4: how it is trained (App. A.1, Table 8)
-#  (needs: torch; data.py part 4; Run and what it needs, below)
+#  train() stands on batches() in data.py and on the class Run, the last part of this file.
 # ==================================================================================================
 
 

@@ -56,7 +56,7 @@ from masking import MASKS, hidden, numbers, picture_table, report, restore, run_
 
 # ==================================================================================================
 #  THE PAPERS, part 1: from frames to cubes and back, positions, the target
-#  (needs: torch; mae_image.py parts_of)
+#  (needs: torch, F; mae_image.py parts_of)
 # ==================================================================================================
 
 
@@ -129,7 +129,7 @@ def standardise_channels(patches, channels, deviation):
 
 # ==================================================================================================
 #  THE PAPERS, part 2: VideoMAE
-#  (needs: torch, part 1; mae_image.py parts 1-3; masking.py part 3)
+#  (needs: math, torch, nn, part 1; mae_image.py parts 1-3; masking.py part 3)
 # ==================================================================================================
 
 
@@ -238,7 +238,7 @@ class VideoMAE(nn.Module):
 
 # ==================================================================================================
 #  THE PAPERS, part 3: MAE-ST
-#  (needs: torch, parts 1, 2; mae_image.py parts 1-3; masking.py part 3)
+#  (needs: torch, nn, parts 1, 2; mae_image.py parts 1-3; masking.py part 3)
 # ==================================================================================================
 
 
@@ -365,7 +365,7 @@ class MAEST(nn.Module):
 
 
 # ==================================================================================================
-#  THE PAPERS, part 4: which frames, which crop             (needs: numpy, torch; data.py parts 2-4)
+#  THE PAPERS, part 4: which frames, which crop                (needs: np, torch; data.py parts 2-4)
 #
 #  n is the number of frames of the video. Frame numbers are int (T,) in [0, n); a video that is too
 #  short gives its last frames several times.

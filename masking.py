@@ -56,7 +56,7 @@ def num_hidden(tokens, ratio, rule):
 
 
 # ==================================================================================================
-#  THE PAPER, part 2: which tokens are hidden                          (needs: torch, numpy, part 1)
+#  THE PAPER, part 2: which tokens are hidden                             (needs: np, torch, part 1)
 #
 #  The kinds in MASKS take (batch, grid, ratio, generator) and return a mask (B, N) on the CPU. The
 #  generator is an explicit torch.Generator: the same seed gives the same masks on every machine.

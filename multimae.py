@@ -63,7 +63,7 @@ STRIDE = 4  # class maps have a quarter of the height and width, and so have the
 
 
 # ==================================================================================================
-#  THE PAPER, part 1: from modalities to tokens              (needs: torch; mae_image.py parts 1, 2)
+#  THE PAPER, part 1: from modalities to tokens           (needs: torch, F, nn; mae_image.py part 1)
 # ==================================================================================================
 
 
@@ -111,7 +111,8 @@ def channels_first(patches, channels):
 
 
 # ==================================================================================================
-#  THE PAPER, part 2: one decoder per task   (needs: torch; mae_image.py part 2; masking.py part 3)
+#  THE PAPER, part 2: one decoder per task
+#  (needs: torch, F, nn; mae_image.py parts_of, part 2; masking.py part 3)
 # ==================================================================================================
 
 
@@ -188,7 +189,7 @@ class Decoder(nn.Module):
 
 # ==================================================================================================
 #  THE PAPER, part 3: the model
-#  (needs: torch, MODALITIES, PLANES, STRIDE, parts 1, 2; mae_image.py parts 1-3;
+#  (needs: torch, F, nn, MODALITIES, PLANES, STRIDE, parts 1, 2; mae_image.py parts 1-3;
 #  mae_video.py resize_table; masking.py part 3)
 # ==================================================================================================
 
@@ -441,7 +442,7 @@ def mean_iou(guess, truth, classes):
 
 # ==================================================================================================
 #  THE PAPER, part 4: aligned files
-#  (needs: numpy, torch, torchvision, pillow; data.py parts 1-4)
+#  (needs: Path, np, torch, Image, InterpolationMode, TF; data.py IMAGE, PICTURES, parts 1-4)
 # ==================================================================================================
 
 

@@ -56,7 +56,7 @@ from masking import MASKS, hidden, numbers, picture_table, report, restore, run_
 
 # ==================================================================================================
 #  THE PAPER, part 1: the model
-#  (needs: torch; mae_image.py parts 1-3; mae_video.py part 1; masking.py part 3)
+#  (needs: math, torch, nn; mae_image.py parts 1-3; mae_video.py part 1; masking.py part 3)
 # ==================================================================================================
 
 
@@ -173,7 +173,7 @@ class OmniMAE(nn.Module):
 
 
 # ==================================================================================================
-#  THE PAPER, part 2: joint training                           (needs: numpy, torch; data.py part 4)
+#  THE PAPER, part 2: joint training                      (needs: np, torch; data.py seeded, part 4)
 # ==================================================================================================
 
 
