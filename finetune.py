@@ -618,19 +618,21 @@ def load_encoder(model, state, cfg, path, fresh_norm):
     for key, value in state.items():
         if norm and key.startswith(norm):
             key = key.replace(norm, "norm.", 1)
-        elif not key.startswith(("head.", "fc_norm.")):
+        elif key.startswith(("head.", "fc_norm.")):  # one that is tuned gets a new head
+            key = key if tested else f"old.{key}"
+        else:
             key = f"encoder.{key}"
         mapped[key] = value
     seen = parse_modalities(cfg.inputs)  # the map of --dense is painted, not seen
     fresh = [] if tested else ["head."] + ["norm."] * fresh_norm
     fresh += [f"encoder.input_adapters.{cfg.dense}."] if cfg.dense else []
     fresh += [] if isinstance(model.encoder, MAEST) else ["encoder.pos_embed"]  # a fixed table
-    unused = ["encoder.norm.", "fc_norm.", "head.", *(f"encoder.{name}" for name in DECODER)]
+    unused = ["old.", "encoder.norm.", "fc_norm.", *(f"encoder.{name}" for name in DECODER)]
     unused += [f"encoder.input_adapters.{m}." for m in MODALITIES if m not in seen]
     count, missing, left = load_into(model, mapped, fresh, unused)
 
     def parts(names):
-        names = {name.removeprefix("encoder.").split(".")[0] for name in names}
+        names = {re.sub(r"^(encoder|old)\.", "", name).split(".")[0] for name in names}
         return ", ".join(sorted(names - {"pos_embed"})) or "nothing"
 
     rest = f"left over, as expected: {parts(left)}; new: {parts(missing)}"

@@ -738,7 +738,8 @@ def read_config(Config, presets, doc, readers, argv, default_file=file_to_show):
             if name in flags and name in said and flags[name] != said[name]:
                 flag = f"--{name.replace('_', '-')} {flags[name]}"
                 raise ValueError(f"{flag}: {path} has {said[name]}, which cannot be changed")
-    known = {f.name: (type(f.default), int) for f in dataclasses.fields(Config)}
+    fields = dataclasses.fields(Config)
+    known = {f.name: (float, int) if f.type is float else type(f.default) for f in fields}
     for name, value in said.items():
         if not isinstance(value, known.get(name, ())):
             raise ValueError(f"{path} says {name} = {value!r}, which this version does not know")
