@@ -1,3 +1,5 @@
+"""The joint model where it differs from the others (see test_mae_image.py), and joint training."""
+
 import json
 import math
 
@@ -7,172 +9,235 @@ import torch
 from PIL import Image
 
 import data
+import finetune
 import mae_image
-import mae_video
 import omni
 from conftest import TINY_VIDEO
-from masking import InputError, hidden, random_mask, restore, tube_mask
-from omni import OmniMAE
+from layouts import official_omni
+from mae_video import ClipDataset
+from masking import random_mask, restore, tube_mask
+from omni import JointDataset, OmniMAE, joint_plan, mixed_plan
 
-TINY = [*TINY_VIDEO, "--size", "16x1x2"]
 
-
-def tiny(norm_pix=True, **options):
+def tiny(**options):
     torch.manual_seed(0)
-    return OmniMAE(8, 32, 2, 8, (32, 2, 4), (16, 1, 2), norm_pix, **options)
+    return OmniMAE(8, (16, 32), 2, 8, (24, 1, 2), (16, 1, 2), **options)
 
 
 def samples(model, images=4, clips=3):
-    g = torch.Generator().manual_seed(0)
-    t, h, w = model.grid
-    return ((torch.randn(images, 3, 32, 32, generator=g), torch.randn(clips, 3, 8, 32, 32, generator=g)),
-            (random_mask(images, (1, h, w), 0.75, g, "hide"), tube_mask(clips, model.grid, 0.75, g)))  # fmt: skip
+    g, (t, h, w) = torch.Generator().manual_seed(0), model.grid
+    return [(torch.randn(images, 3, 16, 32, generator=g), random_mask(images, (1, h, w), 0.75, g)),
+            (torch.randn(clips, 3, 8, 16, 32, generator=g), tube_mask(clips, model.grid, 0.75, g))]
 
 
-def test_on_images_the_cube_embedding_is_a_2d_one_with_the_kernel_summed_over_time():
-    model, x = tiny(), torch.randn(2, 3, 32, 32)
-    kernel = model.patch_embed.proj.weight.sum(dim=2)
-    want = torch.nn.functional.conv2d(x, kernel, model.patch_embed.proj.bias, stride=8).flatten(2).transpose(1, 2)
-    assert torch.allclose(model.patch_embed(mae_video.patchify(model.as_clip(x), 2, 8)), want, atol=1e-5)
+def test_on_images_the_cube_embedding_is_2d_with_the_kernel_summed_over_time():
+    model, x = tiny(), torch.randn(2, 3, 16, 32)
+    kernel, bias = model.patch_embed.proj.weight.sum(dim=2), model.patch_embed.proj.bias
+    want = torch.nn.functional.conv2d(x, kernel, bias, stride=8).flatten(2).transpose(1, 2)
+    assert torch.allclose(model.patch_embed(model.cubes(x)), want, atol=1e-5)
 
 
 def test_an_image_is_a_clip_of_one_cube_in_the_first_time_slot():
-    model, one = tiny().eval(), OmniMAE(2, 32, 2, 8, (32, 2, 4), (16, 1, 2))
+    model, one = tiny(), OmniMAE(2, (16, 32), 2, 8, (24, 1, 2), (16, 1, 2))
     one.load_state_dict(model.state_dict())
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.allclose(model.encode(x), one.encode(x[:, :, None].expand(-1, -1, 2, -1, -1)), atol=1e-6)
+    x = torch.randn(2, 3, 16, 32)
+    assert torch.allclose(model.encode(x), one.encode(torch.stack([x, x], dim=2)), atol=1e-6)
 
 
-def test_a_packed_step_is_two_separate_ones_in_loss_and_gradients():
-    model = tiny().double()
-    xs, masks = samples(model)
-    xs = [x.double() for x in xs]
-    loss, preds = model(tuple(xs), masks)
-    loss.backward()
-    packed = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    losses = [model(x, mask) for x, mask in zip(xs, masks)]
-    (sum(x for x, _ in losses) / 2).backward()
-    assert abs(loss.item() - sum(x.item() for x, _ in losses) / 2) < 1e-6  # the target is made in float32
-    assert all(torch.allclose(a, b, atol=1e-10) for a, (_, b) in zip(preds, losses))
-    for n, p in model.named_parameters():
-        assert torch.allclose(packed[n], p.grad, atol=1e-6), n
-
-
-def test_image_and_video_steps_share_every_weight():
+def test_images_and_clips_share_every_weight():
     model = tiny()
-    for x, mask in zip(*samples(model)):
+    for x, mask in samples(model):
         model.zero_grad()
         model(x, mask)[0].backward()
-        without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-        assert {n for n in without if not n.endswith("qkv.bias")} == set()
+        assert all(p.grad.any() for n, p in model.named_parameters() if not n.endswith("qkv.bias"))
 
 
-def test_the_decoder_is_equal_to_one_of_maes_kind_with_its_tables_projected():
-    """Mask token and positions at encoder width, then a linear map: the same as both mapped beforehand."""
+def test_the_decoder_is_one_of_maes_kind_with_its_tables_projected():
+    """Mask token and positions of encoder width, then a linear map: as if mapped beforehand."""
     model = tiny()
     torch.nn.init.normal_(model.mask_token)
-    (_, x), (_, mask) = samples(model)
-    latent = model.forward_encoder([mae_video.patchify(x, 2, 8)], [mask])[0]
+    x, mask = samples(model)[1]
+    latent = model.forward_encoder(x, mask)
     W, b = model.decoder_embed.weight, model.decoder_embed.bias
     tokens = restore(latent @ W.T + b, mask, model.mask_token[0] @ W.T + b) + model.pos_embed @ W.T
     for block in model.decoder_blocks:
         tokens = block(tokens)
-    want = model.decoder_norm(tokens)
-    assert torch.allclose(model.forward_decoder([latent], [mask])[0], want, atol=1e-4)
+    want = model.decoder_pred(model.decoder_norm(tokens))[mask].unflatten(0, (3, -1))
+    assert torch.allclose(model.forward_decoder(latent, mask), want, atol=1e-4)
 
 
-def test_both_copies_of_an_image_are_the_target_and_the_divisor_is_511():
-    model = tiny()
-    (x, _), (mask, _) = samples(model)
-    target = model.forward_target(hidden(model.target_patches(x), mask)).reshape(4, -1, 2, 64, 3)
-    assert torch.equal(target[:, :, 0], target[:, :, 1])
-    pixels = (x * torch.tensor(model.STD)[:, None, None] + torch.tensor(model.MEAN)[:, None, None])[0, 1]
-    number = int(mask[0].nonzero()[2])
-    patch = pixels.reshape(4, 8, 4, 8)[number // 4, :, number % 4].flatten()
-    both = torch.cat([patch, patch])  # unbiased over 2 * 64 values here, 2 * 256 in the paper
-    want = (patch - patch.mean()) / (both.var() + 1e-6).sqrt()
-    assert torch.allclose(target[0, 2, 0, :, 1], want, atol=1e-4)
+def test_a_decoder_without_bias_keeps_it_at_zero():
+    model = tiny(decoder_bias=False)
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["decoder_blocks.0.attn.qkv.bias"]
+    assert not model.decoder_blocks[0].attn.qkv.bias.any()
 
 
-def test_the_plan_mixes_pure_updates_by_their_shares():
-    updates = omni.joint_plan(3, 100, 40, 8, 4, (1, 0.5), 0)
-    pure = [all(i < 100 for i in u) or all(i >= 100 for i in u) for u in updates]
-    images = [u for u in updates if u[0] < 100]
-    assert all(pure) and len(images) == 12 and len(updates) == 12 + 10 and {len(u) for u in updates} == {8, 2}
-    flat = [i for u in images for i in u]
-    assert len(set(flat)) == 96 and updates != omni.joint_plan(4, 100, 40, 8, 4, (1, 0.5), 0)
-    assert updates == omni.joint_plan(3, 100, 40, 8, 4, (1, 0.5), 0)
-    assert [u[0] < 100 for u in updates] != sorted((u[0] < 100 for u in updates), reverse=True)
-    assert all(u[0] >= 100 for u in omni.joint_plan(0, 100, 40, 8, 4, (0, 1), 0))
+@pytest.mark.parametrize("shape", [(4, 16, 32), (10, 16, 32), (8, 32, 16), (2, 32, 16)])
+def test_clips_of_another_length_or_shape_are_refused(shape):
+    takes = r"takes 8 frames or one image of \(16, 32\)"
+    with pytest.raises(ValueError, match=f"an input of .*{shape[2]}.*, but the model {takes}"):
+        tiny().encode(torch.randn(1, 3, *shape))
 
 
-def test_mixed_items_hold_the_clips_and_images_they_name(toy):
-    images = data.ImageDataset(data.list_images(toy), 32, 0)
-    videos = data.ClipDataset(data.list_videos(toy), 8, 1, 32, 0, repeat=2)
-    pixels, number, broken = omni.JointDataset(images, videos, True, 3, 0)[1, 5]
-    imgs, clips = tiny().normalize(pixels)
-    assert imgs.shape == (6, 3, 32, 32) and clips.shape == (2, 3, 8, 32, 32) and number == 5 and not broken
-    assert torch.equal(clips, mae_image.normalize(videos[1, 5][0], OmniMAE.MEAN, OmniMAE.STD))
-    first = data.seeded(0, 8, 1, 5)
-    chosen = torch.randint(len(images), (6,), generator=first)
-    want = mae_image.normalize(images[1, int(chosen[4])][0], OmniMAE.MEAN, OmniMAE.STD)
-    assert torch.equal(imgs[4:5], want)
-    joint = omni.JointDataset(images, videos, False, 1, 0)
-    assert joint[1, len(images) + 5][1] == len(images) + 5 and len(joint.paths) == len(joint) == len(images) + len(
-        videos
-    )
+# ---- joint training ------------------------------------------------------------------------------
 
 
-def test_the_loss_falls_on_both():
-    model = tiny(norm_pix=False)
-    xs, masks = samples(model)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    before = [model(x, m)[0].item() for x, m in zip(xs, masks)]
-    for _ in range(30):
-        loss, _ = model(xs, masks)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert all(model(x, m)[0].item() < 0.8 * b for x, m, b in zip(xs, masks, before))
+def test_a_joint_plan_mixes_pure_updates_by_their_shares():
+    updates = joint_plan(3, 100, 40, 8, 4, (1, 0.5), 0)
+    of_images = [u for u in updates if u[0] < 100]
+    of_videos = [u for u in updates if u[0] >= 100]
+    assert all(max(u) < 100 and len(u) == 8 for u in of_images) and len(of_images) == 12
+    assert all(min(u) >= 100 and len(u) == 2 for u in of_videos) and len(of_videos) == 10
+    assert len(set(sum(updates, []))) == 12 * 8 + 10 * 2
+    assert updates == joint_plan(3, 100, 40, 8, 4, (1, 0.5), 0) != joint_plan(
+        4, 100, 40, 8, 4, (1, 0.5), 0)
+    kinds = [u[0] < 100 for u in updates]
+    assert kinds not in (sorted(kinds), sorted(kinds, reverse=True))
+    for shares, kind in (((0, 1), False), ((1, 0), True)):
+        assert {u[0] < 100 for u in joint_plan(0, 100, 40, 8, 4, shares, 0)} == {kind}
 
 
-def test_other_token_counts_are_named():
-    with pytest.raises(InputError, match=r"the model was built for images of \(h, w\) = \(4, 4\) and clips"):
-        tiny().encode(torch.randn(1, 3, 4, 32, 32))
+@pytest.mark.parametrize("pieces", [2, 6])
+def test_a_mixed_plan_has_as_many_images_as_clips_in_every_update(pieces):
+    updates = mixed_plan(3, 100, 40, 24, 2, pieces, 0)
+    assert len(updates) == 40 // 6  # 12 clips of 6 videos each
+    for update in updates:
+        images, videos = update[: pieces // 2], update[pieces // 2 :]
+        assert [len(p) for p in images] == [24 // pieces] * (pieces // 2)
+        assert [len(p) for p in videos] == [12 // pieces] * (pieces // 2)
+        assert max(sum(images, [])) < 100 <= min(sum(videos, []))
+    flat = [i for update in updates for piece in update for i in piece]
+    assert len(set(flat)) == len(flat) and max(flat) < 140
+    assert updates == mixed_plan(3, 100, 40, 24, 2, pieces, 0) != mixed_plan(
+        4, 100, 40, 24, 2, pieces, 0)
 
 
-@pytest.mark.parametrize(
-    "flags", [["--image-share", 0.5], ["--joint", "mixed", "--repeat", 2, "--per-clip", 2, "--norm-pix"]], ids=["pure", "mixed"]
-)
-def test_the_script_trains_on_both_draws_both_and_resumes(toy, run, tmp_path, flags):
-    text = run("omni.py", *TINY, "--data", toy, "--images", toy, "--repeat", 2, *flags)
-    folder = tmp_path / "runs/omni"
-    assert "held-out images" in text and "done: " in text
-    assert np.asarray(Image.open(sorted((folder / "pictures").glob("*.png"))[-1])).std() > 20
-    scores = json.loads([x for x in (folder / "log.jsonl").read_text().splitlines() if "chance_videos" in x][-1])
-    w = 0.5 if "mixed" in flags else 2 / (2 + 4)  # half of 64 images, two clips of 36 videos each, in updates of 16
-    for both, part in (("val_loss", ""), ("chance", "chance_")):
-        assert math.isclose(scores[both], w * scores[f"{part}images"] + (1 - w) * scores[f"{part}videos"], rel_tol=1e-6)
-    assert "done: " in run("omni.py", "--resume")
-    for images in ("--images", "--no-images"):  # one checkpoint, two tasks
-        text = run("finetune.py", "--init", folder / "checkpoint.pt", "--data", toy, images, "--epochs", 1, "--batch", 8,
-                   "--workers", 0, "--clips", 1, "--check-every", 0, "--smoke", "--out", f"ft{images}")  # fmt: skip
-        assert "tensors used" in text and "done: top-1" in text
+def open_both(toy, size=(16, 32), repeat=2):
+    images = data.ImageDataset(data.list_images(toy), size, 0)
+    return images, ClipDataset(data.list_videos(toy), 8, 1, size, 0, repeat=repeat)
+
+
+def test_the_items_of_a_joint_dataset_are_the_images_and_then_the_videos(toy, tmp_path):
+    images, videos = open_both(toy)
+    joint = JointDataset(images, videos)
+    assert len(joint) == len(joint.paths) == len(joint.labels) == 64 + 72 and joint.repeat == 2
+    for item, (source, i) in {5: (images, 5), 64 + 7: (videos, 7)}.items():
+        pixels, number, problems = joint[1, item]
+        assert torch.equal(pixels, source[1, i][0]) and number == item and not problems
+        assert joint.paths[item] == source.paths[i]
+    videos.paths = videos.paths.copy()
+    videos.paths[7] = broken = str(tmp_path / "gone.mp4")
+    pixels, number, problems = joint[1, 64 + 7]
+    assert problems[0][0] == broken and torch.equal(pixels, videos[1, number - 64][0])
+
+
+def test_a_mixed_update_has_the_loss_and_gradients_of_both_together(toy, tmp_path):
+    joint, model = JointDataset(*open_both(toy)), tiny()
+    cfg = omni.Config(batch=8, repeat=2, accum=2, epochs=1, workers=0, lr=0.0, log_every=1,
+                      pictures=0, device="cpu", smoke=True, out=str(tmp_path / "run"))
+    plan, gradients = (lambda epoch: mixed_plan(epoch, 64, 72, 8, 2, 2, 0)), []
+
+    def draw_mask(batch, rows, generator):
+        grid = (1, 2, 4) if batch.ndim == 4 else model.grid
+        return random_mask(rows, grid, 0.5, generator)
+
+    class Catch(torch.optim.SGD):
+        def step(self, closure=None):
+            gradients.append([p.grad.clone() for p in model.parameters()])
+
+    loss_of = mae_image.pretraining_loss(model, draw_mask, cfg)
+    mae_image.train(model, joint, loss_of, Catch(model.parameters()), None, cfg, plan)
+    lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    for step in range(3):
+        losses, seed = [], data.seeded(0, 1, step).initial_seed()
+        for k, piece in enumerate(plan(0)[step]):
+            batch = torch.cat([joint[0, i][0] for i in piece])
+            mask = draw_mask(batch, 8, torch.Generator().manual_seed(seed))
+            losses.append(model(model.normalize(batch), mask[4 * k : 4 * k + 4])[0])
+        model.zero_grad()
+        (sum(losses) / 2).backward()
+        assert math.isclose(lines[step]["loss"], sum(losses).item() / 2, rel_tol=1e-6)
+        for p, caught in zip(model.parameters(), gradients[step], strict=True):
+            assert torch.allclose(p.grad, caught, atol=1e-6)
+
+
+# ---- public files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", [False, True])
+@pytest.mark.parametrize("size, patch, decoder", [
+    ("base", 16, (384, 4, 16)), ("large", 16, (512, 4, 16)), ("huge", 14, (512, 8, 16))])
+def test_a_public_file_tells_its_sizes_and_the_heads_are_a_guess(trainer, size, patch, decoder):
+    with torch.device("meta"):
+        model = OmniMAE(16, 224, 2, patch, size, decoder)
+        state = official_omni(model, trainer)
+        if not trainer:  # there the decoder's q, k, v have no bias
+            state = {k: v for k, v in state.items() if "decoder" not in k or "qkv.bias" not in k}
+    said, ours, guesses = omni.public_omni(state)
+    shapes = ["x".join(map(str, shape)) for shape in (mae_image.ENCODERS[size], decoder)]
+    assert said == {"patch": patch, "tubelet": 2, "size": shapes[0], "decoder": shapes[1],
+                    "norm_pix": True, "frames": 16, "stride": 4, "sampling": "dense",
+                    "img_size": "224"}
+    assert guesses == ["size", "decoder", "norm_pix", "frames"]
+    assert set(ours) == set(model.state_dict())
+
+
+def test_a_run_starts_from_a_public_file(toy, run, tmp_path):
+    model = OmniMAE(16, 16, 2, 8, (24, 1, 1), (16, 1, 16))
+    torch.save(official_omni(model), tmp_path / "omni.pth")
+    flags = ["--init", "omni.pth", "--frames", 4, "--img-size", 16, "--workers", 0, "--lr", 0]
+    run(omni, "--data", toy, "--images", toy, *flags, "--smoke", "--pictures", 0)
+    found = torch.load(tmp_path / "runs/omni/checkpoint.pt")["model"]
+    assert all(torch.equal(found[k], v) for k, v in model.state_dict().items())
+
+
+# ---- the script ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, weight", [
+    (["--image-share", 0.5, "--img-size", "16x32"], 2 / (2 + 9)),  # 72 videos, 8 an update
+    (["--joint", "mixed", "--norm-pix"], 0.5)])
+def test_the_script_trains_on_both_draws_both_resumes_and_paints_one_of_either(
+        toy, run, tmp_path, flags, weight):
+    text = run(omni, *TINY_VIDEO, "--data", toy, "--images", toy, "--repeat", 2, *flags)
+    folder, image = tmp_path / "runs/omni", next((toy / "rgb/val").rglob("*.jpg"))
+    assert "held-out images" in text and "held-out videos" in text and "done: " in text
+    assert np.asarray(Image.open(max((folder / "pictures").glob("*.png")))).std() > 20
+    scores = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    for both, part in (("val_loss", "loss"), ("baseline", "baseline")):
+        parts = scores[f"images_{part}"], scores[f"videos_{part}"]
+        assert math.isclose(scores[both], weight * parts[0] + (1 - weight) * parts[1], rel_tol=1e-6)
+    assert {"object in images", "object in videos"} <= set(scores)
+    assert "done: " in run(omni, "--resume")
+    for path in (image, next((toy / "videos/Wheel").glob("*.mp4"))):
+        assert f"wrote {path.stem}_painted.png" in run(omni, "--picture", path)
+        assert (tmp_path / f"{path.stem}_painted.gif").exists() == (path != image)
+    for kind in ("images", "videos"):  # one checkpoint, two tasks
+        text = run(finetune, "--init", folder / "checkpoint.pt", "--data", toy, "--classify", kind,
+                   "--batch", 8, "--workers", 0, "--clips", 1, "--smoke", "--out", kind)
+        assert "tensors used" in text and "done: finetune: top-1" in text
+
+
+def test_an_epoch_without_updates_of_either_kind_draws_both(toy, run, tmp_path):
+    run(omni, *TINY_VIDEO, "--data", toy, "--images", toy, "--epochs", 0, "--batch", 1000)
+    assert (tmp_path / "runs/omni/pictures/update_000000.png").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--img-size", 60], "use --img-size 56 or 64"), (["--frames", 5], "clip length 5"), (["--mask-ratio", 0], "hides nothing"),
-    (["--mask-ratio-image", 1], "outside [0, 1)"), (["--image-share", 0, "--video-share", 0], "nothing to train on"),
-    (["--images", "nowhere"], "nowhere does not exist"), (["--batch", 60], "36 videos do not fill one update"), (["--batch", 100], "64 images do not fill"),
-    (["--joint", "mixed", "--image-share", 0], "are for --joint interleaved"), (["--per-clip", 4], "is for --joint mixed"),
-    (["--joint", "both"], "invalid choice"), (["--decoder-heads", 5], "multiple of 5 heads"),
-])  # fmt: skip
+    (["--img-size", 60], "not a multiple of 8"), (["--frames", 5], "clip length 5"),
+    (["--mask-ratio", 0], "hides nothing"), (["--mask-ratio-image", 1], "outside [0, 1)"),
+    (["--image-share", 0, "--video-share", 0], "do not fill one update"),
+    (["--images", "nowhere"], "nowhere does not exist"), (["--batch", 100], "do not fill one"),
+    (["--batch", 2, "--repeat", 4], "must be a multiple of 4"), (["--joint", "both"], "choice"),
+    (["--joint", "mixed", "--batch", 9], "must be a multiple of 2"),
+    (["--decoder", "64x1x5"], "not a multiple of 5"), (["--init", "no.pth"], "no checkpoint")])
 def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
-    assert message in refused(omni, "--data", toy, *([] if "--images" in flags else ["--images", toy]), *flags)
+    base = ["--data", toy] + ([] if "--images" in flags else ["--images", toy])
+    assert message in refused(omni, *base, "--workers", 0, *flags)
 
 
-def test_an_empty_modality_is_one_line(refused, toy, tmp_path):
+def test_an_empty_folder_is_one_line(refused, toy, tmp_path):
     (tmp_path / "none").mkdir()
-    assert "holds no files that end in .jpg" in refused(omni, "--data", toy, "--images", "none")
-    assert "holds no files that end in .avi" in refused(omni, "--data", "none", "--images", toy)
+    assert "none has no .jpg" in refused(omni, "--data", toy, "--images", "none")
+    assert "none has no .avi" in refused(omni, "--data", "none", "--images", toy)
