@@ -48,7 +48,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from masking import picture_table, report, run_script
+from masking import picture_table, printable, report, run_script
 
 # Endings of files, and the only formats that are opened, whatever a file claims to be.
 VIDEO = ".avi .mp4 .m4v .mov .3gp .mkv .webm .mpg .mpeg .vob .mts .m2ts .wmv .asf .flv .ogv".split()
@@ -104,8 +104,8 @@ def list_videos(root, split="train", fold=1, allow_missing=False):
     A lone folder in root is stepped into. Raises ValueError where nothing is found, and for listed
     files that are absent (unless allow_missing).
     """
-    root = find_root(root, "videos")
-    if official := find_official(root):
+    official = find_official(Path(root)) or find_official(root := find_root(root, "videos"))
+    if official:
         return read_official(*official, split, fold, allow_missing)
     if fold != 1:
         raise ValueError(f"--fold {fold}: {root} has no official lists, and so one split only")
@@ -152,7 +152,7 @@ def find_official(root):
 
 def find_folder(root, name):
     """A folder of this name in root or one level below, the innermost of nested ones; or None."""
-    places = [root / name, *sorted(root.glob(f"*/{name}"))]
+    places = [root / name, *sorted(root.glob(f"[!._]*/{name}"))]
     found = next((place for place in places if place.is_dir()), None)
     return find_folder(found, name) or found if found else None
 
@@ -164,27 +164,32 @@ def read_official(name, lists, videos, split, fold, allow_missing):
     train, wanted = split == "train", []  # (path in the list, label)
     if name == "UCF101":
         table = f"{'train' if train else 'test'}list0{fold}.txt"
-        numbered = [line.split(maxsplit=1) for line in read_lines(lists / "classInd.txt")]
+        numbered = read_lines(lists / "classInd.txt", r"(\d+)\s+(.+)")
         classes = [c for _, c in sorted((int(number), c) for number, c in numbered)]
         label_of = {c.lower(): label for label, c in enumerate(classes)}
-        for line in read_lines(lists / table):
-            # trainlist has labels (from 1; 0: unknown), testlist none: the folder is the class
-            path, number = re.fullmatch(r"(.*?)(?:\s+(\d+))?", line).groups()
-            wanted.append((path, -1 if number == "0" else label_of[path.split("/")[0].lower()]))
+        # trainlist has labels (from 1; 0: unknown), testlist none: the folder is the class
+        for path, number in read_lines(lists / table, r"(.*?)(?:\s+(\d+))?"):
+            label = label_of.get(path.split("/")[0].lower())
+            if label is None:
+                raise ValueError(f"{lists / table}: {path} is of a class that is not in classInd")
+            wanted.append((path, -1 if number == "0" else label))
     else:
         table = f"_test_split{fold}.txt"
         tables = sorted(lists.glob(f"*{table}"))  # climb_stairs before climb, as the files sort
         classes = [path.name.removesuffix(table) for path in tables]
         for label, path in enumerate(tables):
-            for line in read_lines(path):  # 1 train, 2 test, 0 in neither
-                video, _, use = line.rpartition(" ")
+            for video, use in read_lines(path, r"(.+)\s([012])"):  # 1 train, 2 test, 0 neither
                 wanted += [(f"{classes[label]}/{video}", label)] if use == "21"[train] else []
     return resolve(wanted, classes, videos, lists, VIDEO, allow_missing, f"{name}'s {table}")
 
 
-def read_lines(path):
-    """Lines of a text file that are not empty."""
-    return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+def read_lines(path, pattern="(.*)"):
+    """The groups of `pattern` in every line that is not empty.   Raises ValueError that shows it"""
+    lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    for line in lines:
+        if not re.fullmatch(pattern, line):
+            raise ValueError(f"{path} has the line {line!r}, which cannot be read")
+    return [re.fullmatch(pattern, line).groups() for line in lines]
 
 
 def resolve(wanted, classes, folder, source, kinds, allow_missing, how):
@@ -204,7 +209,8 @@ def resolve(wanted, classes, folder, source, kinds, allow_missing, how):
         if not (path.suffix.lower() in kinds and path.is_file()):
             for other in walk(folder, kinds)[0] if not alike else ():
                 alike.setdefault(key(other), []).append(other)
-            same = alike.get(key(path), ())
+            known = path.suffix.lower() in (*kinds, "")
+            same = alike.get(key(path), ()) if known else ()
             path = same[0] if len(same) == 1 else None
         if path:
             paths.append(str(path))
@@ -298,13 +304,14 @@ def read_list(path, kinds, allow_missing):
     Quotes, a header line and labels like 3.0 are read, too.
     """
     wanted = []
-    for line in read_lines(path):
-        found = re.fullmatch(r"(.+?)\s*[,;\s]\s*[\"']?(-?\d{1,6})(\.0*)?[\"']?", line)
+    for (line,) in read_lines(path):
+        found = re.fullmatch(r"(.*[^\s,;])[\s,;]+[\"']?(-?\d{1,6})(\.0*)?[\"']?", line)
         if os.path.exists(path.parent / line) or not found:
             wanted.append((line.strip("\"'"), -1))
         else:
             wanted.append((found[1].strip("\"'"), int(found[2])))
-    if len(wanted) > 1 and wanted[0][1] < 0 <= wanted[1][1]:  # a header
+    first, label = wanted[0] if len(wanted) > 1 else ("", 0)
+    if label < 0 and Path(first).suffix.lower() not in kinds:  # a header
         del wanted[0]
     classes = [str(i) for i in range(max((label for _, label in wanted), default=-1) + 1)]
     return resolve(wanted, classes, path.parent, path, kinds, allow_missing, f"list {path.name}")
@@ -353,7 +360,9 @@ def reason(error):
         raise error
     if getattr(error, "errno", None) in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
         raise error
-    return str(error) if isinstance(error, BrokenFile) else f"{type(error).__name__}: {error}"
+    if isinstance(error, BrokenFile):
+        return str(error)
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
 
 
 @contextlib.contextmanager
@@ -376,7 +385,7 @@ def open_video(path):
 
 
 def frame_times(path):
-    """-> how many frames there are, their times in the order of display or None, seconds they last.
+    """-> how many frames there are, their times in the order of display or None, "" or a problem.
 
     Headers promise what they like: packets are counted, which costs a fiftieth of decoding them.
     What an editor cut (MP4) or AVI dropped is no frame. Times are in the stream's units; None: they
@@ -396,13 +405,19 @@ def cached_times(path, size, changed):
                 times.append(packet.pts if reordered else packet.dts)
                 end = max(end, (packet.dts or 0) + (packet.duration or 0))
         known = times and None not in times and len(set(times)) == len(times)
-        if reordered and container.format.name == "avi":  # AVI stores no times: they are made up
-            known = False
+        name = container.format.name
+        if name in ("mpeg", "asf") or (name == "avi" and reordered):
+            known = False  # these do not store the time of every frame: some are made up
         # H.264 4:4:4 by old versions of x264 says in the first packet alone how to decode it
-        if context.name == "h264" and "444" in (context.pix_fmt or ""):
+        if context.name == "h264" and re.search("444|gbr", context.pix_fmt or ""):
             known = False
         seconds = (end - (stream.start_time or 0)) * float(stream.time_base)
-        return len(times), np.sort(times) if known else None, seconds
+        claimed, problem = (container.duration or 0) / av.time_base, ""
+        if name == "avi":  # FFmpeg makes up a duration of what is there; the header counts frames
+            claimed = float(stream.frames / (stream.average_rate or 25))
+        if seconds < 0.9 * claimed - 0.5:
+            problem = f"cut short: {claimed:.1f} s by its header, {seconds:.1f} s are there"
+        return len(times), np.sort(times) if known else None, problem
 
 
 def shown(container, stream):
@@ -472,7 +487,9 @@ def read_clips(path, choose):
         if n == 0:
             raise BrokenFile("no frame can be decoded")
         frames = np.stack([found[f] for f in clips.flat])  # one copy: two cost as much as the crop
-        problem = f"damaged: {damaged} of {len(found)} frames, used as they are" if damaged else ""
+        problem = frame_times(path)[2]
+        if damaged:
+            problem = f"damaged: {damaged} of {len(found)} frames, used as they are"
         return frames.reshape(*clips.shape, *frames.shape[1:]), problem
     except Exception as error:  # decoders raise many kinds on a damaged file
         raise BrokenFile(reason(error)) from None
@@ -480,19 +497,18 @@ def read_clips(path, choose):
 
 def every_frame(path, problems):
     """All frames of a video, one by one. What is wrong with it is added to the list `problems`."""
-    _, _, seconds = frame_times(path)
+    _, _, problem = frame_times(path)
     met = damaged = 0
     with open_video(path) as (container, stream):
         for frame in shown(container, stream):
             met, damaged = met + 1, damaged + frame.is_corrupt
             yield frame
-        claimed = (container.duration or 0) / av.time_base
         if not met:
             raise BrokenFile("no frame can be decoded")
         if damaged:
             problems.append(f"damaged: {damaged} of {met} frames decode with errors")
-        if seconds < 0.9 * claimed - 0.5:
-            problems.append(f"cut short: {claimed:.1f} s by its header, {seconds:.1f} s are there")
+        if problem:
+            problems.append(problem)
         elif stream.frames and abs(stream.frames - met) > 2:
             problems.append(f"note: {stream.frames} frames by its header, {met} are there")
 
@@ -513,6 +529,8 @@ def read_image(path):
                 image = ImageOps.exif_transpose(image)
                 if image.mode[0] in "IF":
                     x = np.asarray(image, dtype=np.float64)
+                    if not np.isfinite(x).all():
+                        raise BrokenFile("pixels that are no numbers")
                     x = (x - x.min()) / max(x.max() - x.min(), 1e-12) * 255
                     image = Image.fromarray(x.round().astype(np.uint8))
                 return np.array(image.convert("RGB"))
@@ -597,9 +615,17 @@ class FileDataset(Dataset):
                 problems.append((str(self.paths[i]), f"broken, another file is used: {error}"))
                 other = seeded(self.seed, 3, epoch, i, attempt)
                 i = int(torch.randint(len(self), (1,), generator=other))
-        names = ", ".join(f"{path} ({problem})" for path, problem in problems[:3])
+        names = printable(", ".join(f"{path} ({problem})" for path, problem in problems[:3]))
         hint = "python data.py check lists them"
         raise ValueError(f"10 files in a row cannot be read, e.g. {names}: {hint}")
+
+
+    def first(self):
+        """Pixels of the first file, no other in its place.   Raises ValueError that names it"""
+        try:
+            return self.read(0, None)[0]
+        except BrokenFile as error:
+            raise ValueError(f"{self.paths[0]}: {error}") from None
 
 
 class ImageDataset(FileDataset):
@@ -741,8 +767,10 @@ def load_file(path):
         hint = f": python {script} makes it" if Path(__file__).with_name(script).exists() else hint
         raise ValueError(f"there is no checkpoint {path}{hint}")
     if str(path).endswith(".safetensors"):
-        from safetensors.torch import load_file as load  # pip install safetensors
-
+        try:
+            from safetensors.torch import load_file as load
+        except ImportError:
+            raise ValueError(f"to read {path}: pip install safetensors") from None
         return load(path)
     # weights_only refuses pickles that could run code. These are harmless and in public files
     kinds = [type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8", "?")]

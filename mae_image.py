@@ -610,10 +610,9 @@ def main(argv=None):
         return MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator)
 
     if cfg.picture:
-        pixels = data.read_image(cfg.picture)
-        box = data.center_box(pixels.shape[:2], size)
-        pixels = data.make_crop(pixels[None], size, box, bicubic=True)
-        return show_one(model, pixels, draw_mask, cfg)
+        one = data.Files(np.array([cfg.picture]), np.array([-1]), [])
+        one = data.ImageDataset(one, size, cfg.seed, train=False)
+        return show_one(model, one.first(), draw_mask, cfg)
     fetch(cfg.data)
     train_files, val_files = (data.list_images(cfg.data, split, cfg.allow_missing)
                               for split in ("train", "val"))

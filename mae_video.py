@@ -583,6 +583,7 @@ def main(argv=None):
     model = MODELS[cfg.model](cfg.frames, size, cfg.tubelet, cfg.patch, encoder_size(cfg.size),
                               decoder, cfg.norm_pix)
     load_pretrained(model.to(device), found)
+    painted = getattr(model, "frame_index", torch.arange(cfg.frames)).cpu()
     kind = {"videomae": "tube", "mae_st": "random"}[cfg.model] if cfg.mask == "paper" else cfg.mask
 
     def draw_mask(batch, rows, generator):
@@ -594,7 +595,7 @@ def main(argv=None):
 
     if cfg.picture:
         one = data.Files(np.array([cfg.picture]), np.array([-1]), [])
-        return show_one(model, open_clips(one, False).read(0, None)[0], draw_mask, cfg)
+        return show_one(model, open_clips(one, False).first(), draw_mask, cfg)
     fetch(cfg.data)
     train_files, val_files = (data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
                               for split in ("train", "val"))
@@ -605,7 +606,7 @@ def main(argv=None):
     def look(path):
         loss, baseline, pictures, hole = reconstruct(model, model.normalize(batch.to(device)), mask)
         draw_clips(pictures, path, LEAK_NOTE * cfg.norm_pix)
-        objects = explained_objects(pictures, hole, paths, lambda n: val.choose(n)[0])
+        objects = explained_objects(pictures, hole, paths, lambda n: val.choose(n)[0][painted])
         return {"val_loss": loss, "baseline": baseline, **objects}
 
     groups, loss_of = param_groups(model, cfg.weight_decay), pretraining_loss(model, draw_mask, cfg)

@@ -288,10 +288,18 @@ class MultiMAE(nn.Module):
         return resize_table(table, self.grid, (1, x.shape[-2] // scale, x.shape[-1] // scale), mode)
 
     def given(self, inputs):
-        """The modalities among the inputs, in token order.   Raises ValueError for others, none"""
+        """The modalities among the inputs, in token order.
+
+        Raises ValueError for none, unknown ones, and ones of another size.
+        """
         if not inputs or set(inputs) - set(self.modalities):
             known = ", ".join(self.modalities)
             raise ValueError(f"inputs {', '.join(inputs) or 'none'}: this model knows {known}")
+        sizes = {m: tuple(x.shape[-2:]) for m, x in inputs.items()}
+        if "semseg" in sizes:
+            sizes["semseg"] = tuple(STRIDE * n for n in sizes["semseg"])
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"inputs must agree in size (classes: a quarter), not {sizes}")
         return [m for m in self.modalities if m in inputs]
 
     def forward(self, inputs, mask):
@@ -311,8 +319,6 @@ class MultiMAE(nn.Module):
             table = self.resize(self.pos_embed, m, inputs[m], mode)  # (1, N, D)
             patches = self.patches(m, inputs[m])  # (B, N, P)
             tokens.append(self.input_adapters[m](patches) + table)  # (B, N, D)
-        if len({x.shape[1] for x in tokens}) > 1:
-            raise ValueError(f"{', '.join(inputs)} must agree in size (classes: a quarter)")
         x = visible(torch.cat(tokens, dim=1), mask)  # (B, K, D)
         token = self.global_tokens.expand(len(x), -1, -1)
         x = torch.cat([x, token.to(x.dtype)], dim=1)  # (B, K+1, D)

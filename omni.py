@@ -314,7 +314,7 @@ def main(argv=None):
     if cfg.picture:
         one = data.Files(np.array([cfg.picture]), np.array([-1]), [])
         kind = open_videos if Path(cfg.picture).suffix.lower() in data.VIDEO else open_images
-        return show_one(model, kind(one, False).read(0, None)[0], draw_mask, cfg)
+        return show_one(model, kind(one, False).first(), draw_mask, cfg)
     fetch(cfg.data, cfg.images)
     images = [data.list_images(cfg.images, split, cfg.allow_missing) for split in ("train", "val")]
     videos = [data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
@@ -336,12 +336,11 @@ def main(argv=None):
             return mixed_plan(epoch, *counts, cfg.batch, cfg.repeat, pieces, cfg.seed)
         return joint_plan(epoch, *counts, cfg.batch, cfg.repeat, shares, cfg.seed)
 
-    # the weight of images in the loss of an epoch: what is shown beside it must have the same
-    pure = [] if cfg.joint == "mixed" else [update[0] < counts[0] for update in plan(0)]
-    weight = sum(pure) / len(pure) if pure else 0.5
-
     def look(path):
         """Losses of both, and one picture: images above, clips below."""
+        # the weight of images in the loss of an epoch: what is shown beside it must have the same
+        pure = [] if cfg.joint == "mixed" else [update[0] < counts[0] for update in plan(0)]
+        weight = sum(pure) / len(pure) if pure else 0.5
         scores, tables = {}, []
         for name, (batch, mask, paths) in samples.items():
             x = model.normalize(batch.to(device))

@@ -226,7 +226,7 @@ def test_a_late_clip_is_reached_by_a_jump(tmp_path, monkeypatch):
 
 def test_a_clip_is_chosen_again_where_packets_count_more_than_frames(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "x.mp4", frames=greys(40))
-    monkeypatch.setattr(data, "frame_times", lambda path: (400, None, 16.0))
+    monkeypatch.setattr(data, "frame_times", lambda path: (400, None, ""))
     clips, _ = data.read_clips(path, lambda n: mae_video.dense_views(n, 4, 2, 1))
     assert numbers(clips).tolist() == [[16, 18, 20, 22]]
 
@@ -251,7 +251,7 @@ def test_a_header_that_claims_a_thousand_million_frames_costs_nothing(tmp_path, 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert data.check_file(path)[0][0].startswith(("cut short: ", "broken: "))
     if name == "x.avi":
-        assert assert_exact(path, 2) == 60
+        assert assert_exact(path, 2, damaged=True) == 60
     else:
         with pytest.raises(data.BrokenFile):
             data.read_clips(path, lambda n: np.zeros((1, 1), int))
