@@ -897,7 +897,7 @@ def save_once(path, save):
         os.replace(part, path)
 
 
-def make_toy(folder, groups=25, images=(1600, 400), labelled=18):
+def make_toy(folder, groups=25, images=(1600, 400), labelled=7):
     """Write the toy world, or what is missing of it: two calls give the same files, byte for byte.
 
     folder/videos/<Motion>/v_<Motion>_gXX_cYY.mp4, classInd.txt, trainlist01.txt ...    as UCF101;

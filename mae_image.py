@@ -48,7 +48,7 @@ from masking import (HOLE, MASKS, as_pixels, hidden, is_first, numbers, picture_
 # Published encoders: width D, blocks, heads. tiny is DeiT's (arXiv 2012.12877), small that of
 # VideoMAE's code, the others MAE's (huge: patches of 14 in MAE, of 16 in VideoMAE); nano is ours.
 ENCODERS = {
-    "nano": (96, 3, 3),
+    "nano": (96, 4, 3),
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),

@@ -258,9 +258,9 @@ class Config(RunConfig):
     video_share: float = 1.0  # the same for videos; the public recipe with --repeat 4: 0.25
     # model
     size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
-    decoder: str = "64x1x2"  # WIDTHxBLOCKSxHEADS; the public code's base has 384x4x16
+    decoder: str = "64x2x4"  # WIDTHxBLOCKSxHEADS; the public code's base has 384x4x16
     patch: int = 8  # side of a cube in pixels
-    tubelet: int = 2  # frames in a cube
+    tubelet: int = 4  # frames in a cube; the paper has 2
     mask: typing.Literal["random", "tube", "frame", "causal"] = "random"  # of videos
     mask_ratio: float = 0.75  # share of a clip's cubes that are hidden; paper 0.95, public code 0.9
     mask_ratio_image: float = 0.75  # share of an image's patches; paper 0.9, public recipe 0.75
@@ -277,13 +277,13 @@ class Config(RunConfig):
 PRESETS = {
     # The public recipe for ViT-B (64 GPUs); ratios of the abstract, where it has 0.75 and 0.9. Its
     # clips last 2.7 s, whatever the frame rate; stride 4 is 2.1 s at 30 frames a second
-    "paper": dict(frames=16, stride=4, sampling="dense", img_size="224", patch=16, size="base",
-                  decoder="384x4x16", mask_ratio=0.95, mask_ratio_image=0.9, norm_pix=True,
-                  min_crop=0.08, repeat=4, video_share=0.25, batch=2048, lr=2e-4, epochs=800,
-                  warmup=40, workers=16, out="runs/omni_paper"),
-    "gpu": dict(frames=16, stride=4, sampling="dense", img_size="112", patch=8, size="small",
-                decoder="192x4x3", mask_ratio=0.9, norm_pix=True, repeat=4, batch=128, lr=3e-4,
-                epochs=200, warmup=10, workers=8, out="runs/omni_gpu"),
+    "paper": dict(frames=16, stride=4, sampling="dense", img_size="224", tubelet=2, patch=16,
+                  size="base", decoder="384x4x16", mask_ratio=0.95, mask_ratio_image=0.9,
+                  norm_pix=True, min_crop=0.08, repeat=4, video_share=0.25, batch=2048, lr=2e-4,
+                  epochs=800, warmup=40, workers=16, out="runs/omni_paper"),
+    "gpu": dict(frames=16, stride=4, sampling="dense", img_size="112", tubelet=2, patch=8,
+                size="small", decoder="192x4x3", mask_ratio=0.9, norm_pix=True, repeat=4, batch=128,
+                lr=3e-4, epochs=200, warmup=10, workers=8, out="runs/omni_gpu"),
 }
 
 

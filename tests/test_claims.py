@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 import types
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 
 import claims
 import data
+import finetune
 import mae_image
 import mask_tokens
+from masking import settings
 
 
 @pytest.mark.parametrize("number", claims.CLAIMS)
@@ -25,19 +28,21 @@ def test_every_command_of_a_claim_is_one_that_its_script_takes(number, tmp_path)
         assert len({run for run, _ in after.values()}) == len(after), "two arms would write into one folder"
         for script, *flags in map(str.split, commands):
             module = importlib.import_module(scripts.get(script, script).removesuffix(".py"))
-            mae_image.parse_config(module.Config, module.PRESETS, "", flags)
+            settings(module.Config, module.PRESETS, module.__doc__, flags)
     assert all(arm in claim.arms for pair in claim.pairs for side in pair for arm in side.split(" - "))
 
 
-def test_a_tiny_run_ends_in_verdicts_and_is_not_repeated(run, toy, tmp_path):
+def test_a_tiny_run_ends_in_verdicts_and_is_not_repeated(script, toy, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work/toy").symlink_to(toy)
     flags = ["--quick", "--only", "M7,V1", "--sets", "toy,toy-images", "--work", "work"]
-    text = run("tests/claims.py", *flags)
+    text = script("tests/claims.py", *flags)
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 5 + 3 + 3 and "| toy | pretrained - scratch |" in text and "| toy-images | block - random |" in text
-    again = run("tests/claims.py", *flags)
-    assert rows == [line for line in again.splitlines() if line.startswith("|")] and " min\n" not in again
+    assert len(rows) == 5 + 3 + 3 and "| toy | pretrained - scratch |" in text
+    assert "| toy-images | block - random |" in text
+    again = script("tests/claims.py", *flags)
+    assert rows == [line for line in again.splitlines() if line.startswith("|")]
+    assert " min\n" not in again
 
 
 def made_up(work, scores, equal=False):
@@ -45,11 +50,11 @@ def made_up(work, scores, equal=False):
     claim = claims.Claim("Table", "text", "numbers", ("toy",), {arm: claims.Arm() for arm in scores}, (tuple(scores),), equal)
     after = {}
     for arm, runs in scores.items():
-        (work / arm).mkdir(parents=True)
-        (work / arm / "minutes.json").write_text("2.5")
         for (fold, seed), accuracy in runs.items():
-            folder = work / f"{arm}-ft-{fold}-{seed}"
-            folder.mkdir()
+            folder, before = work / f"{arm}-ft-{fold}-{seed}", work / f"{arm}-{seed}"
+            folder.mkdir(parents=True)
+            before.mkdir(exist_ok=True)
+            (before / "minutes.json").write_text("2.5")
             (folder / "results.json").write_text(json.dumps({"top1": accuracy}))
             (folder / "minutes.json").write_text("1.5")
             after[arm, fold, seed] = folder.name, ""
@@ -111,32 +116,47 @@ def test_trivial_baselines_see_motion_and_the_most_frequent_class(tmp_path):
                 frames[t, 4 + 2 * (i % 9) : 12 + 2 * (i % 9), max(x - 4, 0) : x + 4] = 250
             path = tmp_path / split / ("right" if right else "left") / f"{i}.mp4"
             path.parent.mkdir(parents=True, exist_ok=True)
-            data.write_video(path, frames, 25)
+            data.write_video(frames, 25, path)
     scores = claims.trivial_baselines(tmp_path, 1)
     assert scores["majority"] == 0.5 and scores["motion over time"] == 1.0 > scores["motion energy"]
     assert set(scores) == {"majority", "small clip", "motion energy", "motion over time"}
 
 
-def test_mask_tokens_in_the_encoder_hide_as_much_and_their_checkpoint_can_be_fine_tuned(run, toy):
-    """A hidden patch has no part in the encoder's result, and where nothing is hidden the model is MAE."""
+def test_mask_tokens_in_the_encoder_hide_as_much_and_their_checkpoint_can_be_fine_tuned(
+        script, run, toy, tmp_path):
+    """A hidden patch has no part in the latent, and where nothing is hidden the model is MAE."""
     torch.manual_seed(0)
     sizes = dict(img_size=16, patch=4, size=(32, 2, 2), decoder=(16, 1, 2))
     model, mae = mask_tokens.MAEWithMaskTokens(**sizes), mae_image.MAE(**sizes)
-    patches, mask = torch.randn(2, 16, 48), torch.arange(16).expand(2, 16) % 4 > 0
-    changed = torch.where(mask[..., None], torch.randn(2, 16, 48), patches)
-    latent = model.forward_encoder(patches, mask)
-    assert latent.shape == (2, 17, 32) and torch.equal(latent, model.forward_encoder(changed, mask))
-    assert model.forward_decoder(latent, mask).shape == (2, 16, 16)
-    mae.load_state_dict({k: v for k, v in model.state_dict().items() if k != "mask_token"}, strict=False)
-    imgs = torch.randn(2, 3, 16, 16)
+    imgs, mask = torch.randn(2, 3, 16, 16), torch.arange(16).expand(2, 16) % 4 > 0
+    changed = torch.where(mask.reshape(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3),
+                          torch.randn(2, 3, 16, 16), imgs)
+    latent = model.forward_encoder(imgs, mask)
+    assert latent.shape == (2, 17, 32)
+    assert torch.equal(latent, model.forward_encoder(changed, mask))
+    assert model(imgs, mask)[1].shape == (2, 12, 48)
+    mae.load_state_dict({k: v for k, v in model.state_dict().items() if k != "mask_token"},
+                        strict=False)
     assert torch.equal(model.encode(imgs), mae.encode(imgs))
     small = ["--data", toy, "--smoke", "--workers", 0, "--batch", 8]
-    run("tests/mask_tokens.py", *small, "--out", "with")
-    assert "mask_token" in run("finetune.py", *small, "--clips", 1, "--init", "with/checkpoint.pt", "--out", "tuned")
+    script("tests/mask_tokens.py", *small, "--out", "with")
+    text = run(finetune, *small, "--clips", 1, "--init", "with/checkpoint.pt", "--out", "tuned")
+    assert "mask_token" in text
 
 
-def test_unknown_claims_and_numbers_are_named_and_a_list_writes_nothing(run, tmp_path):
-    assert "Z9 is unknown" in run("tests/claims.py", "--only", "Z9", code=2)
-    assert "must be at least 1" in run("tests/claims.py", "--jobs", 0, code=2)
-    assert "finetune.py" in run("tests/claims.py", "--list", "--only", "V1, V8", "--sets", "toy", "--work", "w")
+def test_unknown_claims_and_numbers_are_named_and_a_list_writes_nothing(
+        tmp_path, monkeypatch, capsys):
+    def call(*flags):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["claims.py", *map(str, flags)])
+        try:
+            claims.main()
+        except SystemExit as end:
+            assert end.code == 2
+        shown = capsys.readouterr()
+        return shown.out + shown.err
+
+    assert "Z9 is unknown" in call("--only", "Z9")
+    assert "must be at least 1" in call("--jobs", 0)
+    assert "finetune.py" in call("--list", "--only", "V1, V8", "--sets", "toy", "--work", "w")
     assert not (tmp_path / "w").exists()
