@@ -576,7 +576,7 @@ class Config(RunConfig):
     mask_ratio: float = 0.75  # share of patches that are hidden
     norm_pix: bool = False  # predict patches normalised by their own mean and variance: Table 1(d)
     # optimiser
-    epochs: int = 60  # passes over the data
+    epochs: int = 40  # passes over the data
     batch: int = 64  # samples per update, over all processes and accumulation steps
     lr: float = 8e-3  # base rate, for a batch of 256; the paper's is 1.5e-4, for a much longer run
     warmup: float = 4  # epochs of linear warm-up

@@ -254,7 +254,7 @@ class Config(RunConfig):
     allow_missing: bool = False  # a list may name files that are not there: use the others
     picture: str = ""  # no training: paint the hidden parts of this image or clip, with --init
     joint: typing.Literal["interleaved", "mixed"] = "interleaved"  # an update has one kind, or both
-    image_share: float = 1.0  # interleaved: share of the image updates that an epoch has, 0: none
+    image_share: float = 0.4  # interleaved: share of the image updates that an epoch has, 0: none
     video_share: float = 1.0  # the same for videos; the public recipe with --repeat 4: 0.25
     # model
     size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
@@ -266,9 +266,9 @@ class Config(RunConfig):
     mask_ratio_image: float = 0.75  # share of an image's patches; paper 0.9, public recipe 0.75
     norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as published
     # optimiser
-    epochs: int = 30  # passes over images and videos, by their shares
+    epochs: int = 50  # passes over images and videos, by their shares
     batch: int = 16  # images or clips per update, over all processes, pieces and repeats
-    lr: float = 5e-2  # base rate, for a batch of 256; the public code's is 2e-4, for longer runs
+    lr: float = 3e-2  # base rate, for a batch of 256; the public code's is 2e-4, for longer runs
     warmup: float = 2  # epochs of linear warm-up
     # run
     out: str = "runs/omni"  # folder for checkpoint, log and pictures
@@ -279,11 +279,12 @@ PRESETS = {
     # clips last 2.7 s, whatever the frame rate; stride 4 is 2.1 s at 30 frames a second
     "paper": dict(frames=16, stride=4, sampling="dense", img_size="224", tubelet=2, patch=16,
                   size="base", decoder="384x4x16", mask_ratio=0.95, mask_ratio_image=0.9,
-                  norm_pix=True, min_crop=0.08, repeat=4, video_share=0.25, batch=2048, lr=2e-4,
-                  epochs=800, warmup=40, workers=16, out="runs/omni_paper"),
+                  norm_pix=True, min_crop=0.08, repeat=4, image_share=1.0, video_share=0.25,
+                  batch=2048, lr=2e-4, epochs=800, warmup=40, workers=16, out="runs/omni_paper"),
     "gpu": dict(frames=16, stride=4, sampling="dense", img_size="112", tubelet=2, patch=8,
-                size="small", decoder="192x4x3", mask_ratio=0.9, norm_pix=True, repeat=4, batch=128,
-                lr=3e-4, epochs=200, warmup=10, workers=8, out="runs/omni_gpu"),
+                size="small", decoder="192x4x3", mask_ratio=0.9, norm_pix=True, repeat=4,
+                image_share=1.0, batch=128, lr=3e-4, epochs=200, warmup=10, workers=8,
+                out="runs/omni_gpu"),
 }
 
 

@@ -152,7 +152,8 @@ def test_shape_comments_of_the_image_model_are_true():
 
 @pytest.mark.parametrize("kind", [mae_video.VideoMAE, mae_video.MAEST])
 def test_shape_comments_of_the_video_models_are_true(kind):
-    model = kind(6, (16, 24), 2, 4, (36, 1, 3), (20, 1, 4))
+    options = {} if kind is mae_video.VideoMAE else {"cls": False}
+    model = kind(6, (16, 24), 2, 4, (36, 1, 3), (20, 1, 4), **options)
     mask = masking.tube_mask(2, model.grid, 0.75, torch.Generator())
     P = 96 if kind is mae_video.VideoMAE else 48
     letters = dict(B=2, C=3, T=6, H=16, W=24, u=2, p=4, t=3, h=4, w=6, N=72, K=18, M=54, D=36, E=20, P=P)
@@ -168,7 +169,7 @@ def test_shape_comments_of_the_joint_model_are_true():
     clips, imgs = torch.randn(2, 3, 6, 16, 24), torch.randn(2, 3, 16, 24)
     masks = [masking.random_mask(2, g, 0.75, torch.Generator(), "hide") for g in ((1, 4, 6), model.grid)]
     letters = dict(B=2, C=3, T=6, H=16, W=24, u=2, p=4, t=3, h=4, w=6, N=72, K=18, M=54, D=36, E=20, P=96)
-    checked = check_shapes(ROOT / "omni.py", letters, lambda: (model(clips, masks[1]), model.encode(clips)))
+    checked = check_shapes(ROOT / "omni.py", letters, lambda: model(clips, masks[1]))
     checked |= check_shapes(ROOT / "omni.py", {**letters, "N": 24, "K": 6, "M": 18}, lambda: model(imgs, masks[0]))
     assert len(checked) >= 2, sorted(checked)
 
@@ -238,7 +239,7 @@ def test_claims_and_flags_that_are_named_exist():
     for asked in re.findall(r"--only ([A-Z]\d[A-Z\d,]*)", text):
         assert set(asked.split(",")) <= set(claims.CLAIMS)
     known = "".join(p.read_text() for p in [*FILES, ROOT / "tests/claims.py", ROOT / "tests/benchmark.py"])
-    others = {"nproc_per_node", "index-url"}  # torchrun's, pip's
+    others = {"nproc_per_node", "index-url", "help"}  # torchrun's, pip's, argparse's
     for flag in set(re.findall(r"`[^`\n]*?--(?:no-)?([a-z][a-z0-9-]+)", text)) - others:
         assert re.search(rf"^    {flag.replace('-', '_')}: |--{flag}\"", known, re.M), flag
 
@@ -314,17 +315,19 @@ def provide(checkpoint, folder):
 
 def make_folders(folder, words, toy):
     """The data that README commands name: UCF101, UCF101-128, my_videos, clip.avi, cat.jpg."""
-    source = sorted((toy / "videos/Still").glob("*.mp4"))
-    for root in {"UCF101", "UCF101-128"} & set(words) - ({"UCF101-128"} if "shrink" in words else set()):
-        videos, lists = folder / root / "UCF-101/Still", folder / root / "ucfTrainTestlist"
-        videos.mkdir(parents=True)
-        lists.mkdir()
-        for path in source:
-            shutil.copy(path, videos / f"{path.stem}.avi")
-        (lists / "classInd.txt").write_text("1 Still\n2 Other\n")
-        names = [f"Still/{path.stem}.avi" for path in source]
+    source = [path for name in ("Still", "Wheel") for path in sorted((toy / "videos" / name).glob("*"))]
+    roots = {"UCF101", "UCF101-128"} & set(words)
+    for root in roots - {"UCF101-128"} if "shrink" in words else roots:
+        videos, lists = folder / root / "UCF-101", folder / root / "ucfTrainTestlist"
+        lists.mkdir(parents=True)
+        names = [f"{path.parent.name}/{path.stem}.avi" for path in source]
+        for path, name in zip(source, names):
+            (videos / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, videos / name)
+        (lists / "classInd.txt").write_text("1 Still\n2 Wheel\n")
         for fold in (1, 2, 3):
-            (lists / f"trainlist0{fold}.txt").write_text("".join(f"{n} 1\n" for n in names * 3))
+            lines = [f"{name} {1 + name.startswith('Wheel')}\n" for name in names[1:] * 3]
+            (lists / f"trainlist0{fold}.txt").write_text("".join(lines))
             (lists / f"testlist0{fold}.txt").write_text(f"{names[0]}\n")
     shutil.copy(source[0], folder / "clip.avi")
     shutil.copy(next((toy / "rgb/train").rglob("*.jpg")), folder / "cat.jpg")
@@ -340,4 +343,5 @@ def test_the_python_lines_of_the_readme_run(toy, tmp_path, monkeypatch, run):
     exec(code, scope := {})
     assert scope["tokens"].shape == (1, 72, 96) and scope["heat"].shape == (2, 6, 6)
     assert abs(scope["heat"].sum().item() - 1) < 1e-4
-    assert len(scope["vectors"]["features"]) == len(scope["vectors"]["labels"])
+    vectors = scope["vectors"]
+    assert vectors["train_features"].shape == (len(vectors["train_labels"]), 96)
