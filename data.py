@@ -356,10 +356,11 @@ LARGEST = 2**29  # bytes of pixels that a clip may have: 16 frames of 4K
 
 def reason(error):
     """Why a file cannot be read. A lack of memory or descriptors is not its fault, and raised."""
-    if isinstance(error, MemoryError):
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
         raise error
-    if getattr(error, "errno", None) in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
-        raise error
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        bytearray(LARGEST)  # a MemoryError: memory is short. Else a damaged file asks for too much
+        return "it asks for more memory than there is"
     if isinstance(error, BrokenFile):
         return str(error)
     return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"

@@ -538,7 +538,7 @@ class Config(RunConfig):
     mask_ratio: float = 0.75  # share of cubes that are hidden; the papers' 0.9, on UCF101 0.75
     norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as papers do
     # optimiser
-    epochs: int = 100  # passes over the videos; each gives --repeat clips
+    epochs: int = 120  # passes over the videos; each gives --repeat clips
     batch: int = 16  # clips per update, over all processes, accumulation steps and repeats
     lr: float = 3e-2  # base rate, for a batch of 256; the papers: 1.5e-4 to 4e-4, for longer runs
     warmup: float = 5  # epochs of linear warm-up

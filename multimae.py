@@ -559,7 +559,7 @@ class Config(RunConfig):
     decoder: str = "64x1x4"  # of each task, WIDTHxBLOCKSxHEADS; the public code has 256x2x8
     patch: int = 8  # side of a patch in pixels
     class_width: int = 16  # width of a class's learned vector; the public code has 64
-    visible: float = 1 / 6  # share of all tokens, over all modalities, that stays visible
+    visible: float = 0.25  # share of all tokens, over modalities, that is visible; paper 1/6
     alpha: float = 1.0  # of the Dirichlet shares: 1 all splits equally likely, small: one has all
     # optimiser
     epochs: int = 30  # passes over the data
@@ -572,11 +572,11 @@ class Config(RunConfig):
 
 PRESETS = {
     # The public recipe: ViT-B on ImageNet with pseudo-labels, 8 GPUs
-    "paper": dict(classes=133, img_size="224", patch=16, size="base", class_width=64,
+    "paper": dict(classes=133, img_size="224", patch=16, size="base", class_width=64, visible=1 / 6,
                   decoder="256x2x8", epochs=1600, batch=2048, lr=1e-4, warmup=40, workers=16,
                   out="runs/multimae_paper"),
-    "gpu": dict(img_size="64", patch=8, size="tiny", decoder="192x2x3", epochs=400, batch=256,
-                lr=1e-3, warmup=20, workers=8, out="runs/multimae_gpu"),
+    "gpu": dict(img_size="64", patch=8, size="tiny", decoder="192x2x3", visible=1 / 6, epochs=400,
+                batch=256, lr=1e-3, warmup=20, workers=8, out="runs/multimae_gpu"),
 }
 
 

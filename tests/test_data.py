@@ -418,18 +418,28 @@ def test_a_lack_of_memory_or_descriptors_is_not_the_fault_of_a_file(tmp_path, mo
     def fail(*_, **__):
         raise error
 
+    monkeypatch.setattr(data, "LARGEST", 2**60)  # more than there is
     monkeypatch.setattr(data.av, "open", fail)
     monkeypatch.setattr(data.Image, "open", fail)
     video, image = write_text(tmp_path / "x.mp4"), write_text(tmp_path / "x.png")
     for read in (lambda: data.read_clips(video, lambda n: np.zeros((1, 1), int)),
                  lambda: data.read_image(image), lambda: data.check_file(video)):
-        with pytest.raises(type(error)):
+        with pytest.raises((MemoryError, OSError)):
             read()
     loader = data.start_loader(ClipDataset(files_of(video), 4, 2, (16, 16), 0), 0,
                                batch_sampler=[[(0, 0)]], collate_fn=data.collate)
-    cause = error.args[-1] if error.args else "MemoryError"
+    cause = "Too many open files" if getattr(error, "errno", 0) == errno.EMFILE else "MemoryError"
     with pytest.raises(ValueError, match=f"the loader failed: .*{cause}"):
         data.take(loader)
+
+
+def test_a_damaged_file_that_asks_for_gigabytes_is_broken(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(data.av, "open", fail)
+    with pytest.raises(data.BrokenFile, match="asks for more memory than there is"):
+        data.read_clips(write_text(tmp_path / "x.mp4"), lambda n: np.zeros((1, 1), int))
 
 
 def write_text(path, text="some bytes"):
