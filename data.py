@@ -15,8 +15,8 @@ What item i of an epoch gets (crop, flip, clip position) is drawn from a generat
 that cannot be read is named in the log and another one is used; it never becomes zeros.
 
 Run   python data.py toy toy                    (30 s on 2 cores: 600 clips, 2,000 images)
-      python data.py check UCF101               (decode everything, list what is broken, draw a
-      sheet) python data.py shrink UCF101 UCF101-128   (smaller copies decode faster: do it once)
+      python data.py check UCF101               (decode everything, list what is broken)
+      python data.py shrink UCF101 UCF101-128   (smaller copies decode faster: do it once)
 Next  mae_image.py: the first model, and the training loop.
 """
 
@@ -61,7 +61,8 @@ def seeded(*numbers):
     """A generator that depends on these whole numbers alone, not on what was drawn before.
 
     The first is the seed, the second says what for: 0 items, 1 masks, 2 held-out masks, 3 what
-    replaces a broken file, and so on. important: numpy fills up to four numbers with zeros, so (s,
+    replaces a broken file, and so on (shuffled() alone has the epoch there). important: numpy fills
+    up to four numbers with zeros, so (s,
     1) and (s, 1, 0) are one stream. It does no harm here; in a new project put the use last.
     """
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
@@ -154,7 +155,7 @@ def find_folder(root, name):
     """A folder of this name in root or one level below, the innermost of nested ones; or None."""
     places = [root / name, *sorted(root.glob(f"[!._]*/{name}"))]
     found = next((place for place in places if place.is_dir()), None)
-    return find_folder(found, name) or found if found else None
+    return found and (find_folder(found, name) or found)
 
 
 def read_official(name, lists, videos, split, fold, allow_missing):
@@ -179,7 +180,8 @@ def read_official(name, lists, videos, split, fold, allow_missing):
         classes = [path.name.removesuffix(table) for path in tables]
         for label, path in enumerate(tables):
             for video, use in read_lines(path, r"(.+)\s([012])"):  # 1 train, 2 test, 0 neither
-                wanted += [(f"{classes[label]}/{video}", label)] if use == "21"[train] else []
+                if use == ("1" if train else "2"):
+                    wanted.append((f"{classes[label]}/{video}", label))
     return resolve(wanted, classes, videos, lists, VIDEO, allow_missing, f"{name}'s {table}")
 
 
@@ -207,7 +209,7 @@ def resolve(wanted, classes, folder, source, kinds, allow_missing, how):
     for listed, label in wanted:
         path = Path(folder, listed)
         if not (path.suffix.lower() in kinds and path.is_file()):
-            for other in walk(folder, kinds)[0] if not alike else ():
+            for other in () if alike or missing else walk(folder, kinds)[0]:
                 alike.setdefault(key(other), []).append(other)
             known = path.suffix.lower() in (*kinds, "")
             same = alike.get(key(path), ()) if known else ()
@@ -342,7 +344,7 @@ def fingerprint(files):
 
 # ==================================================================================================
 #  PART 2: decoding. About FFmpeg's habits, not about learning: a student may go on with part 3.
-#  (needs: contextlib, errno, functools, itertools, os, warnings, av, np, Image, ImageOps,
+#  (needs: contextlib, errno, functools, itertools, os, re, warnings, av, np, Image, ImageOps,
 #  CONTAINERS, PICTURES)
 # ==================================================================================================
 
@@ -355,11 +357,11 @@ LARGEST = 2**29  # bytes of pixels that a clip may have: 16 frames of 4K
 
 
 def reason(error):
-    """Why a file cannot be read. A lack of memory or descriptors is not its fault, and raised."""
+    """Why a file cannot be read. A lack of memory or descriptors is not its fault and is raised."""
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
         raise error
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-        bytearray(LARGEST)  # a MemoryError: memory is short. Else a damaged file asks for too much
+        bytearray(LARGEST)  # fails if memory is short; else the damaged file asked for too much
         return "it asks for more memory than there is"
     if isinstance(error, BrokenFile):
         return str(error)
@@ -585,7 +587,8 @@ def torchvision_draws_from(generator):
 
 # ==================================================================================================
 #  PART 4: from files to batches
-#  (needs: functools, os, signal, sys, time, torch, DataLoader, Dataset, seeded, parts 2, 3)
+#  (needs: functools, os, signal, sys, time, torch, DataLoader, Dataset, printable, seeded,
+#  parts 2, 3)
 # ==================================================================================================
 
 
@@ -629,6 +632,14 @@ class FileDataset(Dataset):
             raise ValueError(f"{self.paths[0]}: {error}") from None
 
 
+    def draw_crop(self, shape, generator):
+        """-> box, whether to mirror: by chance in training, else the centre, not mirrored."""
+        if not self.train:
+            return center_box(shape, self.size), False
+        box = random_box(shape, self.size, self.min_crop, generator)
+        return box, self.flip and torch.rand(1, generator=generator) < 0.5
+
+
 class ImageDataset(FileDataset):
     """Items uint8 (1, H, W, 3).   size (H, W); min_crop: random_box; train False: centre crop."""
 
@@ -639,12 +650,7 @@ class ImageDataset(FileDataset):
     def read(self, i, generator):
         stored = self.files.pixels
         pixels = read_image(self.paths[i]) if stored is None else stored[i]
-        shape, flip = pixels.shape[:2], False
-        if self.train:
-            box = random_box(shape, self.size, self.min_crop, generator)
-            flip = self.flip and torch.rand(1, generator=generator) < 0.5
-        else:
-            box = center_box(shape, self.size)
+        box, flip = self.draw_crop(pixels.shape[:2], generator)
         return make_crop(pixels[None], self.size, box, flip, bicubic=True), ""
 
 
@@ -684,7 +690,7 @@ def collate(items):
 
 
 def share(pixels):
-    """Into shared memory, in a worker. torch does it later, where a full /dev/shm hangs."""
+    """Into shared memory, in a worker. torch would do it later, and hang if /dev/shm is full."""
     return pixels.share_memory_() if torch.utils.data.get_worker_info() else pixels
 
 
@@ -709,7 +715,7 @@ def begin_worker(parent, worker):
     """First thing in a worker: out of reach of the terminal's signals, which are for the parent."""
     if os.name == "posix":
         os.setpgid(0, 0)
-        if os.getppid() != parent:  # killed in between; later on torch looks after that
+        if os.getppid() != parent:  # it died in between; from here on torch watches for that
             os._exit(1)
 
 
@@ -723,7 +729,7 @@ def take(loader):
 
 
 def in_parallel(work, jobs, what):
-    """Yield work(job) of each job in order, from all CPU cores, with progress on stderr."""
+    """Yield work(job) of each job in order; on all CPU cores, as torch's collate_fn."""
     results = start_loader(jobs, os.cpu_count(), batch_size=None, collate_fn=work)
     begin, shown_at, live = time.monotonic(), 0.0, sys.stderr.isatty()
     for i in range(1, len(jobs) + 1):
@@ -894,8 +900,11 @@ def save_once(path, save):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{os.getpid()}-{path.name}")
-        save(part)
-        os.replace(part, path)
+        try:
+            save(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def make_toy(folder, groups=25, images=(1600, 400), labelled=7):
@@ -998,9 +1007,10 @@ def check(root, sheet):
         raise ValueError(f"{root} holds no videos and no images")
     official = find_official(root)  # now: half a download should be named before hours of decoding
     bad, absent, pictures = 0, 0, []
-    for path, (problems, picture) in zip(paths, in_parallel(check_file, paths, f"checking {root}")):
-        bad += tell(path, problems)
-        if picture is not None:
+    some = set(np.linspace(0, len(paths) - 1, min(48, len(paths))).astype(int).tolist())
+    for i, (problems, picture) in enumerate(in_parallel(check_file, paths, f"checking {root}")):
+        bad += tell(paths[i], problems)
+        if i in some and picture is not None:
             pictures.append(picture)
     for fold, split in itertools.product((1, 2, 3), ("train", "val")) if official else ():
         try:
@@ -1010,9 +1020,8 @@ def check(root, sheet):
             absent += 1
             report(f"fold {fold} {split}: {str(error).partition('; --allow')[0]}")
     if pictures:
-        count = min(48, -(-len(pictures) // 8) * 8)
-        some = np.linspace(0, len(pictures) - 1, count).round().astype(int)
-        cells = torch.from_numpy(np.stack([pictures[i] for i in some])).permute(0, 3, 1, 2) / 255
+        count = -(-len(pictures) // 8) * 8  # whole rows: the last one is filled with the first
+        cells = torch.from_numpy(np.stack((pictures * 8)[:count])).permute(0, 3, 1, 2) / 255
         picture_table(cells.unflatten(0, (-1, 8))).save(sheet)
         report(f"wrote {sheet}")
     if others:

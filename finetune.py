@@ -15,7 +15,7 @@ Not     detection; MAE's segmentation (App. A.4), recipe from scratch (App. A.2)
 
 The modes answer different questions. finetune: is the encoder a good place to start from? scratch:
 what would it have learnt without? linear and knn: what does the encoder know already? Masked
-autoencoders are strong in the first and weak in these two (VideoMAE Table 3: 69.6 and 38.9 linear).
+autoencoders are strong in the first and weak in the last (VideoMAE Table 3: 69.6, linear 38.9).
 
 Run     python finetune.py                            (4 min on 2 CPU cores, after mae_video.py)
         python finetune.py --mode scratch --out runs/scratch  (the same network without pretraining)
@@ -157,7 +157,7 @@ class Classifier(nn.Module):
 
     def answers(self, x):
         """-> (B, classes): probabilities."""
-        return self(x).softmax(dim=-1)
+        return self(x).float().softmax(dim=-1)
 
 
 def drop_decoder(model):
@@ -170,9 +170,7 @@ def drop_decoder(model):
 def own_positions(encoder):
     """Fixed positions enter the state dict: they may be resized, and MAE's code trains them."""
     if isinstance(encoder, MAE):
-        table = encoder.pos_embed
-        del encoder.pos_embed
-        encoder.pos_embed = nn.Parameter(table)
+        encoder.pos_embed = nn.Parameter(encoder.pos_embed)
     elif "pos_embed" in encoder._buffers:
         encoder.register_buffer("pos_embed", encoder.pos_embed, persistent=True)
 
@@ -249,9 +247,9 @@ class LARS(torch.optim.Optimizer):
                 update = p.grad
                 if p.ndim > 1:
                     update = update + group["weight_decay"] * p
-                    length = p.norm(), update.norm()
-                    trust = group["trust"] * length[0] / length[1]
-                    update = update * torch.where(length[0] * length[1] > 0, trust, 1.0)
+                    norm, update_norm = p.norm(), update.norm()
+                    trust = group["trust"] * norm / update_norm
+                    update = update * torch.where(norm * update_norm > 0, trust, 1.0)
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 p.sub_(buffer.mul_(group["momentum"]).add_(update), alpha=group["lr"])
 
@@ -459,12 +457,15 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
 # ==================================================================================================
 
 
+Mode = typing.Literal["finetune", "scratch", "linear", "knn", "features"]
+
+
 @dataclasses.dataclass
 class Config(RunConfig):
     SCRIPT, BASELINE = "finetune", "uniform guess"
 
     # what to do
-    mode: typing.Literal["finetune", "scratch", "linear", "knn", "features"] = "finetune"  # what
+    mode: Mode = "finetune"  # scratch: no weights; linear, knn: frozen; features: save vectors
     eval_only: bool = False  # no training: test the classifier in --init, or in --out
     predict: str = ""  # no training: classify this one file with what is in --init, or in --out
     # data
@@ -488,7 +489,7 @@ class Config(RunConfig):
     smoothing: float = 0.0  # label smoothing; the papers' is 0.1
     # model
     model: typing.Literal["mae", "videomae", "mae_st", "omni", "multimae"] = "videomae"  # of --init
-    classify: typing.Literal["videos", "images"] = "videos"  # --model omni: which of both
+    classify: typing.Literal["videos", "images"] = "videos"  # --model omni: which of the two
     inputs: str = "rgb"  # --model multimae: what the classifier sees, any of rgb,depth,semseg
     dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: predict this map
     classes: int = 6  # --model multimae: classes of the semantic maps; the toy world has 6
@@ -497,7 +498,7 @@ class Config(RunConfig):
     size: str = "nano"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS
     patch: int = 8  # side of a patch or cube in pixels
     tubelet: int = 4  # frames in a cube
-    pool: typing.Literal["paper", "mean", "first"] = "paper"  # paper: first token of a frozen MAE
+    pool: typing.Literal["paper", "mean", "first"] = "paper"  # paper: first if an MAE is frozen
     drop_path: float = 0.1  # chance to skip a half of the last block, less before; papers 0.1-0.2
     dropout: float = 0.0  # before the head
     # optimiser
@@ -729,7 +730,7 @@ def write_results(probabilities, files, cfg):
     classes, scores = files.classes, summarise(probabilities, torch.from_numpy(files.labels))
     five = ", top-5 {top5:.1%}" * (len(classes) > 5)
     lines = ["test: {files} files x {views} views; {unreadable} unreadable files are left out",
-             f"  of files: top-1 {{top1:.1%}}{five}, mean over classes {{class_mean:.1%}}",
+             "  of files: top-1 {top1:.1%}" + five + ", mean over classes {class_mean:.1%}",
              "  of single views: top-1 {view_top1:.1%}",
              "  always the most frequent class: {most_frequent:.1%}"]
     for line in lines:
@@ -747,8 +748,9 @@ def write_results(probabilities, files, cfg):
         # surrogateescape: a name on a disk need not be valid text, and is written as it is
         write(cfg, "predictions.csv", text.getvalue().encode("utf-8", "surrogateescape"))
         draw_confusion(torch.tensor(scores["confusion"]), classes, Path(cfg.out, "confusion.png"))
-        scores["per_class"] = dict(zip(classes, scores["per_class"]))
-        scores |= {"mode": cfg.mode, "init": cfg.init}
+        per_class = zip(classes, scores["per_class"])
+        scores["per_class"] = {name: x for name, x in per_class if x == x}  # JSON has no NaN
+        scores |= {"mode": cfg.mode, "init": cfg.init or default_file(cfg)}
         write(cfg, "results.json", json.dumps(scores, indent=1).encode())
     return "top-1 {top1:.1%} (most frequent class {most_frequent:.1%})".format(**scores)
 
@@ -776,7 +778,8 @@ def draw_neighbours(test_files, train_files, neighbours, cfg):
     for i in some:
         views = [test[i][0], *(train[k][0] for k in neighbours[i, :5].tolist())]
         if views[0] is not None:
-            middle = [x.flatten(0, -4)[x[..., 0, 0, 0].numel() // 2, ..., :3] for x in views]
+            frames = [x.flatten(0, -4) for x in views]  # each (frames, H, W, planes)
+            middle = [x[len(x) // 2, ..., :3] for x in frames]
             rows.append((test_files.classes[test_files.labels[i]], torch.stack(middle)))
     cells = torch.stack([cells for _, cells in rows]).movedim(-1, 2) / 255  # (8, 6, 3, H, W)
     titles = ["test", "nearest", "2nd", "3rd", "4th", "5th"][: cells.shape[1]]
@@ -801,20 +804,28 @@ def main(argv=None):
     if cfg.mode == "linear":
         off = dict(erase=0.0, rand_augment=0, mixup=0.0, cutmix=0.0, dropout=0.0)
         cfg = dataclasses.replace(cfg, lr=cfg.probe_lr, **off)
+    if cfg.dense and (cfg.model != "multimae" or tested or cfg.mode in FROZEN):
+        raise ValueError("--dense takes --model multimae, --mode finetune or scratch, and training")
+    if cfg.model == "multimae" and (cfg.erase or cfg.rand_augment or cfg.mixup or cfg.cutmix):
+        raise ValueError("--model multimae takes no --erase, --rand-augment, --mixup or --cutmix")
     if found and (fold := found.settings.get("fold", cfg.fold)) != cfg.fold:
         report(f"warning: {found.path} has seen fold {fold}, and with it tests of fold {cfg.fold}")
     torch.manual_seed(cfg.seed)
     if cfg.predict:
         return predict(cfg, found, device)
-    trained = cfg.init and Path(cfg.out, "checkpoint.pt").exists()
-    if trained and (cfg.eval_only or cfg.mode == "knn"):
+    trained = Path(cfg.out, "checkpoint.pt").exists()
+    if trained and (cfg.mode == "knn" or cfg.eval_only and cfg.init):
         raise ValueError(f"{cfg.out} holds a run, whose results would be lost: name another --out")
     fetch(cfg.data)
     dataset, train_files, test_files = open_data(cfg)
     classes = test_files.classes = train_files.classes
     if cfg.eval_only and list(found.classes or classes) != list(classes):
-        raise ValueError(f"{cfg.data} has other classes than {found.path}, e.g. {classes[0]}")
+        odd = sorted(set(classes) ^ set(found.classes))[:3]
+        what = ", ".join(odd) or "another order"
+        raise ValueError(f"{cfg.data} has other classes than {found.path}: {what}")
     width = len(found.state["head.weight"]) if tested and not found.classes else len(classes)
+    if cfg.eval_only and width != len(classes):
+        raise ValueError(f"{found.path} knows {width} classes, {cfg.data} has {len(classes)}")
     weights = None if cfg.mode == "scratch" and not tested else found
     model, text = build(cfg, max(width, 1), weights)
     if not cfg.resume:
@@ -848,7 +859,7 @@ def train_classifier(model, dataset, test_files, cfg):
         return model.loss(net(x).float(), x, labels, cfg.smoothing)
 
     def look(path):
-        """One view of every test file, for the log alone: what is reported is the last model."""
+        """One view of every test file, for the log only; what is reported is the final test."""
         answers = run_views(model, test_files, cfg, 1, 1, model.answers)[:, 0]
         good = answers[:, 0].isfinite()
         if cfg.dense:
@@ -886,7 +897,7 @@ def use_features(model, train_files, test_files, cfg):
         labels, classes = torch.from_numpy(known.labels), len(known.classes)
         answers, neighbours = nearest_neighbours(x, labels, y, classes)
         result = write_results(answers[:, None], asked, cfg)
-        if is_first():
+        if is_first() and planes_of(cfg)[0] == "rgb":
             draw_neighbours(asked, known, neighbours, cfg)
         return result
     if is_first():

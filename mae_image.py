@@ -14,7 +14,7 @@ Covers  Sec. 3 "Masking", Fig. 6         masking.random_mask, block_mask, grid_m
 Not     fine-tuning and probing (finetune.py); PCA and dVAE targets of Table 1(d)
 
 Run     python mae_image.py                              (3 min on 2 CPU cores, with the toy world)
-        python mae_image.py --picture cat.jpg --init mae_visualize_vit_base.pth
+        python mae_image.py --picture cat.jpg --init mae_visualize_vit_base.pth --no-norm-pix
         python mae_image.py --data cifar10 --preset cifar10
         python mae_image.py --data FOLDER --preset gpu   (any folder of images, or of class folders)
         python mae_image.py --resume                     (continues a run that was stopped)
@@ -232,8 +232,8 @@ class MAE(nn.Module):
         self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
         self.decoder_pred = nn.Linear(E, patch * patch * channels)
 
-        # Fixed tables, (1, N, D) and (1, N, E), not in the state dict: weights fit any image size,
-        # but have not seen the positions of another grid. finetune.py resizes those
+        # Fixed tables, (1, N, D) and (1, N, E), not in the state dict: weights load at any image
+        # size. A new grid gets a fresh table here; finetune.py resizes that of pretraining instead.
         h, w = self.grid[1:]
         self.register_buffer("pos_embed", sincos_2d(D, h, w)[None], persistent=False)
         self.register_buffer("decoder_pos_embed", sincos_2d(E, h, w)[None], persistent=False)
@@ -272,13 +272,13 @@ class MAE(nn.Module):
         x = torch.cat([cls, x], dim=1)  # (B, 1+N, E)
         for block in self.decoder_blocks:
             x = block(x)
-        # important: off with the class token before anything is matched with the mask. A public
-        # re-implementation computed its loss on patches shifted by one for 19 months.
+        # important: drop the class token before applying the mask. A public re-implementation
+        # computed its loss on patches shifted by one for 19 months.
         x = self.decoder_norm(x)[:, 1:]  # (B, N, E)
         return self.decoder_pred(hidden(x, mask))
 
     def patches(self, imgs):
-        """What is to be painted, in the units of pred without norm_pix.   -> (B, N, P)"""
+        """The image cut into patches: input of the encoder, without norm_pix the target, too."""
         size = self.grid[1] * self.patch, self.grid[2] * self.patch
         if imgs.shape[2:] != size:
             raise ValueError(f"images of {tuple(imgs.shape[2:])}, but the model takes {size}")
@@ -329,13 +329,13 @@ def normalize(pixels, mean, std):
 
 
 def to_unit_range(x, mean, std):
-    """Undo mean and deviation of normalize.   (B, C, ...) -> the same shape, pixels in [0, 1]"""
+    """Undo normalize, except / 255.   (B, C, ...) -> the same shape; real pixels are in [0, 1]"""
     return (x.movedim(1, -1) * x.new_tensor(std) + x.new_tensor(mean)).movedim(-1, 1)
 
 
 # ==================================================================================================
 #  THE PAPER, part 4: how it is trained (App. A.1, Table 8)
-#  train() stands on batches() in data.py and on the class Run, the last part of this file.
+#  train() uses batches() of data.py and the class Run, at the end of this file.
 # ==================================================================================================
 
 
@@ -364,17 +364,17 @@ def param_groups(model, weight_decay):
 
 
 def train(model, dataset, loss_of, optimizer, look, cfg, plan=None):
-    """The training loop, of finetune.py, too. What a paper changes is in `loss_of`.
+    """The training loop of every script, finetune.py's too. Papers differ in their `loss_of`.
 
     dataset  dataset[epoch, i] -> (uint8 (R, ...), i, problems), see data.FileDataset
-    loss_of  (net, batch, items, step, piece) -> scalar; items: numbers of the files in the batch
+    loss_of  (net, batch, items, step, piece) -> scalar; items: indices of the files in the batch
     look     (path) -> {"val_loss": ...}: held-out numbers; draws pictures under this name
     plan     epoch -> list of updates, each a list of items; None: all items in random order
     returns  the Run, which is `stopping` if it was asked to
 
     Randomness is a function, not a history: what item i gets in an epoch comes from (seed, epoch,
-    i), the masks of an update from (seed, step). So the result does not depend on the number of
-    workers, processes or pieces, and a stopped run continues as if nothing had happened.
+    i), the masks of an update from (seed, step). So a pretraining is the same with any number of
+    workers, processes and pieces (fine-tuning: of workers), and a stopped run continues exactly.
     """
     rank, world = rank_and_world()
     files = cfg.batch // dataset.repeat
@@ -401,7 +401,7 @@ def train(model, dataset, loss_of, optimizer, look, cfg, plan=None):
             loss = 0.0
             for a in range(cfg.accum):
                 batch, items = run.next(loader)
-                if world > 1:
+                if world > 1:  # gradients are averaged once, after the update's last piece
                     net.require_backward_grad_sync = a + 1 == cfg.accum
                 with run.autocast():
                     part = loss_of(net, batch, items, step, a * world + rank)
@@ -418,6 +418,20 @@ def train(model, dataset, loss_of, optimizer, look, cfg, plan=None):
             if run.stopping:
                 break
     return run
+
+
+def pretraining_loss(model, draw_mask, cfg):
+    """loss_of for train(): masks of a whole update from (seed, step); each piece takes its rows.
+
+    draw_mask  (batch from the loader, rows, generator) -> mask (rows, N)
+    """
+    pieces = rank_and_world()[1] * cfg.accum
+
+    def loss_of(net, batch, items, step, piece):
+        mask = draw_mask(batch, cfg.batch, data.seeded(cfg.seed, 1, step)).chunk(pieces)[piece]
+        return net(model.normalize(batch), mask)[0]
+
+    return loss_of
 
 
 # ==================================================================================================
@@ -443,8 +457,7 @@ def reconstruct(model, imgs, mask):
     target, patches, pred = model.target(imgs, mask), model.patches(imgs), pred.float()
 
     def fill(painted):
-        return model.to_pictures(restore(painted, ~mask, patches))
-
+        return model.to_pictures(restore(painted, ~mask, patches))  # painted where mask is True
     original, star = model.to_pictures(patches), "*" * model.norm_pix
     _, frames, _, H, W = original.shape
     hole = as_pixels(mask, frames, H, W, *model.grid[1:]).to(original.device)
@@ -453,7 +466,7 @@ def reconstruct(model, imgs, mask):
     if model.norm_pix:
         _, mean, std = model.standardise(hidden(patches, mask))
         pictures["knowing nothing*"], pred = fill(mean), pred * std + mean
-    pictures["prediction" + star] = torch.where(hole, fill(pred), pink)
+    pictures["prediction" + star] = torch.where(hole, fill(pred), pink)  # here the visible are pink
     pictures["pasted in" + star] = fill(pred)
     return loss.item(), target.var(correction=0).item(), pictures, hole
 
@@ -462,7 +475,7 @@ LEAK_NOTE = "* mean and deviation of each hidden patch are taken from the origin
 
 
 def explained(painted, original, where):
-    """Share of the variance of some pixels that is explained: 1 perfect, 0 their mean colour.
+    """R2, the share of some pixels' variance that is explained: 1 perfect, 0 their mean colour.
 
     painted, original (B, frames, 3, H, W), where (B, frames, 1, H, W) bool
     """
@@ -606,7 +619,7 @@ def main(argv=None):
     model = MAE(size, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)
     load_pretrained(model.to(device), found)
 
-    def draw_mask(batch, rows, generator):
+    def draw_mask(batch, rows, generator):  # batch: omni.py draws other masks for images
         return MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator)
 
     if cfg.picture:
@@ -623,29 +636,15 @@ def main(argv=None):
 
     def look(path):
         loss, baseline, pictures, hole = reconstruct(model, model.normalize(batch.to(device)), mask)
-        some = torch.linspace(0, len(batch) - 1, min(6, len(batch))).long()
+        some = some_frames(len(batch), most=6)
         cells = torch.stack([p[some, 0] for p in pictures.values()], dim=1)  # (6, columns, 3, H, W)
         table = picture_table(cells, list(pictures), note=LEAK_NOTE * cfg.norm_pix)
         save_picture(table, path.with_suffix(".png"))
         return {"val_loss": loss, "baseline": baseline, **explained_objects(pictures, hole, paths)}
 
     groups, loss_of = param_groups(model, cfg.weight_decay), pretraining_loss(model, draw_mask, cfg)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)  # Table 8
     train(model, dataset, loss_of, optimizer, look, cfg).finish()
-
-
-def pretraining_loss(model, draw_mask, cfg):
-    """loss_of for train(): the masks of an update follow from (seed, step), a piece has its share.
-
-    draw_mask  (batch from the loader, rows, generator) -> mask (rows, N)
-    """
-    pieces = rank_and_world()[1] * cfg.accum
-
-    def loss_of(net, batch, items, step, piece):
-        mask = draw_mask(batch, cfg.batch, data.seeded(cfg.seed, 1, step)).chunk(pieces)[piece]
-        return net(model.normalize(batch), mask)[0]
-
-    return loss_of
 
 
 def show_one(model, batch, draw_mask, cfg):
@@ -670,7 +669,7 @@ def save_film(clips, titles, note, path):
 
 
 def some_frames(count, most=8):
-    """Numbers of at most 8 frames, evenly over the clip."""
+    """Indices of at most `most` of `count` frames (or samples), evenly spread."""
     return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
@@ -686,8 +685,8 @@ def fetch(*names):
 
 
 # --------------------------------------------------------------------------------------------------
-#  Below this line nothing is about MAE: the settings, the processes and the folder of a run, and
-#  files of weights. To understand the paper it is not needed.
+#  Below this line nothing is about how MAE works: the settings, the processes and the folder of a
+#  run, and files of weights. To understand the paper it is not needed.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -703,7 +702,7 @@ def encoder_size(text):
 
 # What may change when a run is resumed. All else would make it another run.
 MAY_CHANGE = "out data images resume workers device compile log_every accum pictures".split()
-# What a file says of its model and of its data: a preset for who starts from it.
+# Settings that are taken from the file of --init: they overrule a preset, not a flag.
 SAID = ("model size decoder patch tubelet frames stride sampling img_size norm_pix modalities "
         "classes class_width fold pool inputs classify").split()
 # What the weights fix: a flag must not say otherwise.
@@ -903,7 +902,7 @@ class Run:
         return batch.to(self.device, non_blocking=True), items
 
     def after_update(self, loss, lr, items, look):
-        """Log, pictures and checkpoint when due: only then does the CPU wait for the GPU."""
+        """Log, pictures, checkpoint when due. One process reads `loss` from the GPU only then."""
         self.done += 1
         self.recent.append((loss, items))
         self.stopping = self.over_processes(self.asked, "MAX") > 0 and self.done < self.total
@@ -913,7 +912,7 @@ class Run:
             self.log_losses(lr)
             if looking:
                 self.score(look)
-            # as often as it costs 2 % of the time at most
+            # save if that costs at most 2 % of the time
             if ending or time.monotonic() - self.saved_at > 50 * self.save_seconds:
                 self.save()
 
@@ -1028,7 +1027,7 @@ class Found:
     settings: dict
     state: dict
     guesses: tuple = ()  # names of settings that are guesses
-    script: str = ""  # of ours
+    script: str = ""  # which of our scripts wrote it; "" for a public file
     classes: tuple = ()  # names of the classes of a classifier of ours
 
 
@@ -1073,7 +1072,7 @@ def unwrap(content):
 def load_into(model, state, fresh=(), unused=("pos_embed", "decoder_pos_embed")):
     """Copy weights by name.   -> how many, names that start new, names that are left over
 
-    fresh   how names begin that may be missing;   unused: that may be left over
+    fresh, unused  prefixes of names that the file may lack, that it may have in addition
     raises  ValueError for anything else: a tensor that is unknown, missing or of another shape
     """
     own = model.state_dict()
@@ -1152,7 +1151,6 @@ def fuse_qkv(state):
 def blocks_in(state, prefix):
     """How many blocks a file has under this name."""
     return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
-
 
 
 def sizes_in(state, decoder_heads=16):

@@ -313,11 +313,11 @@ class MAEST(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def positions(self, prefix=""):
-        """-> table of the tokens (1, N, D), row of the class token (1, 1, D) or None; decoder: E"""
+        """-> table of the tokens (1, N, D), row of the class token, if there is one; decoder: E"""
         parts = ("", "_spatial", "_temporal", "_class")
         joint, space, time, row = (getattr(self, f"{prefix}pos_embed{x}", None) for x in parts)
         if joint is not None:
-            return joint[:, self.cls :], joint[:, :1]
+            return joint[:, self.cls :], joint[:, : self.cls]
         t, h, w = self.grid
         # token (s, r, c) gets space[r, c] + time[s]; time-major, so space repeats and time is held
         return space.repeat(1, t, 1) + time.repeat_interleave(h * w, dim=1), row
@@ -495,12 +495,12 @@ class ClipDataset(data.FileDataset):
     def cut(self, clip, generator):
         shape = clip.shape[1:3]
         if self.crop == "center":
-            return data.make_crop(clip, self.size, data.center_box(shape, self.size))
-        if self.crop == "multiscale":
+            box = data.center_box(shape, self.size)
+        elif self.crop == "multiscale":
             box = multi_scale_box(shape, self.size, generator)
         else:
             box = data.random_box(shape, self.size, self.min_crop, generator)
-        flip = self.flip and torch.rand(1, generator=generator) < 0.5
+        flip = self.train and self.flip and torch.rand(1, generator=generator) < 0.5
         return data.make_crop(clip, self.size, box, flip)
 
 
@@ -509,6 +509,9 @@ class ClipDataset(data.FileDataset):
 # ==================================================================================================
 
 MODELS = {"videomae": VideoMAE, "mae_st": MAEST}
+
+
+Mask = typing.Literal["paper", "tube", "random", "frame", "block", "causal"]
 
 
 @dataclasses.dataclass
@@ -534,7 +537,7 @@ class Config(RunConfig):
     decoder: str = "64x2x4"  # WIDTHxBLOCKSxHEADS; VideoMAE's base 384x4x6, MAE-ST's 512x4x16
     patch: int = 8  # side of a cube in pixels
     tubelet: int = 4  # frames in a cube; the papers have 2
-    mask: typing.Literal["paper", "tube", "random", "frame", "block", "causal"] = "paper"  # which
+    mask: Mask = "paper"  # which cubes are hidden; paper: tube or random, by --model
     mask_ratio: float = 0.75  # share of cubes that are hidden; the papers' 0.9, on UCF101 0.75
     norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as papers do
     # optimiser

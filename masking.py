@@ -2,7 +2,7 @@
 
 An image or a clip becomes a grid of tokens: t time slots x h rows x w columns (t = 1 for an image).
 A masked autoencoder hides most of them and learns to paint them back. *How the hidden ones are
-chosen* is one thing in which papers differ. This file draws every kind of mask, and obeys it.
+chosen* is where papers differ. This file draws every kind of mask, and applies it.
 
     MAE       He et al. 2021, arXiv 2111.06377         random 75 %                   random_mask
     VideoMAE  Tong et al. 2022, arXiv 2203.12602       tubes 90 % (small sets 75 %)  tube_mask
@@ -66,8 +66,8 @@ def num_hidden(tokens, ratio, rule):
 def hide_largest(noise, count):
     """Mask that hides, in each row, the `count` tokens with the largest noise.
 
-    MAE Sec. 3 "Simple implementation": shuffle by sorting noise, keep the first part. Uniform noise
-    makes this a draw without replacement.   noise (B, N) float -> mask (B, N) bool
+    MAE Sec. 3 "Simple implementation", except that kept tokens stay in raster order: no unshuffle.
+    Uniform noise makes it a draw without replacement.   noise (B, N) float -> mask (B, N) bool
     """
     order = noise.argsort(dim=1)  # (B, N)
     mask = torch.zeros(noise.shape, dtype=torch.bool)  # (B, N)
@@ -75,7 +75,7 @@ def hide_largest(noise, count):
 
 
 def random_mask(batch, grid, ratio, generator, rule="keep"):
-    """Each token at random, wherever it is: MAE Sec. 3 "Masking"; MAE-ST Fig. 4 "agnostic"."""
+    """Tokens at random, wherever they are: MAE Sec. 3 "Masking"; MAE-ST Fig. 4 "agnostic"."""
     t, h, w = grid
     noise = torch.rand(batch, t * h * w, generator=generator)  # (B, N)
     return hide_largest(noise, num_hidden(t * h * w, ratio, rule))
@@ -128,7 +128,7 @@ def block_mask(batch, grid, ratio, generator):
             dw = draw(max(1, w // 4), max(1, w // 2))
             s, r, c = draw(0, t - dt), draw(0, h - dh), draw(0, w - dw)
             hidden[s : s + dt, r : r + dh, c : c + dw] = True
-        if count:  # the last box may hide too much: keep the earlier boxes and a random part of it
+        if count:  # the last box may hide too much: ranks are 3 to 4 in earlier boxes, 1 to 2 in it
             rank = before.float() * 2 + hidden.float() + torch.rand(t, h, w, generator=generator)
             hidden = hide_largest(rank.reshape(1, -1), count)
         rows.append(hidden.reshape(-1))
@@ -153,8 +153,8 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
 
     sizes         tokens of each modality, e.g. [196, 196, 196] for RGB, depth, classes
     num_visible   tokens that stay visible over all modalities, in every row (MultiMAE: 98 of 588)
-    alpha         symmetric Dirichlet: 1 = every split equally likely, small = one modality takes
-    all subset_first  draw a non-empty subset of the modalities first and share among these only (an
+    alpha         symmetric Dirichlet: 1 = every split equally likely, small = one has nearly all
+    subset_first  draw a non-empty subset of the modalities first and share among these only (an
                   option of the public code)
     returns       mask (B, sum(sizes)) bool; `mask.split(sizes, dim=1)` gives one per modality
     """
@@ -185,16 +185,16 @@ MASKS = {"random": random_mask, "tube": tube_mask, "frame": frame_mask, "block":
 
 
 # ==================================================================================================
-#  THE PAPER, part 3: to obey a mask                                                  (needs: torch)
+#  THE PAPER, part 3: applying a mask                                                 (needs: torch)
 #
-#  The only gather and scatter of the project. Masks may lie on the CPU while x is on a GPU, and
-#  better do: counting the visible tokens of a mask on the GPU would make the CPU wait for it.
+#  All gathering and scattering of tokens. Keep masks on the CPU even where x is on a GPU: counting
+#  the visible tokens of a mask on the GPU would make the CPU wait for it.
 # ==================================================================================================
 
 
-@torch.compiler.disable  # K is a Python number: torch.compile captures what stands before and after
+@torch.compiler.disable  # K is a Python number: torch.compile takes what is before and after this
 def token_order(mask, device):
-    """Token numbers, visible ones first, each part in raster order, and how many are visible.
+    """Token indices, visible ones first, each part in raster order, and how many are visible.
 
     mask (B, N) bool -> order (B, N) int64 on `device`, K int.
     Raises ValueError if the rows hide different numbers of tokens.
@@ -238,7 +238,7 @@ def restore(vis, mask, token):
 #  THE RUN, part 1: pictures and printing
 # ==================================================================================================
 
-HOLE = (1.0, 0.8, 0.85)  # a hidden patch, in every picture: pink, as depth maps have all greys
+HOLE = (1.0, 0.8, 0.85)  # left-out patches in every picture: pink, as depth maps have all greys
 
 
 def printable(text):
@@ -277,7 +277,7 @@ def picture_table(cells, columns=(), rows=(), note="", side=96):
         if title:  # samples stand apart
             tops[r:] = [y + 3 * gap for y in tops[r:]]
     ends = [left + c * (W + gap) + font.getlength(title) for c, title in enumerate(columns)]
-    width = int(max(left + C * (W + gap), gap + font.getlength(note) + 8, *ends, 0))
+    width = int(max(left + C * (W + gap), gap + font.getlength(note) + 8, *ends))
     table = Image.new("RGB", (width, tops[-1] + H + gap + line * bool(note)), "white")
     pen = ImageDraw.Draw(table)
     for c, title in enumerate(columns):
@@ -323,7 +323,7 @@ def draw_masks(masks, grid):
 
 
 def run_script(main):
-    """main(), in which what a user can mend becomes one line and exit code 2.
+    """main(), in which an error that the user can fix becomes one line and exit code 2.
 
     That is a ValueError, an OSError (paths, disks), a loss that is not finite, a full GPU; to see
     where it was raised: python -X dev SCRIPT.
@@ -352,7 +352,7 @@ def numbers(text, count):
     return tuple(int(n) for n in text.split("x"))
 
 
-AT_LEAST_1 = ("batch", "accum", "log_every", "frames", "stride", "repeat", "clips", "crops")
+LEAST = dict.fromkeys("batch accum log_every frames stride repeat clips crops".split(), 1)
 
 
 def settings(Config, presets, doc, argv=None):
@@ -384,7 +384,7 @@ def settings(Config, presets, doc, argv=None):
     given = vars(parser.parse_args(argv))
     preset = presets.get(given.pop("preset", None), {})
     for name, value in given.items():
-        if isinstance(value, (int, float)) and value < (name in AT_LEAST_1) and name != "ignore":
+        if isinstance(value, (int, float)) and value < LEAST.get(name, 0) and name != "ignore":
             parser.error(f"--{name.replace('_', '-')} {value} is too small")
     return preset, given
 

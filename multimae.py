@@ -168,14 +168,14 @@ class Decoder(nn.Module):
         B, N = len(latent), table.shape[1]
         x = self.proj_context(latent)  # (B, K+1, E)
         vis, glob = x[:, :-1], x[:, -1:]
-        # every slot gets its position and the embedding of its modality; the global token neither
-        places = torch.cat([table + self.task_embeddings[m] for m in given], dim=1)
-        slots = vis if mask is None else restore(vis, mask, self.mask_token)
-        slots = slots + places  # (B, sum of N, E)
-        context = torch.cat([visible(slots, mask), glob.to(slots.dtype)], dim=1)  # (B, K+1, E)
+        # every token gets its position and the embedding of its modality; the global token neither
+        positions = torch.cat([table + self.task_embeddings[m] for m in given], dim=1)
+        tokens = vis if mask is None else restore(vis, mask, self.mask_token)
+        tokens = tokens + positions  # (B, sum of N, E)
+        context = torch.cat([visible(tokens, mask), glob.to(tokens.dtype)], dim=1)  # (B, K+1, E)
         if self.task in given:  # visible tokens of this task are among the queries
             start = given.index(self.task) * N
-            queries = slots[:, start : start + N]
+            queries = tokens[:, start : start + N]
         else:
             queries = self.mask_token + table + self.task_embeddings[self.task]
             queries = queries.expand(B, -1, -1)  # (B, N, E)
@@ -360,8 +360,7 @@ class MultiMAE(nn.Module):
                 continue
             target = self.target(task, targets[m])
             B, N, _ = target.shape
-            # where a map was given without a mask, nothing of it was hidden
-            everywhere = torch.full((B, N), m not in given or mask is not None, device=pred.device)
+            everywhere = torch.full((B, N), m not in given, device=pred.device)
             count = hide.get(m, everywhere).to(pred.device)[..., None].expand_as(target)
             if task == "semseg":
                 logits = pred.reshape(B, N, self.classes, -1).transpose(1, 2)  # (B, C, N, p*p)
@@ -498,11 +497,7 @@ class AlignedDataset(data.FileDataset):
                 hint = f"raise --classes {self.number}, or name a void class with --ignore"
                 raise ValueError(f"{self.find(i, 'semseg')} has class {found}: {hint}")
         x = next(iter(maps.values()))
-        if self.train:
-            box = data.random_box(x.shape[-2:], self.size, self.min_crop, generator)
-        else:
-            box = data.center_box(x.shape[-2:], self.size)
-        flip = self.train and self.flip and torch.rand(1, generator=generator) < 0.5
+        box, flip = self.draw_crop(x.shape[-2:], generator)
         planes = []
         for m, x in maps.items():
             how = {"rgb": InterpolationMode.BICUBIC, "depth": InterpolationMode.BILINEAR,
@@ -623,19 +618,18 @@ def cross_modal(model, inputs, source, constant):
     for the constant map, and for the model given another sample's map: that gap is what was really
     read. The other one is half the set away: files come class by class, neighbours are alike.
     """
-    x, numbers = inputs[source], {}
+    x, scores = inputs[source], {}
     other = x.roll(len(x) // 2, 0)
     contestants = paint_from(model, source, x), constant, paint_from(model, source, other)
     if "depth" in inputs and source != "depth":
         target = model.target("depth", inputs["depth"])
-        numbers["depth error"] = [(x["depth"] - target).abs().mean().item() for x in contestants]
+        scores["depth error"] = [(p["depth"] - target).abs().mean().item() for p in contestants]
     if "semseg" in inputs and source != "semseg":
         target = model.target("semseg", inputs["semseg"])
-        found = [x["semseg"].unflatten(2, (model.classes, -1)).argmax(dim=2) for x in contestants]
-        count = (target != found[1]) & (target != model.ignore)
-        numbers["object recall"] = [(x == target)[count].float().mean().item() for x in found[::2]]
-        numbers["object recall"].insert(1, 0.0)  # of the constant map, by definition
-    return numbers
+        found = [p["semseg"].unflatten(2, (model.classes, -1)).argmax(dim=2) for p in contestants]
+        hard = (target != found[1]) & (target != model.ignore)  # so the constant map scores 0
+        scores["object recall"] = [(f == target)[hard].float().mean().item() for f in found]
+    return scores
 
 
 PALETTE = torch.tensor([(90, 130, 90), (120, 140, 190), (220, 70, 60), (240, 180, 50),

@@ -50,13 +50,13 @@ from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, e
                        load_pretrained, mean_and_std, param_groups, pretraining_loss,
                        rank_and_world, read_config, reconstruct, rename, save_picture, show_one,
                        sizes_in, some_frames, start_processes, to_unit_range, train)
-from mae_video import (ClipDataset, grid_of, patchify_clips, sinusoid, standardise_channels,
-                       unpatchify_clips)
+from mae_video import (ClipDataset, VideoMAE, grid_of, patchify_clips, sinusoid,
+                       standardise_channels, unpatchify_clips)
 from masking import MASKS, hidden, numbers, picture_table, report, restore, run_script, visible
 
 # ==================================================================================================
 #  THE PAPER, part 1: the model
-#  (needs: math, torch, nn; mae_image.py parts 1-3; mae_video.py part 1; masking.py part 3)
+#  (needs: math, torch, nn; mae_image.py parts 1-3; mae_video.py parts 1, 2; masking.py part 3)
 # ==================================================================================================
 
 
@@ -116,11 +116,6 @@ class OmniMAE(nn.Module):
         """-> (1, N, D). An image, N = h*w, has the rows of the first time slot."""
         return self.pos_embed[:, :N]
 
-    def forward(self, x, mask):
-        latent = self.forward_encoder(x, mask)  # (B, K, D)
-        pred = self.forward_decoder(latent, mask)  # (B, M, P)
-        return self.forward_loss(x, pred, mask), pred
-
     def forward_encoder(self, x, mask=None):
         """Visible patches only.   -> (B, K, D)"""
         patches = self.cubes(x)  # (B, N, P)
@@ -161,7 +156,7 @@ class OmniMAE(nn.Module):
         return standardise_channels(patches, len(self.mean), lambda var: (var + 1e-6).sqrt())
 
     # as in MAE: mean squared error on hidden cubes only; no weight for either kind of input
-    normalize, target = MAE.normalize, MAE.target
+    forward, normalize, target = VideoMAE.forward, MAE.normalize, MAE.target
     forward_loss, encode = MAE.forward_loss, MAE.encode
 
     def to_pictures(self, patches):
@@ -349,8 +344,8 @@ def main(argv=None):
             report(f"held-out {name} {loss:.4f} ({cfg.BASELINE} {baseline:.4f})")
             scores |= {f"{name}_loss": loss, f"{name}_baseline": baseline}
             choose = (lambda n: val_videos.choose(n)[0]) if name == "videos" else None
-            objects = explained_objects(pictures, hole, paths, choose)
-            scores |= {f"object in {name}": share for share in objects.values()}
+            if objects := explained_objects(pictures, hole, paths, choose):
+                scores[f"object in {name}"] = objects["object"]
             some = torch.linspace(0, len(batch) - 1, min(3, len(batch))).long()
             cells = torch.stack([p[some] for p in pictures.values()], dim=1)
             cells = cells[:, :, some_frames(cells.shape[2], 3)]  # (3, kinds, 1 or 3, 3, H, W)
@@ -359,9 +354,10 @@ def main(argv=None):
         titles += [f"clip {k // 3}" if k % 3 == 0 else "" for k in range(len(tables[1]))]
         table = picture_table(torch.cat(tables), list(pictures), titles, LEAK_NOTE * cfg.norm_pix)
         save_picture(table, path.with_suffix(".png"))
-        both = {key: weight * scores[f"images_{x}"] + (1 - weight) * scores[f"videos_{x}"]
-                for key, x in (("val_loss", "loss"), ("baseline", "baseline"))}
-        return both | scores
+        for key, part in (("val_loss", "loss"), ("baseline", "baseline")):
+            images, clips = scores[f"images_{part}"], scores[f"videos_{part}"]
+            scores[key] = weight * images + (1 - weight) * clips
+        return scores
 
     groups, loss_of = param_groups(model, cfg.weight_decay), pretraining_loss(model, draw_mask, cfg)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)

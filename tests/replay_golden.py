@@ -279,7 +279,7 @@ def replay_multimae_pretrain(r):
     c, a = r.config, r.arrays
     size = (c["embed_dim"], c["depth"], c["num_heads"])
     decoder = (c["decoder_embed_dim"], c["decoder_depth"], c["decoder_num_heads"])
-    model = multimae.MultiMAE(c["img_size"][0], c["patch_size"], size, decoder, c["modalities"], c["num_classes_semseg"],
+    model = multimae.MultiMAE(c["img_size"], c["patch_size"], size, decoder, c["modalities"], c["num_classes_semseg"],
                               c["class_emb_dim"])  # fmt: skip
     load(model, "multimae", r.weights)
     depth = torch.from_numpy(a["depth_u8"].astype(np.float32)) / 255
@@ -329,7 +329,8 @@ def replay_multimae_pretrain(r):
     scenario("full", inputs, nothing(inputs, 3 * n))
     scenario("depth_only", {"depth": inputs["depth"]}, nothing(inputs, n))
     large = {"rgb": pixels(r, "hires/rgb_u8"), "semseg": torch.from_numpy(a["hires/semseg"]).long()}
-    scenario("hires", large, nothing(large, 2 * (c["hires_img_size"][0] // c["patch_size"]) ** 2))
+    h, w = (side // c["patch_size"] for side in c["hires_img_size"])
+    scenario("hires", large, nothing(large, 2 * h * w))
 
     s = c["steps"]
     optimizer = torch.optim.AdamW(
@@ -431,8 +432,8 @@ def replay_omni_finetune(r):
     scale = {id(p): g["lr_scale"] * c["layer_decay"] for g in groups for p in g["params"]}  # one step more, see there
     own = dict(model.named_parameters())
     r.check("lr_scale", [scale[id(own[of_classifier(our_name(r, n))])] for n in r.names])
-    side = c["hires_img_size"][0] // c["patch_size"]
-    finetune.change_grid(model.encoder, (c["grid"][0], side, side))
+    h, w = (side // c["patch_size"] for side in c["hires_img_size"])
+    finetune.change_grid(model.encoder, (c["grid"][0], h, w))
     r.check("hires/logits", model(pixels(r, "hires/image_u8")))
 
 
