@@ -577,6 +577,7 @@ def planes_of(cfg):
 def build(cfg, classes, found=None):
     """-> Classifier or DenseHead, what was loaded in words.   found None: random weights"""
     said, state = (found.settings, dict(found.state)) if found else ({}, {})
+    said = {k: v for k, v in said.items() if k not in found.guesses}  # a flag corrects a guess
     size = height_width(said.get("img_size", cfg.img_size))
     shape = encoder_size(cfg.size), (4, 0, 1)  # the decoder will go: the smallest there is
     if cfg.model == "mae":
@@ -611,6 +612,9 @@ def load_encoder(model, state, cfg, path, fresh_norm):
     tested = cfg.eval_only or bool(cfg.predict)
     if isinstance(model.encoder, MAE) and "pos_embed" in state:  # public: a row for the class token
         table, rows = state["pos_embed"], math.prod(model.encoder.grid)
+        if table.shape[1] - rows not in (0, 1):
+            what = f"{table.shape[1]} positions, which is not --img-size {cfg.img_size}"
+            raise ValueError(f"{path} has {what}: name its own size")
         state["pos_embed"] = table[:, -rows:]
         state["cls_token"] = state["cls_token"] + table[:, :-rows].sum(dim=1, keepdim=True)
     norms = [] if fresh_norm else ["norm.", "fc_norm."]  # the first that is there becomes our norm

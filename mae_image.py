@@ -663,8 +663,9 @@ def show_one(model, batch, draw_mask, cfg):
 
 
 def save_film(clips, titles, note, path):
-    """A GIF: a row for each clip, a column for each kind.   clips (rows, kinds, frames, 3, H, W)"""
-    tables = [picture_table(clips[:, :, f], titles, (), note, 128) for f in range(clips.shape[2])]
+    """A GIF: a row for each kind, a column for each clip.  clips (clips, kinds, frames, 3, H, W)"""
+    cells = clips.permute(2, 1, 0, 3, 4, 5)  # (frames, kinds, clips, 3, H, W)
+    tables = [picture_table(frame, (), titles, note, 128) for frame in cells]
     save_picture(tables[0], path, save_all=True, append_images=tables[1:], duration=150, loop=0)
 
 
@@ -731,9 +732,11 @@ def read_config(Config, presets, doc, readers, argv, default_file=file_to_show):
     elif path:
         found = read_file(path, readers)
         said = {k: v for k, v in found.settings.items() if hasattr(cfg, k)}
+        fixed = [name for name in FIXED if name not in found.guesses]
     if getattr(cfg, "mode", "") != "scratch":  # which takes sizes from a file, not weights
         for name in fixed:
-            if name in flags and name in said and flags[name] != said[name]:
+            both = [x[name] for x in (flags, said) if name in x]
+            if len({encoder_size(x) if name == "size" else x for x in both}) > 1:
                 flag = f"--{name.replace('_', '-')} {flags[name]}"
                 raise ValueError(f"{flag}: {path} has {said[name]}, which cannot be changed")
     fields = dataclasses.fields(Config)
@@ -1092,6 +1095,9 @@ def load_pretrained(model, found):
     """Start a pretraining from a file, with or without decoder, and say so."""
     if found:
         whole = any(k.startswith(DECODER) for k in found.state)
+        if whole and hasattr(model, "norm") and "norm.weight" not in found.state:
+            hint = "HuggingFace's use_mean_pooling; finetune.py takes its encoder"
+            raise ValueError(f"{found.path} has no final norm of the encoder: {hint}")
         count, missing, _ = load_into(model, found.state, fresh=() if whole else DECODER)
         guessed = ", ".join(f"{name} {found.settings[name]}" for name in found.guesses)
         report(f"{found.path}: {count} tensors used" + ", the decoder starts new" * bool(missing)
@@ -1105,7 +1111,7 @@ HUGGINGFACE = {  # names on the hub and those of transformers 5: public names of
     r"^embeddings\.position_embeddings": "pos_embed",
     r"^decoder\.(decoder_|mask_token)": r"\1",
     r"^(encoder\.layer|layers)\.": "blocks.",
-    r"^(decoder\.)?decoder_layers\.": "decoder_blocks.",
+    r"^(decoder\.)?decoder_(layers|encoder\.layer)\.": "decoder_blocks.",
     r"attention\.attention\.(q|k|v)(uery|ey|alue)\.": r"attn.\1.",
     r"attention\.attention\.(q|v)_bias": r"attn.\1.bias",
     r"attention\.(q|k|v)_proj": r"attn.\1",
@@ -1172,6 +1178,12 @@ def sizes_in(state, decoder_heads=16):
     return said, guesses
 
 
+def square(places, patch):
+    """-> the size of a square image of so many patches; ["img_size"] if that is but a guess."""
+    side = math.isqrt(places)
+    return str(side * patch), ["img_size"] * (side**2 != places)
+
+
 def public_mae(state):
     """facebookresearch/mae, HuggingFace's ViTMAE, timm's ViT -> settings, our names, guesses."""
     state = from_huggingface(state)
@@ -1180,7 +1192,8 @@ def public_mae(state):
         return None
     said, guesses = sizes_in(state)
     if "pos_embed" in state:
-        said["img_size"] = str(math.isqrt(state["pos_embed"].shape[1] - 1) * said["patch"])
+        said["img_size"], guess = square(state["pos_embed"].shape[1] - 1, said["patch"])
+        guesses += guess
     return said, state, guesses
 
 

@@ -50,7 +50,7 @@ from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, e
                        explained_objects, fetch, from_huggingface, fuse_qkv, height_width,
                        held_out, init_weights, load_pretrained, mean_and_std, param_groups,
                        parts_of, pretraining_loss, read_config, reconstruct, rename, save_film,
-                       save_picture, show_one, sizes_in, some_frames, start_processes,
+                       save_picture, show_one, sizes_in, some_frames, square, start_processes,
                        to_unit_range, train)
 from masking import MASKS, hidden, numbers, picture_table, report, restore, run_script, visible
 
@@ -661,7 +661,8 @@ def public_maest(state):
     said, guesses = sizes_in(state)
     said |= {"frames": 16, "stride": 4, "sampling": "linspace", "img_size": str(14 * said["patch"])}
     if "pos_embed_spatial" in state:
-        said["img_size"] = str(math.isqrt(state["pos_embed_spatial"].shape[1]) * said["patch"])
+        said["img_size"], guess = square(state["pos_embed_spatial"].shape[1], said["patch"])
+        guesses += guess
         said["frames"] = state["pos_embed_temporal"].shape[1] * said["tubelet"]
     return said, state, guesses
 

@@ -320,7 +320,7 @@ class MultiMAE(nn.Module):
             patches = self.patches(m, inputs[m])  # (B, N, P)
             tokens.append(self.input_adapters[m](patches) + table)  # (B, N, D)
         x = visible(torch.cat(tokens, dim=1), mask)  # (B, K, D)
-        token = self.global_tokens.expand(len(x), -1, -1)
+        token = self.global_tokens.expand(x.shape[0], -1, -1)  # len(x): no export for any batch
         x = torch.cat([x, token.to(x.dtype)], dim=1)  # (B, K+1, D)
         for block in self.blocks:
             x = block(x)

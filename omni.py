@@ -49,7 +49,7 @@ from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, e
                        explained_objects, fetch, height_width, held_out, init_weights,
                        load_pretrained, mean_and_std, param_groups, pretraining_loss,
                        rank_and_world, read_config, reconstruct, rename, save_picture, show_one,
-                       sizes_in, some_frames, start_processes, to_unit_range, train)
+                       sizes_in, some_frames, square, start_processes, to_unit_range, train)
 from mae_video import (ClipDataset, VideoMAE, grid_of, patchify_clips, sinusoid,
                        standardise_channels, unpatchify_clips)
 from masking import MASKS, hidden, numbers, picture_table, report, restore, run_script, visible
@@ -376,14 +376,15 @@ def public_omni(state):
     renamed = {k: v for k, v in rename(state, names).items() if not k.endswith("pos_embed")}
     said, guesses = sizes_in(renamed)
     N = state["trunk.pos_embed"].shape[1] if "trunk.pos_embed" in state else 8 * 14 * 14
-    side = math.isqrt(N // (16 // said["tubelet"]))  # huge: patches of 14 pixels, 16 x 16 of them
-    said |= {"frames": 16, "stride": 4, "sampling": "dense", "img_size": str(side * said["patch"])}
+    # huge: patches of 14 pixels, 16 x 16 of them
+    size, guess = square(N // (16 // said["tubelet"]), said["patch"])
+    said |= {"frames": 16, "stride": 4, "sampling": "dense", "img_size": size}
     if "decoder" in said:
         for kind in ("weight", "bias"):
             renamed[f"decoder_pred.{kind}"] = renamed.pop(f"head.{kind}")  # the pixel head
     for key in [k for k in renamed if re.fullmatch(r"decoder_blocks.*qkv\.weight", k)]:
         renamed.setdefault(key.replace("weight", "bias"), torch.zeros(len(renamed[key])))
-    return said, renamed, guesses + ["frames"]
+    return said, renamed, guesses + ["frames"] + guess
 
 
 if __name__ == "__main__":

@@ -517,7 +517,7 @@ def test_sizes_come_from_the_file_and_a_flag_must_not_contradict_it(straight, ru
 def test_a_flag_may_say_what_the_file_says_in_other_words(toy, run):
     flags = ["--data", toy, "--smoke", "--workers", 0]
     run(mae_image, *flags, "--out", "a")
-    run(mae_image, *flags, "--init", "a/checkpoint.pt", "--size", "96x3x3", "--out", "b")
+    run(mae_image, *flags, "--init", "a/checkpoint.pt", "--size", "96x4x3", "--out", "b")
 
 
 def test_a_flag_may_correct_what_is_only_a_guess(toy, run, tmp_path):

@@ -341,7 +341,7 @@ def test_the_python_lines_of_the_readme_run(toy, tmp_path, monkeypatch, run):
     run(finetune, "--data", toy, "--mode", "features", "--workers", 0, "--out", "runs/features")
     monkeypatch.chdir(tmp_path)
     exec(code, scope := {})
-    assert scope["tokens"].shape == (1, 72, 96) and scope["heat"].shape == (2, 6, 6)
+    assert scope["tokens"].shape == (1, 72, 96) and scope["heat"].shape == (1, 2, 6, 6)
     assert abs(scope["heat"].sum().item() - 1) < 1e-4
     vectors = scope["vectors"]
     assert vectors["train_features"].shape == (len(vectors["train_labels"]), 96)
