@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+from mae_video import segment_views  # noqa: E402
 from masking import run_script  # noqa: E402
 
 VIDEO = ("--sampling segments --img-size 48 --size 96x4x3 --decoder 64x1x2 --tubelet 2 --norm-pix "
@@ -342,7 +343,8 @@ def trivial_baselines(folder, fold):
     for split in ("train", "val"):
         files, small, energy, motion = data.list_videos(folder, split, fold), [], [], []
         for path in files.paths:
-            clip = data.read_clips(path, lambda n: data.segment_views(n, 16, 1))[0].mean(-1)  # (16, H, W)
+            clips, _ = data.read_clips(path, lambda n: segment_views(n, 16, 1))
+            clip = clips[0].mean(-1)  # (16, H, W)
             x = torch.from_numpy(clip)[None].float()
             small.append(torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten())
             change = (x - x.median(dim=1, keepdim=True).values).abs()

@@ -5,6 +5,8 @@ real_clips/hmdb51/ (all three in the official layouts), camvid128.tar.gz and, if
 sprites5/ and weizmann4/; tests that need it are skipped otherwise.
 """
 
+import functools
+import inspect
 import os
 import subprocess
 import sys
@@ -18,6 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import data  # noqa: E402
 from masking import run_script  # noqa: E402
+
+
+inspect.getsource = functools.cache(inspect.getsource)  # 0.1 s for the settings of every main()
 
 
 def pytest_configure(config):

@@ -389,7 +389,7 @@ def tuned_state(model, norm=True):
     encoder = {k.removeprefix("encoder."): v for k, v in official_videomae(model).items()
                if not k.startswith(("decoder", "mask", "encoder_to", "encoder.norm"))}
     head = {"fc_norm.weight": torch.rand(64), "fc_norm.bias": torch.rand(64),
-            "head.weight": torch.randn(4, 64), "head.bias": torch.randn(4)}
+            "head.weight": torch.randn(6, 64), "head.bias": torch.randn(6)}
     return {"module": {**encoder, **head}}, head
 
 
@@ -421,6 +421,20 @@ def test_nothing_is_half_loaded(tmp_path, refused, toy, damage, message):
     assert message in refused(finetune, "--data", toy, "--model", "mae", "--init", "x.pth")
 
 
+def test_a_classifier_of_other_classes_is_not_tested(built):
+    state, _ = tuned_state(filled(VideoMAE(16, 112, 2, 8, WIDE, (16, 1, 2))))
+    state["module"] |= {"head.weight": torch.randn(4, 64), "head.bias": torch.randn(4)}
+    with pytest.raises(ValueError, match="knows 4 classes, .*toy has 6"):
+        built(state, "--eval-only")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--model", "multimae", "--mixup", 0.8], "--model multimae takes no"),
+    (["--dense", "depth"], "--dense takes --model multimae")])
+def test_what_multimae_cannot_do_is_refused(refused, toy, flags, message):
+    assert message in refused(finetune, "--data", toy, "--mode", "scratch", *flags)
+
+
 def test_safetensors_are_read_if_the_package_is_there(tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     state = huggingface(filled(MAE(32, 8, WIDE, (16, 1, 2))))
@@ -433,11 +447,11 @@ def test_safetensors_are_read_if_the_package_is_there(tmp_path):
 def test_a_public_classifier_of_omnimae_is_tested_on_images_or_videos(built, images):
     model = filled(omni.OmniMAE(16, 112, 2, 8, WIDE, (16, 1, 2)))
     state = {k: v for k, v in official_omni(model, True).items() if "decoder" not in k}
-    state |= {"heads.0.projector.weight": torch.randn(4, 64), "heads.0.projector.bias": torch.randn(4)}
-    kind = "images" if images else "videos"
+    kind, n = ("images", 4) if images else ("videos", 6)  # classes of the toy world
+    state |= {"heads.0.projector.weight": torch.randn(n, 64), "heads.0.projector.bias": torch.randn(n)}
     got, cfg, _ = built({"model": state}, "--eval-only", "--model", "omni", "--classify", kind)
     x = torch.randn(1, 3, 112, 112) if images else torch.randn(1, 3, 16, 112, 112)
-    assert cfg.classify == kind and got(x).shape == (1, 4)
+    assert cfg.classify == kind and got(x).shape == (1, n)
 
 
 # ---- the script ----------------------------------------------------------------------------------
