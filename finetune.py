@@ -48,7 +48,7 @@ from torchvision.transforms.v2 import functional as TF
 import data
 from mae_image import (DECODER, MAE, RunConfig, choose_precision, encoder_size, fetch,
                        height_width, load_into, parts_of, public_mae, rank_and_world, read_config,
-                       read_file, save_picture, start_processes, train)
+                       save_picture, start_processes, train)
 from mae_video import (MAEST, ClipDataset, VideoMAE, public_maest, public_videomae, resize_table,
                        views_of)
 from masking import is_first, picture_table, report, run_script
@@ -795,8 +795,6 @@ def draw_neighbours(test_files, train_files, neighbours, cfg):
 def main(argv=None):
     cfg, found = read_config(Config, PRESETS, __doc__, READERS, argv, default_file)
     device, tested = start_processes(cfg), cfg.eval_only or bool(cfg.predict)
-    if cfg.resume:  # for what the model is built of; train() reads the weights
-        found = read_file(Path(cfg.out, "checkpoint.pt"), READERS)
     if found and found.script == "finetune":  # the names of a public file
         found.state = {re.sub(r"^encoder\.", "", re.sub(r"^norm\.", "fc_norm.", k)): v
                        for k, v in found.state.items()}

@@ -617,7 +617,7 @@ def main(argv=None):
     size = height_width(cfg.img_size)
     decoder = numbers(cfg.decoder, 3)
     model = MAE(size, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)
-    load_pretrained(model.to(device), found)
+    load_pretrained(model.to(device), found, cfg.resume)
 
     def draw_mask(batch, rows, generator):  # batch: omni.py draws other masks for images
         return MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator)
@@ -728,7 +728,7 @@ def read_config(Config, presets, doc, readers, argv, default_file=file_to_show):
         said, fixed = content.get("config", {}), set(flags) - set(MAY_CHANGE)
         if (script := content.get("script")) != Config.SCRIPT:
             raise ValueError(f"{cfg.out} holds a run of {script}.py, not of {Config.SCRIPT}.py")
-        path = cfg.out
+        path, found = cfg.out, read_file(Path(cfg.out, "checkpoint.pt"), readers)
     elif path:
         found = read_file(path, readers)
         said = {k: v for k, v in found.settings.items() if hasattr(cfg, k)}
@@ -1091,15 +1091,16 @@ def load_into(model, state, fresh=(), unused=("pos_embed", "decoder_pos_embed"))
     return len(state) - len(left), missing, left
 
 
-def load_pretrained(model, found):
-    """Start a pretraining from a file, with or without decoder, and say so."""
-    if found:
-        whole = any(k.startswith(DECODER) for k in found.state)
-        if whole and hasattr(model, "norm") and "norm.weight" not in found.state:
-            hint = "HuggingFace's use_mean_pooling; finetune.py takes its encoder"
-            raise ValueError(f"{found.path} has no final norm of the encoder: {hint}")
-        count, missing, _ = load_into(model, found.state, fresh=() if whole else DECODER)
-        guessed = ", ".join(f"{name} {found.settings[name]}" for name in found.guesses)
+def load_pretrained(model, found, resume):
+    """Start a pretraining from a file, with or without decoder, and say so unless resuming."""
+    if not found:
+        return
+    whole = any(k.startswith(DECODER) for k in found.state)
+    if whole and hasattr(model, "norm") and "norm.weight" not in found.state:
+        model.norm = nn.Identity()  # HuggingFace's VideoMAE with use_mean_pooling has none
+    count, missing, _ = load_into(model, found.state, fresh=() if whole else DECODER)
+    guessed = ", ".join(f"{name} {found.settings[name]}" for name in found.guesses)
+    if not resume:
         report(f"{found.path}: {count} tensors used" + ", the decoder starts new" * bool(missing)
                + f"; guessed, for no file tells them: {guessed}" * bool(guessed))
 

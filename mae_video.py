@@ -585,7 +585,7 @@ def main(argv=None):
     size, decoder = height_width(cfg.img_size), numbers(cfg.decoder, 3)
     model = MODELS[cfg.model](cfg.frames, size, cfg.tubelet, cfg.patch, encoder_size(cfg.size),
                               decoder, cfg.norm_pix)
-    load_pretrained(model.to(device), found)
+    load_pretrained(model.to(device), found, cfg.resume)
     painted = getattr(model, "frame_index", torch.arange(cfg.frames)).cpu()
     kind = {"videomae": "tube", "mae_st": "random"}[cfg.model] if cfg.mask == "paper" else cfg.mask
 

@@ -683,7 +683,7 @@ def main(argv=None):
     modalities, size = parse_modalities(cfg.modalities), height_width(cfg.img_size)
     model = MultiMAE(size, cfg.patch, encoder_size(cfg.size), numbers(cfg.decoder, 3), modalities,
                      cfg.classes, cfg.class_width, cfg.ignore)
-    load_pretrained(model.to(device), found)
+    load_pretrained(model.to(device), found, cfg.resume)
     sizes = [math.prod(model.grid)] * len(modalities)
     count = max(1, round(cfg.visible * sum(sizes)))
 

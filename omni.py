@@ -291,7 +291,7 @@ def main(argv=None):
     size = height_width(cfg.img_size)
     model = OmniMAE(cfg.frames, size, cfg.tubelet, cfg.patch, encoder_size(cfg.size),
                     numbers(cfg.decoder, 3), cfg.norm_pix)
-    load_pretrained(model.to(device), found)
+    load_pretrained(model.to(device), found, cfg.resume)
     t, h, w = model.grid
 
     def draw_mask(batch, rows, generator):
