@@ -725,7 +725,9 @@ def take(loader):
         return next(loader)
     except Exception as error:  # arrives as a whole traceback, and ends with the message
         message = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise ValueError(f"the loader failed: {message}") from None
+        short = "No space left" in message or "/torch_" in message
+        hint = "; try --workers 0, or a larger /dev/shm (docker run --shm-size)" if short else ""
+        raise ValueError(f"the loader failed: {message}{hint}") from None
 
 
 def in_parallel(work, jobs, what):

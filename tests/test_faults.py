@@ -4,6 +4,7 @@ import faulthandler
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -216,7 +217,7 @@ def test_files_that_vanish_during_a_run_are_named_and_replaced(tmp_path):
     for i in range(4):
         (tmp_path / "videos" / "a" / f"{i:02d}.mp4").unlink()
     text = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "no such file" in text, text
+    assert process.returncode == 0 and "No such file" in text, text
     assert "files with problems, met" in text
 
 
@@ -237,7 +238,8 @@ def test_a_run_whose_folder_is_replaced_leaves_the_new_one_alone(toy, tmp_path, 
     before = (tmp_path / "runs/mae_image/checkpoint.pt").read_bytes()
     process.terminate()
     text = process.communicate(timeout=60)[0]
-    assert process.returncode == 2 and "was replaced by another run" in text, text
+    both = "was replaced by another run|another run writes to"  # as it had saved before, or not
+    assert process.returncode == 2 and re.search(both, text), text
     assert (tmp_path / "runs/mae_image/checkpoint.pt").read_bytes() == before
 
 
@@ -265,9 +267,10 @@ def test_workers_that_cannot_be_started_are_one_line(toy, refused, monkeypatch):
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(24, "Too many open files")])
 def test_a_lack_of_memory_or_descriptors_is_not_a_broken_file(toy, refused, monkeypatch, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
+    monkeypatch.setattr(data, "LARGEST", 2**60)  # more than there is
     monkeypatch.setattr(av, "open", fail)
     assert "broken" not in refused(mae_video, *TINY_VIDEO, "--data", toy)
 
