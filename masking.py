@@ -330,9 +330,12 @@ def run_script(main):
     """
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, FloatingPointError,
+            torch.OutOfMemoryError) as error:
         if sys.flags.dev_mode:
             raise
+        if isinstance(error, MemoryError):
+            error = "the memory of this machine is full: lower --batch or --workers"
         if isinstance(error, torch.OutOfMemoryError):
             error = "the memory of the GPU is full: raise --accum, or lower --batch or the sizes"
         script = sys.argv[0].rpartition("/")[2]
