@@ -587,8 +587,8 @@ def torchvision_draws_from(generator):
 
 # ==================================================================================================
 #  PART 4: from files to batches
-#  (needs: functools, os, signal, sys, time, torch, DataLoader, Dataset, printable, seeded,
-#  parts 2, 3)
+#  (needs: functools, os, signal, sys, time, torch, DataLoader, Dataset, seeded, parts 2, 3;
+#  masking.py printable)
 # ==================================================================================================
 
 

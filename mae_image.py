@@ -496,7 +496,9 @@ def explained_objects(pictures, hole, paths, choose=None):
             return {}
         x = torch.from_numpy(np.array(Image.open(path), dtype=np.float32))
         x = x.reshape(-1, 1, x.shape[1], x.shape[1])  # (n, 1, S, S): frames lie below each other
-        maps.append(F.interpolate(x[choose(len(x))] if choose else x, hole.shape[-2:]))
+        top, left, h, w = data.center_box(x.shape[-2:], hole.shape[-2:])
+        x = (x[choose(len(x))] if choose else x)[..., top : top + h, left : left + w]
+        maps.append(F.interpolate(x, hole.shape[-2:]))
     where = hole & (torch.stack(maps) > 0).to(hole.device)  # (B, frames, 1, H, W)
     return {"object": explained(list(pictures.values())[-1], pictures["original"], where)}
 
@@ -867,8 +869,9 @@ class Run:
             self.lock()
             log.touch()
             os.truncate(log, state["log"] if self.cfg.resume else 0)  # lines of lost updates go
-            if not self.cfg.resume:
-                path.unlink(missing_ok=True)  # of a smoke test
+            if not self.cfg.resume and path.exists():  # of a smoke test
+                for old in (path, *self.out.glob("pictures/update_*")):
+                    old.unlink()
 
     def lock(self):
         """Two runs in one folder would overwrite each other. The lock ends with the process."""

@@ -447,7 +447,7 @@ def mean_iou(guess, truth, classes):
 
 # ==================================================================================================
 #  THE PAPER, part 4: aligned files
-#  (needs: Path, np, torch, Image, InterpolationMode, TF; data.py IMAGE, PICTURES, parts 1-4)
+#  (needs: Path, np, torch, Image, InterpolationMode, TF; data.py IMAGE, PICTURES, parts 1, 2, 4)
 # ==================================================================================================
 
 
