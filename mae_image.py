@@ -523,6 +523,7 @@ def draw_losses(log, path, baseline):
              ("baseline", baseline, "#777777")]
     lines = [[(r["step"], r[kind]) for r in records if kind in r] for kind, _, _ in kinds]
     right, top = (max([1e-9, *(point[k] for line in lines for point in line)]) for k in (0, 1))
+    top = min([top, *(1.5 * y for _, y in lines[2])])  # untrained, a network may be far above
     picture, font = Image.new("RGB", (640, 360), "white"), ImageFont.load_default(size=14)
     pen = ImageDraw.Draw(picture)
     pen.line([(60, 30), (60, 320), (620, 320)], "black")
@@ -530,7 +531,8 @@ def draw_losses(log, path, baseline):
         pen.text((4, 312 - 290 * share), f"{top * share:.3g}", "black", font)
         pen.text((55 + 530 * share, 324), f"{right * share:.0f}", "black", font)
     for i, (line, (_, title, color)) in enumerate(zip(lines, kinds)):
-        pen.line([(60 + 560 * x / right, 320 - 290 * y / top) for x, y in line], color, width=3)
+        points = [(60 + 560 * x / right, 320 - 290 * min(y / top, 1)) for x, y in line]
+        pen.line(points, color, width=3)
         pen.text((90 + 130 * i, 4), title, color, font)
     save_picture(picture, path)
 

@@ -588,15 +588,20 @@ def test_a_run_writes_checkpoint_log_loss_and_pictures(straight):
 
 
 def test_the_picture_of_the_losses_has_a_line_for_each_kind(tmp_path):
-    log = [{"step": 0, "val_loss": 1.0, "baseline": 0.5}, {"step": 5, "loss": 0.8},
-           {"step": 10, "loss": 0.4}, {"step": 10, "val_loss": 0.5, "baseline": 0.5}]
+    log = [{"step": 0, "val_loss": 1.0, "baseline": 0.8}, {"step": 5, "loss": 0.8},
+           {"step": 10, "loss": 0.4}, {"step": 10, "val_loss": 0.5, "baseline": 0.8}]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
     mae_image.draw_losses(tmp_path / "log.jsonl", tmp_path / "loss.png", "nothing")
     picture = np.asarray(Image.open(tmp_path / "loss.png"))
-    for step, loss, color in ((6, 0.72, "8899cc"), (2, 0.9, "cc4433"), (2, 0.5, "777777"),
+    for step, loss, color in ((6, 0.72, "8899cc"), (2, 0.9, "cc4433"), (2, 0.8, "777777"),
                               (2, 0.7, "ffffff"), (8, 0.9, "ffffff")):
         pixel = picture[320 - round(290 * loss), 60 + 56 * step]
         assert bytes(pixel.tolist()).hex() == color
+    log[0]["val_loss"] = 90.0  # an untrained network: the scale ends at 1.5 baselines
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    mae_image.draw_losses(tmp_path / "log.jsonl", tmp_path / "loss.png", "nothing")
+    pixel = np.asarray(Image.open(tmp_path / "loss.png"))[320 - round(290 / 1.5), 60 + 56 * 8]
+    assert bytes(pixel.tolist()).hex() == "777777"
 
 
 def test_batches_of_two_processes_are_those_of_one():
