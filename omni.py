@@ -26,7 +26,7 @@ What changes against mae_video.py:
     target's scale   sqrt(variance) + epsilon             sqrt(variance + epsilon)
 Nothing tells the network whether it sees an image or a clip, and every weight serves both.
 
-Run     python omni.py                                   (6 min on 2 CPU cores, with the toy world)
+Run     python omni.py                                   (4 min on 2 CPU cores, with the toy world)
         python omni.py --joint mixed --out runs/mixed
         python omni.py --picture clip.avi                (or cat.jpg, with the run in runs/omni)
         python omni.py --data SSv2 --images IMAGENET --preset paper
