@@ -62,8 +62,8 @@ def seeded(*numbers):
 
     The first is the seed, the second says what for: 0 items, 1 masks, 2 held-out masks, 3 what
     replaces a broken file, and so on (shuffled() alone has the epoch there). important: numpy fills
-    up to four numbers with zeros, so (s,
-    1) and (s, 1, 0) are one stream. It does no harm here; in a new project put the use last.
+    up to four numbers with zeros, so (s, 1) and (s, 1, 0) are one stream. It does no harm here; in
+    a new project put the use last.
     """
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))
@@ -623,14 +623,12 @@ class FileDataset(Dataset):
         hint = "python data.py check lists them"
         raise ValueError(f"10 files in a row cannot be read, e.g. {names}: {hint}")
 
-
     def first(self):
         """Pixels of the first file, no other in its place.   Raises ValueError that names it"""
         try:
             return self.read(0, None)[0]
         except BrokenFile as error:
             raise ValueError(f"{self.paths[0]}: {error}") from None
-
 
     def draw_crop(self, shape, generator):
         """-> box, whether to mirror: by chance in training, else the centre, not mirrored."""

@@ -295,7 +295,7 @@ def main(argv=None):
     t, h, w = model.grid
 
     def draw_mask(batch, rows, generator):
-        if batch.ndim == 4:  # "hide": this code counts the hidden tokens, MAE's the visible ones
+        if batch.ndim == 4:  # "hide": OmniMAE's code counts hidden tokens, MAE's visible ones
             return MASKS["random"](rows, (1, h, w), cfg.mask_ratio_image, generator, "hide")
         rule = ("hide",) if cfg.mask == "random" else ()
         return MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator, *rule)
