@@ -26,6 +26,7 @@ import contextlib
 import errno
 import functools
 import itertools
+import math
 import os
 import re
 import shutil
@@ -48,7 +49,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from masking import picture_table, printable, report, run_script
+from masking import printable, report, run_script
 
 # Endings of files, and the only formats that are opened, whatever a file claims to be.
 VIDEO = ".avi .mp4 .m4v .mov .3gp .mkv .webm .mpg .mpeg .vob .mts .m2ts .wmv .asf .flv .ogv".split()
@@ -498,14 +499,14 @@ def read_clips(path, choose):
         raise BrokenFile(reason(error)) from None
 
 
-def every_frame(path, problems):
-    """All frames of a video, one by one. What is wrong with it is added to the list `problems`."""
+def every_frame(path, problems, **size):
+    """All frames of a video, one by one, as to_rgb(). What is wrong is added to `problems`."""
     _, _, problem = frame_times(path)
-    met = damaged = 0
+    met, damaged, convert = 0, 0, av.video.reformatter.VideoReformatter()
     with open_video(path) as (container, stream):
         for frame in shown(container, stream):
             met, damaged = met + 1, damaged + frame.is_corrupt
-            yield frame
+            yield to_rgb(convert, frame, **size)
         if not met:
             raise BrokenFile("no frame can be decoded")
         if damaged:
@@ -747,23 +748,15 @@ def in_parallel(work, jobs, what):
 # ==================================================================================================
 
 
-def write_whole(path, fill):
-    """fill(file) under another name, then rename: a crash or a full disk leaves the previous file.
-
-    Raises OSError when it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
+def write_whole(path, save):
+    """save(part), then rename: a crash or a full disk leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}-{path.name}")  # two processes may write the same file
     try:
-        with open(temporary, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # in a RuntimeError torch hides the reason
-        cause = error if isinstance(error, OSError) else error.__context__
-        if temporary.is_file():
-            temporary.unlink()
-        raise OSError(f"cannot write {path}: {getattr(cause, 'strerror', None) or error}") from None
+        save(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_file(path):
@@ -882,29 +875,20 @@ def write_toy(job):
         turns = turns + np.array(motion) * np.arange(LENGTH)[:, None] / LENGTH  # (T, 3)
         kind = rng.choice(KINDS)
     pixels, depth, classes, first = render(draw_scene(rng, kind, turns))
-    maps = {"object": first}  # frames of a clip below each other
+    files, maps = {}, {"object": first}  # frames of a clip below each other
     if motion:
         save = functools.partial(write_video, pixels, Fraction(12))
-        save_once(folder / "videos" / f"{name}.mp4", save)
+        files[folder / "videos" / f"{name}.mp4"] = save
     else:
         save = functools.partial(Image.fromarray(pixels[0]).save, quality=95)
-        save_once(folder / "rgb" / f"{name}.jpg", save)
+        files[folder / "rgb" / f"{name}.jpg"] = save
         maps["depth"] = (depth / 16 * 65535).astype(np.uint16)
         maps["semseg"] = classes.astype(np.uint8)
     for part, x in maps.items():
-        save_once(folder / part / f"{name}.png", Image.fromarray(x.reshape(-1, SIDE)).save)
-
-
-def save_once(path, save):
-    """save(path) if it is not there, under another name first: what has its name is complete."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{os.getpid()}-{path.name}")
-        try:
-            save(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        files[folder / part / f"{name}.png"] = Image.fromarray(x.reshape(-1, SIDE)).save
+    for path, save in files.items():
+        if not path.exists():
+            write_whole(path, save)
 
 
 def make_toy(folder, groups=25, images=(1600, 400), labelled=7):
@@ -932,9 +916,10 @@ def make_toy(folder, groups=25, images=(1600, 400), labelled=7):
             jobs.append((folder, f"{split}/{kind}/{i:05d}", kind, [2, split == "val", i]))
     for _ in in_parallel(write_toy, jobs, f"rendering the toy world into {folder}"):
         pass
-    width = max(1, groups * 7 // 25)  # UCF101's fold 1 tests on the groups 1 to 7 of 25
-    for fold in (1, 2, 3):
-        tested = range(1 + (fold - 1) * width, 1 + fold * width)
+    width = max(1, groups * 7 // 25)
+    for fold in (1, 2, 3):  # groups 8 to 14, 15 to 21, 1 to 7, by which the defaults were chosen
+        start = 1 + fold % 3 * width
+        tested = range(start, start + width)
         train = [g for g in range(1, groups + 1) if g not in tested]
         lines = {"train": "", "test": ""}
         for name, motion, g in clips:
@@ -973,32 +958,32 @@ def write_video(frames, rate, path):
 # ==================================================================================================
 
 
-def tell(path, problems):
-    """Print what is wrong with a file.   -> whether it is more than a remark"""
-    for problem in problems:
-        kind, _, text = problem.partition(": ")
-        report(f"{kind}: {path}: {text}")
-    return any(not problem.startswith("note") for problem in problems)
+def count_bad(paths, results):
+    """Print what is wrong with which file.   -> how many have more than a note"""
+    bad = 0
+    for path, problems in zip(paths, results):
+        for problem in problems:
+            report(f"{path}: {problem}")
+        bad += any(not problem.startswith("note") for problem in problems)
+    return bad
 
 
 def check_file(path):
-    """Read one file in full, as training does.   -> problems, a small picture or None"""
-    problems, picture = [], None
+    """Read one file in full, as training does.   -> problems"""
+    problems = []
     try:
         if path.suffix.lower() in IMAGE:
-            picture = read_image(path)
+            read_image(path)
         else:
-            half, convert = frame_times(path)[0] // 2, av.video.reformatter.VideoReformatter()
-            for i, frame in enumerate(every_frame(path, problems)):
-                if i in (0, half):
-                    picture = to_rgb(convert, frame)
+            for _ in every_frame(path, problems, width=16, height=16):
+                pass
     except Exception as error:
-        return [f"broken: {reason(error)}"], None
-    return problems, np.asarray(ImageOps.pad(Image.fromarray(picture), (96, 96)))
+        return [f"broken: {reason(error)}"]
+    return problems
 
 
-def check(root, sheet):
-    """Decode everything below root, list what is wrong, draw a contact sheet.
+def check(root):
+    """Decode everything below root, list what is wrong.
 
     Exit code 1 if anything is broken or damaged, or a file of the official lists is absent."""
     root = Path(root)
@@ -1006,12 +991,8 @@ def check(root, sheet):
     if not paths:
         raise ValueError(f"{root} holds no videos and no images")
     official = find_official(root)  # now: half a download should be named before hours of decoding
-    bad, absent, pictures = 0, 0, []
-    some = set(np.linspace(0, len(paths) - 1, min(48, len(paths))).astype(int).tolist())
-    for i, (problems, picture) in enumerate(in_parallel(check_file, paths, f"checking {root}")):
-        bad += tell(paths[i], problems)
-        if i in some and picture is not None:
-            pictures.append(picture)
+    bad = count_bad(paths, in_parallel(check_file, paths, f"checking {root}"))
+    absent = 0
     for fold, split in itertools.product((1, 2, 3), ("train", "val")) if official else ():
         try:
             count = len(read_official(*official, split, fold, allow_missing=False).paths)
@@ -1019,32 +1000,26 @@ def check(root, sheet):
         except ValueError as error:
             absent += 1
             report(f"fold {fold} {split}: {str(error).partition('; --allow')[0]}")
-    if pictures:
-        count = -(-len(pictures) // 8) * 8  # whole rows: the last one is filled with the first
-        cells = torch.from_numpy(np.stack((pictures * 8)[:count])).permute(0, 3, 1, 2) / 255
-        picture_table(cells.unflatten(0, (-1, 8))).save(sheet)
-        report(f"wrote {sheet}")
     if others:
         report("passed over: " + ", ".join(f"{n} {ending}" for ending, n in others.most_common()))
     report(f"{len(paths)} files decoded, {bad} broken or damaged")
-    sys.exit(1 if bad or absent else 0)
+    sys.exit(bad + absent > 0)
 
 
 def shrink_file(job):
     """Re-encode one video with a smaller short side; a broken one is left out.   -> problems"""
     source, target, short = job
-    problems, convert = [], av.video.reformatter.VideoReformatter()
+    problems = []
     try:
         with open_video(source) as (_, stream):
             W, H = stream.codec_context.width, stream.codec_context.height
-            rate = stream.average_rate or stream.guessed_rate or 25
-        rate = Fraction(rate).limit_denominator(1001)
-        rate = rate if rate.numerator < 2**16 else Fraction(round(rate))  # MPEG-4 holds no more
+            rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
+        rate = rate.limit_denominator(65535 // math.ceil(rate))  # MPEG-4 holds two bytes of it
         scale = min(1, short / min(W, H)) / 2
         size = {"width": 2 * max(1, round(W * scale)), "height": 2 * max(1, round(H * scale))}
-        frames = every_frame(source, problems)
-        small = (to_rgb(convert, frame, interpolation="AREA", **size) for frame in frames)
-        save_once(target, functools.partial(write_video, small, rate))
+        frames = every_frame(source, problems, interpolation="AREA", **size)
+        if not target.exists():
+            write_whole(target, functools.partial(write_video, frames, rate))
     except Exception as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             hint = "call again when there is room"
@@ -1066,33 +1041,31 @@ def shrink(source, target, short):
     if not videos:
         raise ValueError(f"{source} holds no videos")
     for path in walk(source, (".txt", ".csv"))[0]:
-        save_once(target / path.relative_to(source), functools.partial(shutil.copyfile, path))
+        write_whole(target / path.relative_to(source), functools.partial(shutil.copyfile, path))
     jobs = []
     for path in videos:
         copy = target / path.relative_to(source)
         takes_mpeg4 = copy.suffix.lower() in (".avi", ".mp4", ".mkv", ".mov", ".m4v")
         jobs.append((path, copy if takes_mpeg4 else copy.with_suffix(".mp4"), short))
-    done = zip(videos, in_parallel(shrink_file, jobs, f"shrinking into {target}"))
-    bad = sum(tell(path, problems) for path, problems in done)
+    bad = count_bad(videos, in_parallel(shrink_file, jobs, f"shrinking into {target}"))
     report(f"{len(videos)} videos, {bad} broken or damaged; the copies are in {target}")
-    sys.exit(1 if bad else 0)
+    sys.exit(bad > 0)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description="toy FOLDER: write the toy world, videos, and images with maps.\n"
-        "check FOLDER: decode everything, list what is broken, draw a contact sheet.\n"
+        "check FOLDER: decode everything, list what is broken.\n"
         "shrink SOURCE TARGET: re-encode videos once, so that decoding does not starve the GPU.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=("toy", "check", "shrink"))
     parser.add_argument("folder", help="new folder, data set, or folder of videos")
     parser.add_argument("target", nargs="?", help="folder for the smaller copies")
-    parser.add_argument("--sheet", default="contact_sheet.png", help="file for the contact sheet")
     parser.add_argument("--short-side", type=int, default=128, help="in pixels (default: 128)")
     args = parser.parse_args(argv)
     if args.command == "check":
-        check(args.folder, args.sheet)
+        check(args.folder)
     elif args.command == "toy":
         make_toy(args.folder)
         report(f"the toy world is in {args.folder}")

@@ -46,9 +46,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from mae_image import (DECODER, MAE, RunConfig, choose_precision, encoder_size, fetch,
-                       height_width, load_into, parts_of, public_mae, rank_and_world, read_config,
-                       save_picture, start_processes, train)
+from mae_image import (DECODER, MAE, RunConfig, begin, choose_precision, encoder_size, fetch,
+                       height_width, load_into, parts_of, public_mae, rank_and_world, save_picture,
+                       train)
 from mae_video import (MAEST, ClipDataset, VideoMAE, public_maest, public_videomae, resize_table,
                        views_of)
 from masking import is_first, picture_table, report, run_script
@@ -724,9 +724,7 @@ def take_share(files, share, seed):
 
 def write(cfg, name, content):
     """A file in --out, whole or not at all."""
-    path = Path(cfg.out, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_whole(path, lambda file: file.write(content))
+    data.write_whole(Path(cfg.out, name), lambda part: part.write_bytes(content))
 
 
 def write_results(probabilities, files, cfg):
@@ -793,8 +791,8 @@ def draw_neighbours(test_files, train_files, neighbours, cfg):
 
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def main(argv=None):
-    cfg, found = read_config(Config, PRESETS, __doc__, READERS, argv, default_file)
-    device, tested = start_processes(cfg), cfg.eval_only or bool(cfg.predict)
+    cfg, found, device = begin(Config, PRESETS, __doc__, READERS, argv, default_file)
+    tested = cfg.eval_only or bool(cfg.predict)
     if found and found.script == "finetune":  # the names of a public file
         found.state = {re.sub(r"^encoder\.", "", re.sub(r"^norm\.", "fc_norm.", k)): v
                        for k, v in found.state.items()}
@@ -812,7 +810,6 @@ def main(argv=None):
         raise ValueError("--model multimae takes no --erase, --rand-augment, --mixup or --cutmix")
     if found and (fold := found.settings.get("fold", cfg.fold)) != cfg.fold:
         report(f"warning: {found.path} has seen fold {fold}, and with it tests of fold {cfg.fold}")
-    torch.manual_seed(cfg.seed)
     if cfg.predict:
         return predict(cfg, found, device)
     trained = Path(cfg.out, "checkpoint.pt").exists()

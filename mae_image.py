@@ -71,10 +71,16 @@ def parts_of(length, part, what):
     return length // part
 
 
+def rows_and_columns(size, p):
+    """Of patches.   size: height and width, or one number for both"""
+    H, W = (size, size) if isinstance(size, int) else size
+    return parts_of(H, p, "image height"), parts_of(W, p, "image width")
+
+
 def patchify(imgs, p):
     """Cut images into patches: (B, C, H, W) -> (B, N, p*p*C), values (row, col, channel)."""
     B, C, H, W = imgs.shape
-    h, w = parts_of(H, p, "image height"), parts_of(W, p, "image width")
+    h, w = rows_and_columns((H, W), p)
     x = imgs.reshape(B, C, h, p, w, p)
     x = x.permute(0, 2, 4, 3, 5, 1)  # (B, h, w, p, p, C)
     return x.reshape(B, h * w, p * p * C)
@@ -212,11 +218,10 @@ class MAE(nn.Module):
     def __init__(self, img_size=224, patch=16, size="base", decoder=(512, 8, 16), norm_pix=True,
                  channels=3, mean=None, std=None):
         super().__init__()
-        H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.grid = 1, parts_of(H, patch, "image height"), parts_of(W, patch, "image width")
+        self.grid = 1, *rows_and_columns(img_size, patch)
         self.patch, self.norm_pix = patch, norm_pix
         self.mean, self.std = mean_and_std(channels, mean, std)
-        D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
+        D, depth, heads = ENCODERS.get(size, size)
         E, decoder_depth, decoder_heads = decoder
 
         # encoder: sees the visible patches alone
@@ -420,8 +425,8 @@ def train(model, dataset, loss_of, optimizer, look, cfg, plan=None):
     return run
 
 
-def pretraining_loss(model, draw_mask, cfg):
-    """loss_of for train(): masks of a whole update from (seed, step); each piece takes its rows.
+def pretrain(model, dataset, draw_mask, look, cfg, plan=None):
+    """train() with masks: those of an update come from (seed, step), each piece takes its rows.
 
     draw_mask  (batch from the loader, rows, generator) -> mask (rows, N)
     """
@@ -431,7 +436,9 @@ def pretraining_loss(model, draw_mask, cfg):
         mask = draw_mask(batch, cfg.batch, data.seeded(cfg.seed, 1, step)).chunk(pieces)[piece]
         return net(model.normalize(batch), mask)[0]
 
-    return loss_of
+    groups = param_groups(model, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)  # Table 8
+    train(model, dataset, loss_of, optimizer, look, cfg, plan).finish()
 
 
 # ==================================================================================================
@@ -615,9 +622,7 @@ PRESETS = {
 
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def main(argv=None):
-    cfg, found = read_config(Config, PRESETS, __doc__, {"mae": public_mae}, argv)
-    device = start_processes(cfg)
-    torch.manual_seed(cfg.seed)
+    cfg, found, device = begin(Config, PRESETS, __doc__, {"mae": public_mae}, argv)
     size = height_width(cfg.img_size)
     decoder = numbers(cfg.decoder, 3)
     model = MAE(size, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)
@@ -640,15 +645,13 @@ def main(argv=None):
 
     def look(path):
         loss, baseline, pictures, hole = reconstruct(model, model.normalize(batch.to(device)), mask)
-        some = some_frames(len(batch), most=6)
+        some = evenly(len(batch), 6)
         cells = torch.stack([p[some, 0] for p in pictures.values()], dim=1)  # (6, columns, 3, H, W)
         table = picture_table(cells, list(pictures), note=LEAK_NOTE * cfg.norm_pix)
         save_picture(table, path.with_suffix(".png"))
         return {"val_loss": loss, "baseline": baseline, **explained_objects(pictures, hole, paths)}
 
-    groups, loss_of = param_groups(model, cfg.weight_decay), pretraining_loss(model, draw_mask, cfg)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)  # Table 8
-    train(model, dataset, loss_of, optimizer, look, cfg).finish()
+    pretrain(model, dataset, draw_mask, look, cfg)
 
 
 def show_one(model, batch, draw_mask, cfg):
@@ -659,7 +662,7 @@ def show_one(model, batch, draw_mask, cfg):
     path = Path(f"{Path(cfg.picture).stem}_painted.png")
     report(f"loss {loss:.4f} (mean prediction {baseline:.4f})")
     cells = torch.cat(list(pictures.values()))  # (kinds, frames, 3, H, W)
-    note, frames = LEAK_NOTE * model.norm_pix, some_frames(cells.shape[1])
+    note, frames = LEAK_NOTE * model.norm_pix, evenly(cells.shape[1])
     picture_table(cells[:, frames], rows=list(pictures), note=note, side=128).save(path)
     if cells.shape[1] > 1:
         save_film(cells[None], list(pictures), note, path.with_suffix(".gif"))
@@ -673,8 +676,8 @@ def save_film(clips, titles, note, path):
     save_picture(tables[0], path, save_all=True, append_images=tables[1:], duration=150, loop=0)
 
 
-def some_frames(count, most=8):
-    """Indices of at most `most` of `count` frames (or samples), evenly spread."""
+def evenly(count, most=8):
+    """Indices of at most `most` of `count` frames or samples, from the first to the last."""
     return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
@@ -718,7 +721,15 @@ def file_to_show(cfg):
     return f"{cfg.out}/checkpoint.pt" if getattr(cfg, "picture", "") else ""
 
 
-def read_config(Config, presets, doc, readers, argv, default_file=file_to_show):
+def begin(Config, presets, doc, readers, argv, default_file=file_to_show):
+    """What every script does first.   -> config, what is in the file of --init or None, device"""
+    cfg, found = read_config(Config, presets, doc, readers, argv, default_file)
+    device = start_processes(cfg)
+    torch.manual_seed(cfg.seed)
+    return cfg, found, device
+
+
+def read_config(Config, presets, doc, readers, argv, default_file):
     """-> the config, what is in the file of --init or None.   default < preset < file < flag
 
     A resumed run has the settings it had, except for those of MAY_CHANGE.
@@ -1003,12 +1014,18 @@ class Run:
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+        def save_state(part):
+            with open(part, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+
         try:
-            data.write_whole(path, lambda file: torch.save(state, file))
+            data.write_whole(path, save_state)
             self.saved = self.done
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # in a RuntimeError torch hides the reason
             stays = f"that of update {self.saved} stays" if self.saved else "there is none yet"
-            report(f"warning: {error}; {stays}")
+            report(f"warning: cannot write {path}: {error.__context__ or error}; {stays}")
         self.save_seconds, self.saved_at = time.monotonic() - tick, time.monotonic()
 
     def finish(self, result=""):

@@ -46,25 +46,22 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, encoder_size,
-                       explained_objects, fetch, from_huggingface, fuse_qkv, height_width,
-                       held_out, init_weights, load_pretrained, mean_and_std, param_groups,
-                       parts_of, pretraining_loss, read_config, reconstruct, rename, save_film,
-                       save_picture, show_one, sizes_in, some_frames, square, start_processes,
-                       to_unit_range, train)
+from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, begin, encoder_size,
+                       evenly, explained_objects, fetch, from_huggingface, fuse_qkv, height_width,
+                       held_out, init_weights, load_pretrained, mean_and_std, parts_of, pretrain,
+                       reconstruct, rename, rows_and_columns, save_film, save_picture, show_one,
+                       sizes_in, square, to_unit_range)
 from masking import MASKS, hidden, numbers, picture_table, report, restore, run_script, visible
 
 # ==================================================================================================
 #  THE PAPERS, part 1: from frames to cubes and back, positions, the target
-#  (needs: torch, F; mae_image.py parts_of)
+#  (needs: torch, F; mae_image.py parts_of, rows_and_columns)
 # ==================================================================================================
 
 
 def grid_of(frames, img_size, tubelet, patch):
     """-> token grid (t, h, w).   Raises ValueError if a side cannot be cut evenly"""
-    H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
-    t = parts_of(frames, tubelet, "clip length")
-    return t, parts_of(H, patch, "frame height"), parts_of(W, patch, "frame width")
+    return parts_of(frames, tubelet, "clip length"), *rows_and_columns(img_size, patch)
 
 
 def patchify_clips(clips, u, p):
@@ -157,7 +154,7 @@ class VideoMAE(nn.Module):
         self.grid = grid_of(frames, img_size, tubelet, patch)
         self.tubelet, self.patch, self.norm_pix = tubelet, patch, norm_pix
         self.mean, self.std = mean_and_std(channels, mean, std)
-        D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
+        D, depth, heads = ENCODERS.get(size, size)
         E, decoder_depth, decoder_heads = decoder
         N = math.prod(self.grid)
 
@@ -276,7 +273,7 @@ class MAEST(nn.Module):
         predicted = predicted or t
         self.tubelet, self.patch, self.norm_pix, self.cls = tubelet, patch, norm_pix, cls
         self.mean, self.std = mean or (0.45,) * channels, std or (0.225,) * channels
-        D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
+        D, depth, heads = ENCODERS.get(size, size)
         E, decoder_depth, decoder_heads = decoder
         P = parts_of(predicted, t, "number of painted frames") * patch * patch * channels
 
@@ -579,9 +576,7 @@ PRESETS = {
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def main(argv=None):
     readers = {"videomae": public_videomae, "mae_st": public_maest}
-    cfg, found = read_config(Config, PRESETS, __doc__, readers, argv)
-    device = start_processes(cfg)
-    torch.manual_seed(cfg.seed)
+    cfg, found, device = begin(Config, PRESETS, __doc__, readers, argv)
     size, decoder = height_width(cfg.img_size), numbers(cfg.decoder, 3)
     model = MODELS[cfg.model](cfg.frames, size, cfg.tubelet, cfg.patch, encoder_size(cfg.size),
                               decoder, cfg.norm_pix)
@@ -612,17 +607,15 @@ def main(argv=None):
         objects = explained_objects(pictures, hole, paths, lambda n: val.choose(n)[0][painted])
         return {"val_loss": loss, "baseline": baseline, **objects}
 
-    groups, loss_of = param_groups(model, cfg.weight_decay), pretraining_loss(model, draw_mask, cfg)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    train(model, open_clips(train_files, True), loss_of, optimizer, look, cfg).finish()
+    pretrain(model, open_clips(train_files, True), draw_mask, look, cfg)
 
 
 def draw_clips(pictures, path, note):
     """Some clips as a film, and as a PNG with a row for each kind, a column for each frame."""
     clips = torch.stack(list(pictures.values()), dim=1)  # (clips, kinds, frames, 3, H, W)
-    clips = clips[torch.linspace(0, len(clips) - 1, min(6, len(clips))).long()]
+    clips = clips[evenly(len(clips), 6)]
     save_film(clips, list(pictures), note, path.with_suffix(".gif"))
-    frames = some_frames(clips.shape[2])
+    frames = evenly(clips.shape[2])
     rows, titles = clips[:, :, frames].flatten(0, 1), list(pictures) * len(clips)
     table = picture_table(rows, [f"frame {f}" for f in frames.tolist()], titles, note)
     save_picture(table, path.with_suffix(".png"))

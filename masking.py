@@ -171,7 +171,8 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
     masks = []
     for size, count in zip(sizes, counts.T):
         order = torch.rand(batch, size, generator=generator).argsort(dim=1)  # (B, size)
-        masks.append(order.argsort(dim=1) >= count[:, None])  # rank >= count
+        rank = order.argsort(dim=1)  # (B, size), of each token in a random order
+        masks.append(rank >= count[:, None])
     # Rounding, or a share above its modality's size, makes the sum miss num_visible. The repair:
     # visible tokens first, hidden ones behind, both in random order, cut after num_visible. A
     # missing token comes at random from the hidden ones of all modalities; a surplus one goes.
@@ -299,24 +300,6 @@ def as_pixels(mask, frames, H, W, h, w):
     return x.repeat_interleave(H // h, 2).repeat_interleave(W // w, 3)[:, :, None]
 
 
-def as_text(mask, grid):
-    """A mask (N,) as lines of text, time slots side by side: '#' hidden, '.' visible."""
-    lines = []
-    for row in mask.reshape(grid).transpose(0, 1).tolist():  # h rows of t slots of w tokens
-        lines.append("  ".join("".join(".#"[hide] for hide in slot) for slot in row))
-    return "\n".join(lines)
-
-
-def draw_masks(masks, grid):
-    """A row for each kind of mask, a column for each time slot.   masks {title: (N,)} -> image"""
-    t, h, w = grid
-    where = torch.stack(list(masks.values())).reshape(-1, t, 1, h, w)
-    hole, seen = (torch.tensor(color)[:, None, None] for color in (HOLE, (0.24, 0.26, 0.32)))
-    cells = torch.where(where, hole, seen).repeat_interleave(9, 3).repeat_interleave(9, 4)
-    cells[..., ::9, :], cells[..., ::9] = 1, 1  # lines between the tokens
-    return picture_table(cells, [f"slot {s}" for s in range(t)], list(masks))
-
-
 # ==================================================================================================
 #  THE RUN, part 2: the command line of all scripts. To understand a paper nothing below is needed.
 # ==================================================================================================
@@ -417,19 +400,22 @@ class Config:
 
 def main(argv=None):
     cfg = Config(**settings(Config, {}, __doc__, argv)[1])
-    grid = numbers(cfg.grid, 3)
-    n = grid[0] * grid[1] * grid[2]
+    grid = t, h, w = numbers(cfg.grid, 3)
+    n = t * h * w
     generator = torch.Generator().manual_seed(cfg.seed)
     kinds = [kind for kind in MASKS if kind != "grid" or cfg.ratio == 0.75]
     masks = {kind: MASKS[kind](1, grid, cfg.ratio, generator)[0] for kind in kinds}
     parts = dirichlet_mask(1, [n] * 3, max(1, n // 2), generator)[0].split(n)  # 1/6 of 3n stays
     masks |= {f"dirichlet, {m}": part for m, part in zip(("RGB", "depth", "classes"), parts)}
 
-    titled = {f"{name}: {int(mask.sum())} of {n} hidden": mask for name, mask in masks.items()}
-    for title, mask in titled.items():
-        print(f"{title}\n{as_text(mask, grid)}\n")
-    draw_masks(titled, grid).save(cfg.out)
-    print(f"wrote {cfg.out}")
+    # a row for each kind of mask, a column for each time slot
+    rows = [f"{name}: {int(mask.sum())} of {n} hidden" for name, mask in masks.items()]
+    where = torch.stack(list(masks.values())).reshape(-1, t, 1, h, w)
+    hole, seen = (torch.tensor(color)[:, None, None] for color in (HOLE, (0.24, 0.26, 0.32)))
+    cells = torch.where(where, hole, seen).repeat_interleave(9, 3).repeat_interleave(9, 4)
+    cells[..., ::9, :], cells[..., ::9] = 1, 1  # lines between the tokens
+    picture_table(cells, [f"slot {s}" for s in range(t)], rows).save(cfg.out)
+    print("\n".join(rows) + f"\nwrote {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from mae_image import (ENCODERS, MLP, Attention, Block, PatchEmbed, RunConfig, blocks_in,
-                       encoder_size, fetch, height_width, held_out, init_weights, load_pretrained,
-                       mean_and_std, normalize, param_groups, parts_of, patchify, pretraining_loss,
-                       read_config, rename, save_picture, sincos_2d, sizes_in, start_processes,
-                       to_unit_range, train, unpatchify)
+from mae_image import (ENCODERS, MLP, Attention, Block, PatchEmbed, RunConfig, begin, blocks_in,
+                       encoder_size, evenly, fetch, height_width, held_out, init_weights,
+                       load_pretrained, mean_and_std, normalize, parts_of, patchify, pretrain,
+                       rename, rows_and_columns, save_picture, sincos_2d, sizes_in, to_unit_range,
+                       unpatchify)
 from mae_video import resize_table
 from masking import (HOLE, as_pixels, dirichlet_mask, numbers, picture_table, report, restore,
                      run_script, visible)
@@ -219,9 +219,8 @@ class MultiMAE(nn.Module):
                  modalities=MODALITIES, classes=133, class_width=64, ignore=-1, channels=3,
                  mean=None, std=None):
         super().__init__()
-        H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.grid = 1, parts_of(H, patch, "image height"), parts_of(W, patch, "image width")
-        D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
+        self.grid = 1, *rows_and_columns(img_size, patch)
+        D, depth, heads = ENCODERS.get(size, size)
         self.patch, self.classes, self.ignore = patch, classes, ignore
         self.mean, self.std = mean_and_std(channels, mean, std)
         self.channels = {"rgb": channels, "norm_rgb": channels, "depth": 1}
@@ -669,7 +668,7 @@ def draw(model, inputs, mask, preds, path):
     for source, goal in [pair for pair in pairs if set(pair) <= set(inputs)][:3]:
         columns.append(picture(goal, paint_from(model, source, inputs[source])[goal]))
         titles.append(f"{source} > {goal}")
-    some = torch.linspace(0, len(mask) - 1, min(6, len(mask))).long()  # over all classes
+    some = evenly(len(mask), 6)  # over all classes
     cells = torch.stack([c[some] for c in columns], dim=1)  # (6, columns, 3, H, W)
     note = "the last columns are painted from one whole other map alone"
     save_picture(picture_table(cells, titles, note=note if len(inputs) > 1 else ""), path)
@@ -677,9 +676,7 @@ def draw(model, inputs, mask, preds, path):
 
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def main(argv=None):
-    cfg, found = read_config(Config, PRESETS, __doc__, {"multimae": public_multimae}, argv)
-    device = start_processes(cfg)
-    torch.manual_seed(cfg.seed)
+    cfg, found, device = begin(Config, PRESETS, __doc__, {"multimae": public_multimae}, argv)
     modalities, size = parse_modalities(cfg.modalities), height_width(cfg.img_size)
     model = MultiMAE(size, cfg.patch, encoder_size(cfg.size), numbers(cfg.decoder, 3), modalities,
                      cfg.classes, cfg.class_width, cfg.ignore)
@@ -720,9 +717,7 @@ def main(argv=None):
         draw(model, inputs, mask, preds, path.with_suffix(".png"))
         return record
 
-    groups, loss_of = param_groups(model, cfg.weight_decay), pretraining_loss(model, draw_mask, cfg)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    train(model, open_files(train_files, True), loss_of, optimizer, look, cfg).finish()
+    pretrain(model, open_files(train_files, True), draw_mask, look, cfg)
 
 
 def public_multimae(state):

@@ -45,11 +45,10 @@ import torch
 from torch import nn
 
 import data
-from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, encoder_size,
-                       explained_objects, fetch, height_width, held_out, init_weights,
-                       load_pretrained, mean_and_std, param_groups, pretraining_loss,
-                       rank_and_world, read_config, reconstruct, rename, save_picture, show_one,
-                       sizes_in, some_frames, square, start_processes, to_unit_range, train)
+from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, begin, encoder_size,
+                       evenly, explained_objects, fetch, height_width, held_out, init_weights,
+                       load_pretrained, mean_and_std, pretrain, rank_and_world, reconstruct, rename,
+                       save_picture, show_one, sizes_in, square, to_unit_range)
 from mae_video import (ClipDataset, VideoMAE, grid_of, patchify_clips, sinusoid,
                        standardise_channels, unpatchify_clips)
 from masking import MASKS, hidden, numbers, picture_table, report, restore, run_script, visible
@@ -85,7 +84,7 @@ class OmniMAE(nn.Module):
         self.grid = grid_of(frames, img_size, tubelet, patch)
         self.tubelet, self.patch, self.norm_pix = tubelet, patch, norm_pix
         self.mean, self.std = mean_and_std(channels, mean, std)
-        D, depth, heads = ENCODERS[size] if isinstance(size, str) else size
+        D, depth, heads = ENCODERS.get(size, size)
         E, decoder_depth, decoder_heads = decoder
 
         self.patch_embed = PatchEmbed((tubelet, patch, patch), channels, D)
@@ -285,9 +284,7 @@ PRESETS = {
 
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def main(argv=None):
-    cfg, found = read_config(Config, PRESETS, __doc__, {"omni": public_omni}, argv)
-    device = start_processes(cfg)
-    torch.manual_seed(cfg.seed)
+    cfg, found, device = begin(Config, PRESETS, __doc__, {"omni": public_omni}, argv)
     size = height_width(cfg.img_size)
     model = OmniMAE(cfg.frames, size, cfg.tubelet, cfg.patch, encoder_size(cfg.size),
                     numbers(cfg.decoder, 3), cfg.norm_pix)
@@ -346,9 +343,9 @@ def main(argv=None):
             choose = (lambda n: val_videos.choose(n)[0]) if name == "videos" else None
             if objects := explained_objects(pictures, hole, paths, choose):
                 scores[f"object in {name}"] = objects["object"]
-            some = torch.linspace(0, len(batch) - 1, min(3, len(batch))).long()
+            some = evenly(len(batch), 3)
             cells = torch.stack([p[some] for p in pictures.values()], dim=1)
-            cells = cells[:, :, some_frames(cells.shape[2], 3)]  # (3, kinds, 1 or 3, 3, H, W)
+            cells = cells[:, :, evenly(cells.shape[2], 3)]  # (3, kinds, 1 or 3, 3, H, W)
             tables.append(cells.transpose(1, 2).flatten(0, 1))  # a row per frame
         titles = [f"image {k}" for k in range(len(tables[0]))]
         titles += [f"clip {k // 3}" if k % 3 == 0 else "" for k in range(len(tables[1]))]
@@ -359,9 +356,7 @@ def main(argv=None):
             scores[key] = weight * images + (1 - weight) * clips
         return scores
 
-    groups, loss_of = param_groups(model, cfg.weight_decay), pretraining_loss(model, draw_mask, cfg)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    train(model, dataset, loss_of, optimizer, look, cfg, plan).finish()
+    pretrain(model, dataset, draw_mask, look, cfg, plan)
 
 
 def public_omni(state):

@@ -487,29 +487,26 @@ def test_a_broken_image_is_named(tmp_path, how):
 
 def test_a_file_is_replaced_only_by_a_whole_one(tmp_path):
     path = tmp_path / "x.pt"
-    data.write_whole(path, lambda file: file.write(b"first"))
+    data.write_whole(path, lambda part: part.write_bytes(b"first"))
 
-    def half(file):
-        file.write(b"half")
+    def half(part):
+        part.write_bytes(b"half")
         raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(OSError, match=f"^cannot write {path}: Input/output error$"):
+    with pytest.raises(OSError, match="Input/output error"):
         data.write_whole(path, half)
     assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["x.pt"]
-    data.write_whole(path, lambda file: file.write(b"second"))
+    data.write_whole(path, lambda part: part.write_bytes(b"second"))
     assert path.read_bytes() == b"second"
 
 
-@pytest.mark.parametrize("fill_file", [
-    lambda file: file.write(b"more"), lambda file: torch.save({"x": torch.zeros(99_999)}, file)],
-    ids=["bytes", "torch"])
-def test_a_full_disk_leaves_the_previous_file(tmp_path, fill_file):
+def test_a_full_disk_leaves_the_previous_file(tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(b"first")
-    (tmp_path / "x.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=f"^cannot write {path}: No space left on device$"):
-        data.write_whole(path, fill_file)
-    assert path.read_bytes() == b"first"
+    (tmp_path / f".{os.getpid()}-x.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        data.write_whole(path, lambda part: part.write_bytes(b"more"))
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["x.pt"]
 
 
 def test_checkpoints_may_hold_numpys_numbers_paths_and_namespaces(tmp_path):

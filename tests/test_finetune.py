@@ -590,8 +590,8 @@ def test_a_full_disk_leaves_the_older_results(pretrained, toy, run, refused):
     flags = ["--data", toy, "--mode", "knn", "--workers", 0, "--out", "o"]
     run(finetune, *flags)
     before = (pretrained / "o/results.json").read_bytes()
-    (pretrained / "o/results.json.tmp").mkdir()  # so that the new one cannot be written
-    assert "cannot write o/results.json: Is a directory" in refused(finetune, *flags)
+    (pretrained / f"o/.{os.getpid()}-results.json").symlink_to("/dev/full")
+    assert "No space left on device" in refused(finetune, *flags)
     assert (pretrained / "o/results.json").read_bytes() == before
 
 

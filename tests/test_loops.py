@@ -86,10 +86,7 @@ def look(path):
 
 
 def pretrain(model, dataset, cfg):
-    groups = mae_image.param_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    loss_of = mae_image.pretraining_loss(model, draw(model), cfg)
-    return mae_image.train(model, dataset, loss_of, optimizer, look, cfg)
+    mae_image.pretrain(model, dataset, draw(model), look, cfg)
 
 
 FULL = dict(accum=3, clip=0.05, min_lr=0.3, weight_decay=0.5)
@@ -220,19 +217,13 @@ class Caught(Exception):
 
 
 def caught(monkeypatch, tmp_path, module, *flags):
-    """Run a script up to its training loop.   -> model, dataset, draw_mask (None in finetune.py)"""
+    """Run a script up to its training loop.   -> model, dataset, draw_mask (finetune.py: loss_of)"""
 
-    def remember(model, draw_mask, cfg):
-        masks.append(draw_mask)
+    def stop(model, dataset, draw_mask, *_):
+        raise Caught(model, dataset, draw_mask)
 
-    def stop(model, dataset, *_):
-        raise Caught(model, dataset, masks[0] if masks else None)
-
-    masks = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "train", stop)
-    if module is not finetune:
-        monkeypatch.setattr(module, "pretraining_loss", remember)
+    monkeypatch.setattr(module, "train" if module is finetune else "pretrain", stop)
     with pytest.raises(Caught) as error:
         module.main([str(flag) for flag in flags])
     return error.value.args
@@ -244,17 +235,18 @@ def groups(paths):
 
 @pytest.mark.parametrize("fold", [1, 2, 3])
 def test_the_fold_that_is_asked_for_is_the_one_that_is_read(toy, monkeypatch, tmp_path, fold):
-    """The toy world here has 4 groups, and fold k tests on group k."""
-    expected = {f"{g:02d}" for g in range(1, 5)} - {f"{fold:02d}"}
-    assert groups(data.list_videos(toy, "val", fold).paths) == {f"{fold:02d}"}
+    """The toy world here has 4 groups, of which each fold tests on one."""
+    tested = {1: "02", 2: "03", 3: "01"}[fold]
+    expected = {f"{g:02d}" for g in range(1, 5)} - {tested}
+    assert groups(data.list_videos(toy, "val", fold).paths) == {tested}
     flags = ["--data", toy, "--fold", fold, "--frames", 4, "--tubelet", 2, "--workers", 0]
     assert groups(caught(monkeypatch, tmp_path, mae_video, *flags)[1].paths) == expected
     joint = caught(monkeypatch, tmp_path, omni, *flags, "--images", toy)[1]
     assert groups(joint.videos.paths) == expected
     cfg = finetune.Config(data=str(toy), model="videomae", fold=fold, frames=4, stride=1)
-    train, listed, tested = finetune.open_data(cfg)
+    train, listed, test = finetune.open_data(cfg)
     assert groups(train.paths) == groups(listed.paths) == expected
-    assert groups(tested.paths) == {f"{fold:02d}"}
+    assert groups(test.paths) == {tested}
 
 
 def test_flags_of_the_video_script_reach_model_mask_and_data(toy, monkeypatch, tmp_path):

@@ -161,11 +161,6 @@ def test_a_mask_as_pixels_is_that_of_a_loop(slots, frames):
         assert pixels[b, f, 0, y, x] == mask[b, (slot * 2 + y // 4) * 3 + x // 6]
 
 
-def test_a_mask_as_text_has_its_time_slots_side_by_side():
-    mask = torch.tensor([True, False, False, True, False, False, True, True])
-    assert masking.as_text(mask, (2, 2, 2)) == "#.  ..\n.#  ##"
-
-
 @pytest.mark.parametrize("H, W, zoom", [(16, 16, 6), (16, 32, 3), (72, 48, 1), (224, 224, 1)])
 def test_a_table_has_a_cell_for_each_picture_and_enlarges_small_ones(H, W, zoom):
     cells = torch.rand(2, 3, 3, H, W, generator=seeded())

@@ -14,7 +14,7 @@ import finetune
 import mae_image
 import multimae
 from mae_image import sincos_2d, to_unit_range
-from masking import dirichlet_mask, restore
+from masking import dirichlet_mask
 from multimae import MODALITIES, STRIDE, MultiMAE, masked_mean
 
 TINY = ["--img-size", "16x32", "--patch", 8, "--size", "16x1x2", "--decoder", "16x1x2", "--batch", 16,

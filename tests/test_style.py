@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 import claims
-import data
 import finetune
 import mae_image
 import mae_video
