@@ -517,12 +517,9 @@ def every_frame(path, problems, **size):
             problems.append(f"note: {stream.frames} frames by its header, {met} are there")
 
 
-def read_image(path):
-    """-> uint8 (H, W, 3), whatever the file holds: grey, palette, RGBA, CMYK; turned as EXIF says.
-
-    Values of more than 8 bits (CT, microscopy) rarely use their whole range: each file is stretched
-    over its own. Raises BrokenFile, also for an image of more than 89 megapixels (Pillow's limit).
-    """
+@contextlib.contextmanager
+def open_image(path):
+    """-> PIL image.   Raises BrokenFile, also for more than 89 megapixels (Pillow's limit)"""
     try:
         if not os.path.isfile(path):
             raise BrokenFile("no such file")
@@ -530,16 +527,26 @@ def read_image(path):
             warnings.simplefilter("ignore")  # doubts about a damaged file: an error says it
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(str(path), formats=PICTURES) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode[0] in "IF":
-                    x = np.asarray(image, dtype=np.float64)
-                    if not np.isfinite(x).all():
-                        raise BrokenFile("pixels that are no numbers")
-                    x = (x - x.min()) / max(x.max() - x.min(), 1e-12) * 255
-                    image = Image.fromarray(x.round().astype(np.uint8))
-                return np.array(image.convert("RGB"))
+                yield image
     except Exception as error:
         raise BrokenFile(reason(error)) from None
+
+
+def read_image(path):
+    """-> uint8 (H, W, 3), whatever the file holds: grey, palette, RGBA, CMYK; turned as EXIF says.
+
+    Values of more than 8 bits (CT, microscopy) rarely use their whole range: each file is stretched
+    over its own.
+    """
+    with open_image(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":
+            x = np.asarray(image, dtype=np.float64)
+            if not np.isfinite(x).all():
+                raise BrokenFile("pixels that are no numbers")
+            x = (x - x.min()) / max(x.max() - x.min(), 1e-12) * 255
+            image = Image.fromarray(x.round().astype(np.uint8))
+        return np.array(image.convert("RGB"))
 
 
 # ==================================================================================================
@@ -789,7 +796,7 @@ def load_file(path):
 
 
 # ==================================================================================================
-#  PART 6: the toy world               (needs: functools, os, Fraction, Path, av, np, Image, part 4)
+#  PART 6: the toy world           (needs: functools, os, Fraction, Path, av, np, Image, parts 4, 5)
 #
 #  A room, a large object that matters, and two small ones by the wall. They are flat sprites,
 #  painted from far to near, so depth and class maps are exact. Metres: x right, y up, z away.

@@ -336,10 +336,7 @@ class ViewDataset(Dataset):
 
     def __init__(self, files, cfg, clips, crops):
         self.files, self.cfg, self.clips, self.crops = files, cfg, clips, crops
-        self.size = height_width(cfg.img_size)
-        several = cfg.model == "multimae" and planes_of(cfg) != ["rgb"]
-        images = data.ImageDataset(files, self.size, 0, train=False)
-        self.images = open_aligned(files, cfg, train=False) if several else images
+        self.size, self.images = height_width(cfg.img_size), open_images(files, cfg, train=False)
 
     def __len__(self):
         return len(self.files.paths)
@@ -576,9 +573,9 @@ def planes_of(cfg):
 
 def build(cfg, classes, found=None):
     """-> Classifier or DenseHead, what was loaded in words.   found None: random weights"""
-    said, state = (found.settings, dict(found.state)) if found else ({}, {})
-    said = {k: v for k, v in said.items() if k not in found.guesses}  # a flag corrects a guess
-    size = height_width(said.get("img_size", cfg.img_size))
+    stored, state = (found.settings, dict(found.state)) if found else ({}, {})
+    stored = {k: v for k, v in stored.items() if k not in found.guesses}  # a flag corrects a guess
+    size = height_width(stored.get("img_size", cfg.img_size))
     shape = encoder_size(cfg.size), (4, 0, 1)  # the decoder will go: the smallest there is
     if cfg.model == "mae":
         encoder = MAE(size, cfg.patch, *shape)
@@ -589,7 +586,7 @@ def build(cfg, classes, found=None):
         options = {}
         if found and cfg.model == "mae_st":
             options = {"separable": "pos_embed" not in state, "cls": "cls_token" in state}
-        frames = said.get("frames", cfg.frames)
+        frames = stored.get("frames", cfg.frames)
         encoder = MODELS[cfg.model](frames, size, cfg.tubelet, cfg.patch, *shape, **options)
     frozen = cfg.mode in FROZEN
     keeps_norm = frozen or cfg.model == "mae_st" or cfg.pool == "first"
@@ -659,9 +656,12 @@ def as_it_was_built(cfg, found):
 # ==================================================================================================
 
 
-def open_aligned(files, cfg, train):
-    size = height_width(cfg.img_size)
-    return AlignedDataset(cfg.data, files, planes_of(cfg), size, cfg.classes, cfg.ignore, cfg.seed,
+def open_images(files, cfg, train):
+    """Images, with the maps that belong to them where some are needed."""
+    size, planes = height_width(cfg.img_size), planes_of(cfg)
+    if planes == ["rgb"]:
+        return data.ImageDataset(files, size, cfg.seed, cfg.min_crop, cfg.flip, train)
+    return AlignedDataset(cfg.data, files, planes, size, cfg.classes, cfg.ignore, cfg.seed,
                           cfg.min_crop, cfg.flip, train)
 
 
@@ -681,14 +681,12 @@ def open_data(cfg):
         train, test = train.select(train.labels >= 0), test.select(test.labels >= 0)
         report(f"of known class: {len(train.paths)} training files, {len(test.paths)} held out")
         check_classes(train, test, cfg)
-    train, size = take_share(train, cfg.share, cfg.seed), height_width(cfg.img_size)
-    if cfg.model == "multimae":
-        dataset = open_aligned(train, cfg, train=True)
-    elif is_video(cfg):
-        dataset = ClipDataset(train, cfg.frames, cfg.stride, size, cfg.seed, cfg.sampling, "random",
-                              cfg.min_crop, cfg.flip, cfg.repeat)
+    train = take_share(train, cfg.share, cfg.seed)
+    if is_video(cfg):
+        dataset = ClipDataset(train, cfg.frames, cfg.stride, height_width(cfg.img_size), cfg.seed,
+                              cfg.sampling, "random", cfg.min_crop, cfg.flip, cfg.repeat)
     else:
-        dataset = data.ImageDataset(train, size, cfg.seed, cfg.min_crop, cfg.flip)
+        dataset = open_images(train, cfg, train=True)
     if cfg.rand_augment:
         dataset = Augmented(dataset, cfg.rand_ops, cfg.rand_augment)
     return dataset, train, test

@@ -8,7 +8,7 @@ Paper   Masked Autoencoders Are Scalable Vision Learners. He, Chen, Xie, Li, Dol
 Covers  Sec. 3 "Masking", Fig. 6         masking.random_mask, block_mask, grid_mask
         Sec. 3 "MAE encoder"             MAE.forward_encoder: hidden patches are not there at all
         Sec. 3 "MAE decoder"             MAE.forward_decoder
-        Sec. 3 "Reconstruction target"   MAE.standardise, MAE.forward_loss
+        Sec. 3 "Reconstruction target"   MAE.normalize_patches, MAE.forward_loss
         App. A.1 "ViT architecture"      sincos_2d, Block, ENCODERS
         App. A.1 "Pre-training"          init_weights, lr_at, param_groups, train (Table 8)
 Not     fine-tuning and probing (finetune.py); PCA and dVAE targets of Table 1(d)
@@ -289,7 +289,7 @@ class MAE(nn.Module):
             raise ValueError(f"images of {tuple(imgs.shape[2:])}, but the model takes {size}")
         return patchify(imgs, self.patch)
 
-    def standardise(self, patches):
+    def normalize_patches(self, patches):
         """Each patch by its own mean and variance: Sec. 3 "Reconstruction target".
 
         patches (B, M, P) -> target, mean, std, each (B, M, P).   Over all channels together,
@@ -302,7 +302,7 @@ class MAE(nn.Module):
     def target(self, imgs, mask):
         """What pred is compared with: hidden patches, float32 (B, M, P)."""
         target = hidden(self.patches(imgs.float()), mask)  # (B, M, P)
-        return self.standardise(target)[0] if self.norm_pix else target
+        return self.normalize_patches(target)[0] if self.norm_pix else target
 
     def forward_loss(self, imgs, pred, mask):
         """Mean squared error on hidden patches only: Sec. 3 "Reconstruction target"."""
@@ -471,7 +471,7 @@ def reconstruct(model, imgs, mask):
     pink = original.new_tensor(HOLE)[:, None, None]
     pictures = {"original": original, "masked": torch.where(hole, pink, original)}
     if model.norm_pix:
-        _, mean, std = model.standardise(hidden(patches, mask))
+        _, mean, std = model.normalize_patches(hidden(patches, mask))
         pictures["knowing nothing*"], pred = fill(mean), pred * std + mean
     pictures["prediction" + star] = torch.where(hole, fill(pred), pink)  # here the visible are pink
     pictures["pasted in" + star] = fill(pred)
@@ -545,13 +545,20 @@ def draw_losses(log, path, baseline):
 
 
 def save_picture(picture, path, **options):
-    """The first process writes. A full disk must not end a run for a picture."""
+    """The first process writes."""
     if is_first():
-        try:
+        with not_fatal(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path, **options)
-        except OSError as error:
-            report(f"warning: cannot write {path}: {error}")
+
+
+@contextlib.contextmanager
+def not_fatal(path):
+    """A full disk must not end a run for a picture or a line of the log."""
+    try:
+        yield
+    except OSError as error:
+        report(f"warning: cannot write {path}: {error}")
 
 
 # ==================================================================================================
@@ -711,7 +718,7 @@ def encoder_size(text):
 # What may change when a run is resumed. All else would make it another run.
 MAY_CHANGE = "out data images resume workers device compile log_every accum pictures".split()
 # Settings that are taken from the file of --init: they overrule a preset, not a flag.
-SAID = ("model size decoder patch tubelet frames stride sampling img_size norm_pix modalities "
+FROM_FILE = ("model size decoder patch tubelet frames stride sampling img_size norm_pix modalities "
         "classes class_width fold pool inputs classify").split()
 # What the weights fix: a flag must not say otherwise.
 FIXED = ("model", "size", "decoder", "patch", "tubelet", "classes")
@@ -737,29 +744,28 @@ def read_config(Config, presets, doc, readers, argv, default_file):
     """
     preset, flags = settings(Config, presets, doc, argv)
     cfg, found = Config(**{**preset, **flags}), None
-    path, said, fixed = cfg.init or default_file(cfg), {}, FIXED
+    path, stored, fixed = cfg.init or default_file(cfg), {}, FIXED
     if cfg.resume:
-        content = data.load_file(Path(cfg.out, "checkpoint.pt"))
-        said, fixed = content.get("config", {}), set(flags) - set(MAY_CHANGE)
-        if (script := content.get("script")) != Config.SCRIPT:
-            raise ValueError(f"{cfg.out} holds a run of {script}.py, not of {Config.SCRIPT}.py")
-        path, found = cfg.out, read_file(Path(cfg.out, "checkpoint.pt"), readers)
+        path, found = cfg.out, read_file(f"{cfg.out}/checkpoint.pt", readers)
+        stored, fixed = found.config, set(flags) - set(MAY_CHANGE)
+        if found.script != Config.SCRIPT:
+            raise ValueError(f"{path} holds a run of {found.script}.py, not of {Config.SCRIPT}.py")
     elif path:
         found = read_file(path, readers)
-        said = {k: v for k, v in found.settings.items() if hasattr(cfg, k)}
+        stored = {k: v for k, v in found.settings.items() if hasattr(cfg, k)}
         fixed = [name for name in FIXED if name not in found.guesses]
     if getattr(cfg, "mode", "") != "scratch":  # which takes sizes from a file, not weights
         for name in fixed:
-            both = [x[name] for x in (flags, said) if name in x]
+            both = [x[name] for x in (flags, stored) if name in x]
             if len({encoder_size(x) if name == "size" else x for x in both}) > 1:
                 flag = f"--{name.replace('_', '-')} {flags[name]}"
-                raise ValueError(f"{flag}: {path} has {said[name]}, which cannot be changed")
+                raise ValueError(f"{flag}: {path} has {stored[name]}, which cannot be changed")
     fields = dataclasses.fields(Config)
     known = {f.name: (float, int) if f.type is float else type(f.default) for f in fields}
-    for name, value in said.items():
+    for name, value in stored.items():
         if not isinstance(value, known.get(name, ())):
             raise ValueError(f"{path} says {name} = {value!r}, which this version does not know")
-    return Config(**{**preset, **said, **flags, "out": cfg.out, "resume": cfg.resume}), found
+    return Config(**{**preset, **stored, **flags, "out": cfg.out, "resume": cfg.resume}), found
 
 
 def rank_and_world():
@@ -840,6 +846,9 @@ class Run:
         self.open()
         names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]  # not on Windows
         self.handlers = {n: signal.signal(getattr(signal, n), self.on_signal) for n in names}
+        self.threads = torch.get_num_threads()
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, self.threads // 2))  # the loader needs the others
         if self.cfg.compile:
             self.model.compile()
         learn = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
@@ -851,6 +860,7 @@ class Run:
         return self
 
     def __exit__(self, *error):
+        torch.set_num_threads(self.threads)
         for name, handler in self.handlers.items():
             signal.signal(getattr(signal, name), handler)
 
@@ -880,6 +890,8 @@ class Run:
             raise ValueError(f"{self.out} holds a run: --resume continues it, or use another --out")
         if is_first():
             self.lock()
+            for part in self.out.glob(".*-checkpoint.pt"):  # of a run killed while it saved
+                part.unlink()
             log.touch()
             os.truncate(log, state["log"] if self.cfg.resume else 0)  # lines of lost updates go
             if not self.cfg.resume and path.exists():  # of a smoke test
@@ -965,12 +977,10 @@ class Run:
         self.mark, self.clock, self.waited, self.recent = self.done, time.monotonic(), 0.0, []
 
     def log(self, **record):
+        path = self.out / "log.jsonl"
         if is_first():
-            try:
-                with open(self.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:  # a full disk does not end a run
-                report(f"warning: cannot write the log: {error}")
+            with not_fatal(path), open(path, "a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def beside(self):
         """What a loss is to be compared with."""
@@ -1037,6 +1047,8 @@ class Run:
             hint = f"; resume with: python {self.cfg.SCRIPT}.py --resume --out {self.out}"
             report(f"stopped after update {self.done}" + (hint if self.saved else ""))
             raise SystemExit(130)  # what a shell expects after Ctrl-C
+        if not self.total:  # --epochs 0: as it was before any training
+            self.save()
         spent = datetime.timedelta(seconds=round(time.monotonic() - self.began))
         report(f"done: {result or self.result()} after {spent}, see {self.out}")
         if is_first() and self.saved < self.done:  # the last checkpoint could not be written
@@ -1054,6 +1066,7 @@ class Found:
     guesses: tuple = ()  # names of settings that are guesses
     script: str = ""  # which of our scripts wrote it; "" for a public file
     classes: tuple = ()  # names of the classes of a classifier of ours
+    config: dict = None  # all settings of a run of ours
 
 
 # How the names of a decoder's parts begin, in all models.
@@ -1069,13 +1082,13 @@ def read_file(path, readers):
         model = model or (isinstance(config, dict) and config.get("model"))
         if model not in readers or not isinstance(state, dict):
             raise ValueError(f"{path}: a {model or 'strange'} model, written by {script}.py")
-        said = {k: v for k, v in config.items() if k in SAID} | {"model": model}
-        return Found(str(path), model, said, state, (), script, content.get("classes", ()))
+        sizes = {k: v for k, v in config.items() if k in FROM_FILE} | {"model": model}
+        return Found(str(path), model, sizes, state, (), script, content.get("classes", ()), config)
     state = unwrap(content)
     for model, reader in readers.items():
         if found := reader(dict(state)):
-            said, state, guesses = found
-            return Found(str(path), model, said | {"model": model}, state, guesses)
+            sizes, state, guesses = found
+            return Found(str(path), model, sizes | {"model": model}, state, guesses)
     first = ", ".join(map(str, [*state, *content][:3]))
     known = f"{', '.join(readers)}, as their papers' code or HuggingFace wrote it"
     raise ValueError(f"{path} is in no format known here ({known}); its first names are: {first}")
@@ -1191,14 +1204,14 @@ def sizes_in(state, decoder_heads=16):
     D, depth = len(kernel), blocks_in(state, "blocks.")
     published = {(width, blocks): heads for width, blocks, heads in ENCODERS.values()}
     heads = published.get((D, depth), max(D // 64, 1))
-    said, guesses = {"patch": kernel.shape[-1], "size": f"{D}x{depth}x{heads}"}, ["size"]
+    sizes, guesses = {"patch": kernel.shape[-1], "size": f"{D}x{depth}x{heads}"}, ["size"]
     if kernel.ndim == 5:
-        said["tubelet"] = kernel.shape[2]
+        sizes["tubelet"] = kernel.shape[2]
     if "decoder_embed.weight" in state:
         E, blocks = len(state["decoder_embed.weight"]), blocks_in(state, "decoder_blocks.")
-        said |= {"decoder": f"{E}x{blocks}x{decoder_heads or max(E // 64, 1)}", "norm_pix": True}
+        sizes |= {"decoder": f"{E}x{blocks}x{decoder_heads or max(E // 64, 1)}", "norm_pix": True}
         guesses += ["decoder", "norm_pix"]  # MAE's mae_visualize_* need --no-norm-pix
-    return said, guesses
+    return sizes, guesses
 
 
 def square(places, patch):
@@ -1213,11 +1226,11 @@ def public_mae(state):
     kernel = state.get("patch_embed.proj.weight", torch.empty(0))
     if kernel.ndim != 4 or "cls_token" not in state or not blocks_in(state, "blocks."):
         return None
-    said, guesses = sizes_in(state)
+    sizes, guesses = sizes_in(state)
     if "pos_embed" in state:
-        said["img_size"], guess = square(state["pos_embed"].shape[1] - 1, said["patch"])
+        sizes["img_size"], guess = square(state["pos_embed"].shape[1] - 1, sizes["patch"])
         guesses += guess
-    return said, state, guesses
+    return sizes, state, guesses
 
 
 if __name__ == "__main__":

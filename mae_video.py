@@ -10,7 +10,7 @@ Papers  VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Super
 Covers  VideoMAE Sec. 3.3 "cube embedding", Table 8      patchify_clips, PatchEmbed (u, p, p)
         VideoMAE Sec. 3.3 "tube masking"                 masking.tube_mask
         VideoMAE Sec. 3.3 "temporal downsampling"        dense_clip, segment_clip
-        VideoMAE Eq. (1); per channel: public code       VideoMAE.standardise
+        VideoMAE Eq. (1); per channel: public code       VideoMAE.normalize_patches
         MAE-ST Sec. 3 "Masking", Fig. 4                  masking.random_mask, block_mask, frame_mask
         MAE-ST Sec. 3 "Autoencoding", one frame a cube   MAEST.patches, target_frames
         MAE-ST Sec. 4 "Architecture", separable tables   MAEST.positions
@@ -109,7 +109,7 @@ def resize_table(table, old, new, mode="bicubic"):
     return x.permute(0, 2, 3, 1).reshape(1, -1, D)
 
 
-def standardise_channels(patches, channels, deviation):
+def normalize_channels(patches, channels, deviation):
     """Each cube by its own mean and standard deviation, each channel by itself.
 
     patches    (B, M, P), channels last -> target, mean, std, each (B, M, P)
@@ -220,9 +220,9 @@ class VideoMAE(nn.Module):
         pixels = to_unit_range(clips.float(), self.mean, self.std)
         return patchify_clips(pixels, self.tubelet, self.patch)
 
-    def standardise(self, patches):
+    def normalize_patches(self, patches):
         """Each channel by itself; epsilon outside the root (MAE: together, inside)."""
-        return standardise_channels(patches, len(self.mean), lambda var: var.sqrt() + 1e-6)
+        return normalize_channels(patches, len(self.mean), lambda var: var.sqrt() + 1e-6)
 
     # as in MAE: mean squared error on hidden cubes only, Eq. (1)
     normalize, target = MAE.normalize, MAE.target
@@ -351,7 +351,7 @@ class MAEST(nn.Module):
         return patchify_clips(painted, len(self.frame_index) // self.grid[0], self.patch)
 
     # each cube is normalised by its own mean and variance, over all channels together, as in MAE
-    forward, standardise, cubes = VideoMAE.forward, MAE.standardise, VideoMAE.cubes
+    forward, normalize_patches, cubes = VideoMAE.forward, MAE.normalize_patches, VideoMAE.cubes
     normalize, target = MAE.normalize, MAE.target
     forward_loss, encode = MAE.forward_loss, MAE.encode
 
@@ -538,7 +538,7 @@ class Config(RunConfig):
     mask_ratio: float = 0.75  # share of cubes that are hidden; the papers' 0.9, on UCF101 0.75
     norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as papers do
     # optimiser
-    epochs: int = 120  # passes over the videos; each gives --repeat clips
+    epochs: int = 150  # passes over the videos; each gives --repeat clips
     batch: int = 16  # clips per update, over all processes, accumulation steps and repeats
     lr: float = 3e-2  # base rate, for a batch of 256; the papers: 1.5e-4 to 4e-4, for longer runs
     warmup: float = 5  # epochs of linear warm-up
@@ -599,7 +599,7 @@ def main(argv=None):
                               for split in ("train", "val"))
     report(data.describe(train_files, val_files))
     val = open_clips(val_files, False)
-    batch, mask, paths = held_out(val, draw_mask, cfg.seed, 16)
+    batch, mask, paths = held_out(val, draw_mask, cfg.seed, 64)
 
     def look(path):
         loss, baseline, pictures, hole = reconstruct(model, model.normalize(batch.to(device)), mask)
@@ -637,9 +637,9 @@ def public_videomae(state):
         return None
     state = fuse_qkv(state)
     huge = len(state.get("decoder_embed.weight", ())) > 512
-    said, guesses = sizes_in(state, decoder_heads=8 if huge else None)
-    said |= {"frames": 16, "stride": 4, "sampling": "dense", "img_size": str(14 * said["patch"])}
-    return said, state, guesses + ["frames", "img_size"]
+    sizes, guesses = sizes_in(state, decoder_heads=8 if huge else None)
+    sizes |= {"frames": 16, "stride": 4, "sampling": "dense", "img_size": str(14 * sizes["patch"])}
+    return sizes, state, guesses + ["frames", "img_size"]
 
 
 def public_maest(state):
@@ -651,13 +651,14 @@ def public_maest(state):
         theirs = ("dec_pos_embed", "pred_head", "decoder_embed", "mask_token")
         state = {k: v for k, v in state.items() if not k.startswith(theirs)}
     state = fuse_qkv(state)
-    said, guesses = sizes_in(state)
-    said |= {"frames": 16, "stride": 4, "sampling": "linspace", "img_size": str(14 * said["patch"])}
+    sizes, guesses = sizes_in(state)
+    sizes |= {"frames": 16, "stride": 4, "sampling": "linspace"}
+    sizes["img_size"] = str(14 * sizes["patch"])
     if "pos_embed_spatial" in state:
-        said["img_size"], guess = square(state["pos_embed_spatial"].shape[1], said["patch"])
+        sizes["img_size"], guess = square(state["pos_embed_spatial"].shape[1], sizes["patch"])
         guesses += guess
-        said["frames"] = state["pos_embed_temporal"].shape[1] * said["tubelet"]
-    return said, state, guesses
+        sizes["frames"] = state["pos_embed_temporal"].shape[1] * sizes["tubelet"]
+    return sizes, state, guesses
 
 
 if __name__ == "__main__":

@@ -161,9 +161,9 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
     total, modalities = sum(sizes), len(sizes)
     # torch's Dirichlet takes no generator; numpy's does, so it is seeded from ours
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    shares = np.zeros((batch, modalities))
-    for row in shares:
-        chosen = rng.random(modalities) < 0.5 if subset_first else np.ones(modalities, bool)
+    shares = rng.dirichlet([alpha] * modalities, batch)  # (batch, modalities)
+    for row in shares if subset_first else ():
+        chosen, row[:] = np.zeros(modalities, bool), 0
         while not chosen.any():  # the empty subset is drawn again: all others are equally likely
             chosen = rng.random(modalities) < 0.5
         row[chosen] = rng.dirichlet([alpha] * chosen.sum())

@@ -10,7 +10,7 @@ Covers  Fig. 1, "1/6 of the patches visible over all modalities"   masking.diric
         public code, one encoder and one global token              MultiMAE.forward_encoder
         public code, a cross-attention decoder for each task       Decoder
         public code, masked losses per sample                      MultiMAE.task_losses, masked_mean
-        public code, robustly standardised depth                   standardise_depth
+        public code, robustly standardized depth                   standardize_depth
         Fig. 1, any input predicts any output                      paint_from, cross_modal
         dense transfers                                            DenseHead; finetune.py --dense
 Not     the uncertainty weighting of the losses; DPT and ConvNeXt heads (DenseHead is linear).
@@ -42,7 +42,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -91,7 +90,7 @@ class ClassEmbed(nn.Module):
         return F.linear(x, self.proj.weight.movedim(1, -1).flatten(1), self.proj.bias)
 
 
-def standardise_depth(depth):
+def standardize_depth(depth):
     """Each depth map by mean and deviation of its middle 80 % of values: public code. (B, 1, H, W)
 
     The nearest and farthest tenth, often errors of a sensor, have no say; unbiased variance,
@@ -198,7 +197,7 @@ class MultiMAE(nn.Module):
     """MultiMAE.   loss, preds = model(inputs, mask)
 
     inputs  dict with any of   rgb (B, C, H, W) float, normalised with mean and std
-                               depth (B, 1, H, W) float, standardised
+                               depth (B, 1, H, W) float, standardized
                                semseg (B, H/4, W/4) int64, class numbers
     mask    (B, sum of N) bool over the tokens of the given modalities in the order of MODALITIES,
             True = hidden; every row has as many visible tokens, but not of each modality
@@ -270,7 +269,7 @@ class MultiMAE(nn.Module):
                 inputs[m] = normalize(x, self.mean, self.std)
             elif m == "depth":
                 depth = x[..., 0].float() * 256 + x[..., 1].float()  # (B, H, W)
-                inputs[m] = standardise_depth(depth[:, None] / 65536)
+                inputs[m] = standardize_depth(depth[:, None] / 65536)
             else:  # one pixel of every 4 x 4
                 inputs[m] = x[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE, 0].long()
         return inputs
@@ -446,7 +445,7 @@ def mean_iou(guess, truth, classes):
 
 # ==================================================================================================
 #  THE PAPER, part 4: aligned files
-#  (needs: Path, np, torch, Image, InterpolationMode, TF; data.py IMAGE, PICTURES, parts 1, 2, 4)
+#  (needs: Path, np, torch, InterpolationMode, TF; data.py IMAGE, parts 1, 2, 4)
 # ==================================================================================================
 
 
@@ -517,11 +516,8 @@ def read_map(path, m):
     """
     if m == "rgb":
         return torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
-    try:
-        with Image.open(path, formats=data.PICTURES) as image:
-            x = np.array(image)  # a palette image gives its numbers
-    except Exception as error:
-        raise data.BrokenFile(data.reason(error)) from None
+    with data.open_image(path) as image:
+        x = np.array(image)  # a palette image gives its numbers
     bits = 8 if m == "semseg" else 16
     if x.ndim != 2 or x.dtype.kind not in "iu" or not 0 <= x.min() <= x.max() < 2**bits:
         what = f"{x.ndim}-D {x.dtype} {x.min()} to {x.max()}"
@@ -612,7 +608,7 @@ def paint_from(model, source, x):
 def cross_modal(model, inputs, source, constant):
     """How well depth and classes are painted from one map alone.   -> {name: three numbers}
 
-    For depth the mean absolute error (standardised), for classes the share of right ones among the
+    For depth the mean absolute error (standardized), for classes the share of right ones among the
     pixels where the constant map is wrong: in the toy world those of objects. Each for the model,
     for the constant map, and for the model given another sample's map: that gap is what was really
     read. The other one is half the set away: files come class by class, neighbours are alike.
@@ -728,19 +724,19 @@ def public_multimae(state):
     names = {r"^encoder\.": "blocks.", r"^output_adapters\.cls\.norm\.": "fc_norm.",
              r"^output_adapters\.cls\.head\.": "head."}
     renamed = {k: v for k, v in rename(state, names).items() if not k.endswith("pos_emb")}
-    said, guesses = sizes_in(renamed | {"patch_embed.proj.weight": kernel})
-    p, given = said["patch"], [m for m in MODALITIES if f"input_adapters.{m}.proj.weight" in state]
-    said |= {"modalities": ",".join(given), "img_size": str(14 * p)}
+    sizes, guesses = sizes_in(renamed | {"patch_embed.proj.weight": kernel})
+    p, given = sizes["patch"], [m for m in MODALITIES if f"input_adapters.{m}.proj.weight" in state]
+    sizes |= {"modalities": ",".join(given), "img_size": str(14 * p)}
     if (table := state.get("input_adapters.rgb.pos_emb")) is not None:  # (1, D, h, w)
-        said["img_size"] = f"{table.shape[2] * p}x{table.shape[3] * p}"
+        sizes["img_size"] = f"{table.shape[2] * p}x{table.shape[3] * p}"
     if (embedding := state.get("input_adapters.semseg.class_emb.weight")) is not None:
-        said |= {"classes": embedding.shape[0], "class_width": embedding.shape[1]}
+        sizes |= {"classes": embedding.shape[0], "class_width": embedding.shape[1]}
     if "output_adapters.rgb.proj_context.weight" in state:
         E = len(state["output_adapters.rgb.proj_context.weight"])
         blocks = blocks_in(state, "output_adapters.rgb.decoder_transformer.")
-        said["decoder"] = f"{E}x{blocks}x8"
+        sizes["decoder"] = f"{E}x{blocks}x8"
         guesses.append("decoder")
-    return said, renamed, guesses
+    return sizes, renamed, guesses
 
 
 if __name__ == "__main__":

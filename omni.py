@@ -8,7 +8,7 @@ Paper   OmniMAE: Single Model Masked Pretraining on Images and Videos. Girdhar, 
 Covers  abstract, "90 % of image and 95 % of video patches"   --mask-ratio-image, --mask-ratio
         public code, images as clips one cube long            OmniMAE.as_clip, positions
         public code, the decoder                              OmniMAE.forward_decoder
-        public code, the target                               OmniMAE.patches, standardise
+        public code, the target                               OmniMAE.patches, normalize_patches
         public code, every update images or clips             JointDataset, joint_plan
         public code, sample replication                       --repeat, mae_video.ClipDataset
         ours: images and clips in every update                --joint mixed
@@ -50,7 +50,7 @@ from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, b
                        load_pretrained, mean_and_std, pretrain, rank_and_world, reconstruct, rename,
                        save_picture, show_one, sizes_in, square, to_unit_range)
 from mae_video import (ClipDataset, VideoMAE, grid_of, patchify_clips, sinusoid,
-                       standardise_channels, unpatchify_clips)
+                       normalize_channels, unpatchify_clips)
 from masking import MASKS, hidden, numbers, picture_table, report, restore, run_script, visible
 
 # ==================================================================================================
@@ -150,9 +150,9 @@ class OmniMAE(nn.Module):
         pixels = to_unit_range(self.as_clip(x).float(), self.mean, self.std)
         return patchify_clips(pixels, self.tubelet, self.patch)
 
-    def standardise(self, patches):
+    def normalize_patches(self, patches):
         """Each channel of a cube by itself; epsilon inside the root."""
-        return standardise_channels(patches, len(self.mean), lambda var: (var + 1e-6).sqrt())
+        return normalize_channels(patches, len(self.mean), lambda var: (var + 1e-6).sqrt())
 
     # as in MAE: mean squared error on hidden cubes only; no weight for either kind of input
     forward, normalize, target = VideoMAE.forward, MAE.normalize, MAE.target
@@ -317,7 +317,7 @@ def main(argv=None):
     dataset = JointDataset(open_images(images[0], True), open_videos(videos[0], True))
     val_images, val_videos = open_images(images[1], False), open_videos(videos[1], False)
     samples = {"images": held_out(val_images, draw_mask, cfg.seed, 64),
-               "videos": held_out(val_videos, draw_mask, cfg.seed, 16)}
+               "videos": held_out(val_videos, draw_mask, cfg.seed, 64)}
     counts, shares = (len(dataset.images), len(dataset.videos)), (cfg.image_share, cfg.video_share)
     if cfg.joint == "mixed":
         world = rank_and_world()[1]
@@ -369,17 +369,17 @@ def public_omni(state):
     names = {r"^trunk\.": "", r"proj\.1\.": "proj.", r"^decoder\.decoder_": "decoder_",
              r"^decoder\.norm\.": "decoder_norm.", r"^heads\.0\.projector\.": "head."}
     renamed = {k: v for k, v in rename(state, names).items() if not k.endswith("pos_embed")}
-    said, guesses = sizes_in(renamed)
+    sizes, guesses = sizes_in(renamed)
     N = state["trunk.pos_embed"].shape[1] if "trunk.pos_embed" in state else 8 * 14 * 14
     # huge: patches of 14 pixels, 16 x 16 of them
-    size, guess = square(N // (16 // said["tubelet"]), said["patch"])
-    said |= {"frames": 16, "stride": 4, "sampling": "dense", "img_size": size}
-    if "decoder" in said:
+    size, guess = square(N // (16 // sizes["tubelet"]), sizes["patch"])
+    sizes |= {"frames": 16, "stride": 4, "sampling": "dense", "img_size": size}
+    if "decoder" in sizes:
         for kind in ("weight", "bias"):
             renamed[f"decoder_pred.{kind}"] = renamed.pop(f"head.{kind}")  # the pixel head
     for key in [k for k in renamed if re.fullmatch(r"decoder_blocks.*qkv\.weight", k)]:
         renamed.setdefault(key.replace("weight", "bias"), torch.zeros(len(renamed[key])))
-    return said, renamed, guesses + ["frames"] + guess
+    return sizes, renamed, guesses + ["frames"] + guess
 
 
 if __name__ == "__main__":

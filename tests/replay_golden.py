@@ -166,7 +166,7 @@ def everywhere(model, x, mask):
     all_pred = model.decoder_pred(caught[0][:, -mask.shape[1] :])
     assert torch.allclose(hidden(all_pred, mask), pred, atol=1e-6)
     patches = model.patches(x)
-    return all_pred, model.standardise(patches)[0] if model.norm_pix else patches
+    return all_pred, model.normalize_patches(patches)[0] if model.norm_pix else patches
 
 
 def replay_pretrain(r):
@@ -285,7 +285,7 @@ def replay_multimae_pretrain(r):
     depth = torch.from_numpy(a["depth_u8"].astype(np.float32)) / 255
     inputs = {
         "rgb": pixels(r, "rgb_u8"),
-        "depth": multimae.standardise_depth(depth),
+        "depth": multimae.standardize_depth(depth),
         "semseg": torch.from_numpy(a["semseg"]).long(),
     }
     for name, table in (("pos_encoder", model.pos_embed), ("pos_decoder", model.decoder_pos_embed)):

@@ -465,6 +465,8 @@ def test_a_run_starts_from_a_public_file_with_or_without_decoder(toy, run, tmp_p
     assert f"mae.pth: {count} tensors used{new}; guessed, for no file tells them: size 32x2x1" \
         f"{guessed}" in text and "done: held-out loss" in text
     assert (tmp_path / "drawn/pictures/update_000000.png").exists()
+    drawn = weights(tmp_path / "drawn")["model"]  # a checkpoint all the same: of no training
+    assert all(torch.equal(drawn[k], v) for k, v in state.items() if "pos_embed" not in k)
     run(mae_image, *flags, "--smoke", "--lr", 0, "--out", "trained")
     found = weights(tmp_path / "trained")["model"]
     assert all(torch.equal(found[k], v) for k, v in state.items() if "pos_embed" not in k)
@@ -559,9 +561,9 @@ def close_runs(a, b):
 
 
 def start(tmp_path, *flags, before=()):
-    """A script in a process group of its own, with as many threads as the tests have."""
+    """A script in a process group of its own, with one thread, as a run here has (half of two)."""
     command = [sys.executable, *before, ROOT / "mae_image.py", *map(str, flags)]
-    env = os.environ | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, env=env,
                             stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -800,7 +802,7 @@ def test_a_run_is_not_overwritten_and_only_resumed_as_it_is(straight, refused, r
     said = refused(mae_image, *resume, "--batch", 32)
     assert f"--batch 32: {reference} has 16, which cannot be changed" in said
     said = refused(mae_video, *resume)
-    assert f"{reference} holds a run of mae_image.py, not of mae_video.py" in said
+    assert f"{reference}/checkpoint.pt: a mae model, written by mae_image.py" in said
     assert "there is no checkpoint y/checkpoint.pt" in refused(mae_image, "--resume", "--out", "y")
 
 

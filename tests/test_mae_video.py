@@ -336,7 +336,7 @@ def test_a_clip_that_cannot_be_read_is_one_line(toy, run, refused, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--frames", 5], "clip length 5 is not a multiple of 4: 4 and 8 are"),
-    (["--img-size", 60], "frame height 60 is not a multiple of 8"), (["--fold", 7], "1, 2 and 3"),
+    (["--img-size", 60], "image height 60 is not a multiple of 8"), (["--fold", 7], "1, 2 and 3"),
     (["--decoder", "64x1x5"], "not a multiple of 5"), (["--mask-ratio", 1.5], "outside [0, 1)"),
     (["--mask", "random", "--mask-ratio", 0.999], "hides all"), (["--data", "nowhere"], "exist"),
     (["--mask", "frame", "--mask-ratio", 0.1], "hides nothing"), (["--model", "vivit"], "choice"),

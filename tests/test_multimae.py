@@ -73,13 +73,13 @@ def test_positions_are_resized_bilinearly_for_class_maps_and_else_bicubically(m)
     assert torch.allclose(tokens, want.expand_as(tokens), atol=1e-5)
 
 
-def test_depth_is_standardised_by_its_middle():
+def test_depth_is_standardized_by_its_middle():
     depth = torch.rand(2, 1, 10, 10) * 5 + 3
     values = sorted(depth[1].flatten().tolist())[10:90]
     mean = sum(values) / 80
     want = (depth[1] - mean) / math.sqrt(sum((v - mean) ** 2 for v in values) / 79 + 1e-6)
-    assert torch.allclose(multimae.standardise_depth(depth)[1], want, atol=1e-4)
-    assert torch.isfinite(multimae.standardise_depth(torch.ones(1, 1, 4, 4))).all()
+    assert torch.allclose(multimae.standardize_depth(depth)[1], want, atol=1e-4)
+    assert torch.isfinite(multimae.standardize_depth(torch.ones(1, 1, 4, 4))).all()
 
 
 def test_cross_attention_is_torchs_own():
@@ -360,7 +360,7 @@ def test_maps_become_inputs_and_depth_keeps_its_16_bits(tmp_path):
     assert {m: v.shape[1:] for m, v in found.items()} == {
         "rgb": (3, 32, 32), "depth": (1, 32, 32), "semseg": (8, 8)}
     raw = (x[..., 3].float() * 256 + x[..., 4]) / 65536
-    assert torch.equal(found["depth"], multimae.standardise_depth(raw[:, None]))
+    assert torch.equal(found["depth"], multimae.standardize_depth(raw[:, None]))
     assert torch.equal(found["semseg"], x[:, 2::STRIDE, 2::STRIDE, 5].long())
 
 

@@ -69,9 +69,9 @@ def test_the_house_does_not_grow():
         kinds += [type(node).__name__ for node in ast.walk(ast.parse(text))]
         skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
         tokens += sum(t.type not in skip for t in tokenize.generate_tokens(io.StringIO(text).readline))
-    assert sum(lines) <= 5500 and max(lines) <= 1210 and tokens <= 45_000
+    assert sum(lines) <= 5500 and max(lines) <= 1240 and tokens <= 44_000
     counts = {kind: kinds.count(kind) for kind in ("Lambda", "IfExp", "Raise", "Try")}
-    assert all(counts[k] <= n for k, n in dict(Lambda=10, IfExp=145, Raise=90, Try=23).items()), counts
+    assert all(counts[k] <= n for k, n in dict(Lambda=10, IfExp=135, Raise=90, Try=20).items()), counts
 
 
 def test_the_reading_path_of_the_readme_is_short():
@@ -303,6 +303,7 @@ def test_a_readme_command_runs(command, run, toy, tmp_path, small_run):
         provide(small_run(SCRIPTS.get(folder, mae_video)), tmp_path / folder)
         small = [] if "--predict" in words else ["--smoke", "--workers", "0", "--batch", "4"]
         small += ["--clips", "1", "--crops", "1", "--epochs", "1"]
+        small += [*map(str, TINY_VIDEO)] if "scratch" in words else []
         provide(small_run(mae_video), tmp_path / "runs/ucf101")
     run(module, *words[1:], *small)
 
