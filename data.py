@@ -827,13 +827,13 @@ SIDE, LENGTH = 48, 24  # pixels of a frame, frames of a clip
 
 def outline(kind, u, v):
     """Which points of the square [-1, 1] x [-1, 1], v up, belong to the sprite."""
-    shapes = {
-        "Ball": u * u + v * v < 1,
-        "Box": np.maximum(abs(u), abs(v)) < 0.85,
-        "Cone": (abs(u) < (1 - v) / 2) & (abs(v) < 1),
-        "Post": (abs(u) < 0.4) & (abs(v) < 1),
-    }
-    return shapes[kind]
+    if kind == "Ball":
+        return u * u + v * v < 1
+    if kind == "Box":
+        return np.maximum(abs(u), abs(v)) < 0.85
+    if kind == "Cone":
+        return (abs(u) < (1 - v) / 2) & (abs(v) < 1)
+    return (abs(u) < 0.4) & (abs(v) < 1)  # Post
 
 
 def render(objects):

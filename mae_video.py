@@ -540,7 +540,7 @@ class Config(RunConfig):
     # optimiser
     epochs: int = 150  # passes over the videos; each gives --repeat clips
     batch: int = 16  # clips per update, over all processes, accumulation steps and repeats
-    lr: float = 3e-2  # base rate, for a batch of 256; the papers: 1.5e-4 to 4e-4, for longer runs
+    lr: float = 5e-2  # base rate, for a batch of 256; the papers: 1.5e-4 to 4e-4, for longer runs
     warmup: float = 5  # epochs of linear warm-up
     # run
     out: str = "runs/mae_video"  # folder for checkpoint, log and pictures
