@@ -72,7 +72,7 @@ def parts_of(length, part, what):
 
 
 def rows_and_columns(size, p):
-    """Of patches.   size: height and width, or one number for both"""
+    """How many of them an image is cut into.   size: height and width, or one number for both"""
     H, W = (size, size) if isinstance(size, int) else size
     return parts_of(H, p, "image height"), parts_of(W, p, "image width")
 
@@ -719,7 +719,7 @@ def encoder_size(text):
 MAY_CHANGE = "out data images resume workers device compile log_every accum pictures".split()
 # Settings that are taken from the file of --init: they overrule a preset, not a flag.
 FROM_FILE = ("model size decoder patch tubelet frames stride sampling img_size norm_pix modalities "
-        "classes class_width fold pool inputs classify").split()
+             "classes class_width fold pool inputs classify").split()
 # What the weights fix: a flag must not say otherwise.
 FIXED = ("model", "size", "decoder", "patch", "tubelet", "classes")
 
