@@ -524,8 +524,8 @@ _paper = dict(_recipe, img_size="224", patch=16, size="base", min_crop=0.08, bat
               layer_decay=0.7, drop_path=0.2, dropout=0.5, warmup=5, min_lr=5e-6, workers=16)
 PRESETS = {
     # some hundred clips of your own, on a CPU or one GPU
-    "small": dict(batch=32, lr=1.6e-2, smoothing=0.1, min_crop=0.5, epochs=15, warmup=2, clips=2,
-                  out="runs/small_ft", init="runs/small/checkpoint.pt"),
+    "small": dict(lr=5e-2, layer_decay=0.9, drop_path=0.0, smoothing=0.1, min_crop=0.8, epochs=60,
+                  warmup=4, clips=2, out="runs/small_ft", init="runs/small/checkpoint.pt"),
     "ucf101": dict(_gpu, clips=5, out="runs/ucf101_ft"),
     "hmdb51": dict(_gpu, stride=2, clips=10, out="runs/hmdb51_ft"),
     "ucf101_paper": dict(_paper, lr=2.5e-4, epochs=100, clips=5, out="runs/ucf101_paper_ft"),
