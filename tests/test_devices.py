@@ -217,8 +217,8 @@ def test_a_script_runs_on_the_gpu(name, gpu, toy, run, tmp_path, monkeypatch):
             look(tmp_path / "picture")
         return types.SimpleNamespace(stopping=False, finish=lambda result="": None)
 
-    monkeypatch.setattr(script, "start_processes", lambda cfg: torch.device("cuda"))
-    monkeypatch.setattr(script, "train", one_update)
+    monkeypatch.setattr(mae_image, "start_processes", lambda cfg: torch.device("cuda"))
+    monkeypatch.setattr(finetune if script is finetune else mae_image, "train", one_update)
     gpu.waits = True
     (tmp_path / "toy").symlink_to(toy)
     run(script, *flags)

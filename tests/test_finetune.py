@@ -542,7 +542,7 @@ def test_a_classifier_is_tested_on_the_fold_it_was_trained_on(pretrained, run, t
     again = ["--eval-only", "--workers", 0, "--data", toy, "--init", "two/checkpoint.pt", "--out", "e"]
     run(finetune, *again)
     rows = list(csv.DictReader(open(pretrained / "e/predictions.csv")))
-    assert {Path(r["path"]).name.split("_")[2] for r in rows} == {"g02"}
+    assert {Path(r["path"]).name.split("_")[2] for r in rows} == {"g03"}
 
 
 def test_a_start_that_has_seen_another_fold_is_named(pretrained, run, toy):

@@ -561,7 +561,7 @@ def close_runs(a, b):
 
 
 def start(tmp_path, *flags, before=()):
-    """A script in a process group of its own, with one thread, as a run here has (half of two)."""
+    """A script in a process group of its own, with one thread, as the tests have."""
     command = [sys.executable, *before, ROOT / "mae_image.py", *map(str, flags)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, env=env,
