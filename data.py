@@ -14,7 +14,7 @@ What item i of an epoch gets (crop, flip, clip position) is drawn from a generat
 (seed, epoch, i): a dataset is indexed with the pair (epoch, i), and workers need no state. A file
 that cannot be read is named in the log and another one is used; it never becomes zeros.
 
-Run   python data.py toy toy                    (30 s on 2 cores: 600 clips, 2,000 images)
+Run   python data.py toy toy                    (20 s on 2 cores: 600 clips, 2,000 images)
       python data.py check UCF101               (decode everything, list what is broken)
       python data.py shrink UCF101 UCF101-128   (smaller copies decode faster: do it once)
 Next  mae_image.py: the first model, and the training loop.

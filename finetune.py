@@ -17,8 +17,8 @@ The modes answer different questions. finetune: is the encoder a good place to s
 what would it have learnt without? linear and knn: what does the encoder know already? Masked
 autoencoders are strong in the first and weak in the last (VideoMAE Table 3: 69.6, linear 38.9).
 
-Run     python finetune.py                            (3 min on 2 CPU cores, after mae_video.py)
-        python finetune.py --mode scratch --out runs/scratch  (the same network without pretraining)
+Run     python finetune.py                            (2 min on 2 CPU cores, after mae_video.py)
+        python finetune.py --mode scratch --lr 2e-2 --out runs/scratch  (... without pretraining)
         python finetune.py --mode linear --out runs/linear    (--mode knn needs no training at all)
         python finetune.py --data UCF101 --preset ucf101 --init runs/ucf101/checkpoint.pt
         python finetune.py --predict clip.avi                 (with the classifier in runs/finetune)

@@ -13,7 +13,7 @@ Covers  Sec. 3 "Masking", Fig. 6         masking.random_mask, block_mask, grid_m
         App. A.1 "Pre-training"          init_weights, lr_at, param_groups, train (Table 8)
 Not     fine-tuning and probing (finetune.py); PCA and dVAE targets of Table 1(d)
 
-Run     python mae_image.py                              (3 min on 2 CPU cores, with the toy world)
+Run     python mae_image.py                              (2 min on 2 CPU cores, with the toy world)
         python mae_image.py --picture cat.jpg --init mae_visualize_vit_base.pth --no-norm-pix
         python mae_image.py --data cifar10 --preset cifar10
         python mae_image.py --data FOLDER --preset gpu   (any folder of images, or of class folders)

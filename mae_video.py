@@ -27,7 +27,7 @@ What changes against mae_image.py, and where the two papers part:
     target           the patch             one frame of every cube        the cube, in [0, 1]
     normalised over  all channels          all channels                   each channel by itself
 
-Run     python mae_video.py                                  (6 min on 2 CPU cores)
+Run     python mae_video.py                                  (5 min on 2 CPU cores)
         python mae_video.py --model mae_st --out runs/mae_st
         python mae_video.py --picture clip.avi               (with the run in runs/mae_video)
         python mae_video.py --data my_videos --preset small  (some hundred clips of your own)

@@ -29,7 +29,7 @@ What changes against mae_image.py:
     predicted patch  (row, column, channel)    (channel, row, column)
     loss             mean over hidden patches  the same in each sample, then over samples
 
-Run     python multimae.py                       (6 min on 2 CPU cores)
+Run     python multimae.py                       (5 min on 2 CPU cores)
         python multimae.py --data FOLDER --modalities rgb,semseg --classes 12
         It ends with "done: ... see runs/multimae".
 Next    finetune.py: what all this was for.
