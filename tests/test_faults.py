@@ -240,7 +240,8 @@ def test_a_run_whose_folder_is_replaced_leaves_the_new_one_alone(toy, tmp_path, 
     process.terminate()
     text = process.communicate(timeout=60)[0]
     both = "was replaced by another run|another run writes to"  # as it had saved before, or not
-    assert process.returncode == 2 and re.search(both, text), text
+    # it may be ending by itself when the signal arrives
+    assert process.returncode in (2, -signal.SIGTERM) and re.search(both, text), text
     assert (tmp_path / "runs/mae_image/checkpoint.pt").read_bytes() == before
 
 
