@@ -762,6 +762,9 @@ def write_whole(path, save):
     try:
         save(part)
         os.replace(part, path)
+    except OSError as error:
+        error.filename = str(path)  # the system names none when a disk is full
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -343,8 +343,7 @@ def main(argv=None):
             choose = (lambda n: val_videos.choose(n)[0]) if name == "videos" else None
             if objects := explained_objects(pictures, hole, paths, choose):
                 scores[f"object in {name}"] = objects["object"]
-            some = evenly(len(batch), 3)
-            cells = torch.stack([p[some] for p in pictures.values()], dim=1)
+            cells = torch.stack([p[evenly(len(p), 3)] for p in pictures.values()], dim=1)
             cells = cells[:, :, evenly(cells.shape[2], 3)]  # (3, kinds, 1 or 3, 3, H, W)
             tables.append(cells.transpose(1, 2).flatten(0, 1))  # a row per frame
         titles = [f"image {k}" for k in range(len(tables[0]))]

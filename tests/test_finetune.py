@@ -591,7 +591,7 @@ def test_a_full_disk_leaves_the_older_results(pretrained, toy, run, refused):
     run(finetune, *flags)
     before = (pretrained / "o/results.json").read_bytes()
     (pretrained / f"o/.{os.getpid()}-results.json").symlink_to("/dev/full")
-    assert "No space left on device" in refused(finetune, *flags)
+    assert "No space left on device: 'o/results.json'" in refused(finetune, *flags)
     assert (pretrained / "o/results.json").read_bytes() == before
 
 
