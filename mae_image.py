@@ -512,7 +512,8 @@ def explained_objects(pictures, hole, paths, choose=None):
 
 def held_out(val, draw_mask, seed, count):
     """The same few samples under the same masks every time.   -> uint8 batch, mask (B, N), paths"""
-    chosen = np.linspace(0, len(val) - 1, min(len(val), count)).astype(int)  # over all classes
+    count = min(count, len(val), max(6, 2**25 // val[0, 0][0].numel()))  # 64 large clips: 5 GB
+    chosen = np.linspace(0, len(val) - 1, count).astype(int)  # over all classes
     items = [val[0, int(i)] for i in chosen]
     for path, problem in dict.fromkeys(one for _, _, problems in items for one in problems):
         report(f"held-out file {path}: {problem}")

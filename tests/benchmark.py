@@ -407,7 +407,7 @@ def table_loader(setup):
 # ---- plans for a GPU -----------------------------------------------------------------------------
 
 # Clips a second of one worker, of files as they are and shrunk: --only loader, "middle"
-WORKER = {"AVI": (78, 120), "MP4": (21, 120), "MP4, 4 clips": (50, 150)}
+WORKER = {"AVI": (70, 138), "MP4": (22, 138), "MP4, 4 clips": (38, 200)}
 GPUS = {"T4": 65, "RTX 3090": 71, "A100": 312, "H100": 989}  # TFLOP/s, dense, half precision
 REACHED, CARDS, FULL = 0.3, (8, 16, 24, 80), 0.85  # share that a step reaches; GB; share used
 SETS = {"": 0, "CIFAR-10": 50_000, "ImageNet": 1_281_167, "UCF101": 9_537, "HMDB51": 3_570,

@@ -349,6 +349,8 @@ def test_held_out_samples_and_masks_are_always_the_same_and_some_are_hidden(toy)
     assert not torch.equal(a[1], mae_image.held_out(val, draw_mask, 4, 5)[1])
     with pytest.raises(ValueError, match="hides nothing"):
         mae_image.held_out(val, lambda batch, rows, g: random_mask(rows, (1, 2, 4), 0, g), 3, 5)
+    val.read = lambda i, generator: (torch.empty(1, 2**24, dtype=torch.uint8), "")
+    assert len(mae_image.held_out(val, draw_mask, 3, 64)[2]) == 6  # large samples: only a few
 
 
 @pytest.mark.parametrize("flags", [[], ["--norm-pix", "--img-size", "16x32"]])
