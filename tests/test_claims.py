@@ -143,6 +143,16 @@ def test_mask_tokens_in_the_encoder_hide_as_much_and_their_checkpoint_can_be_fin
     assert "mask_token" in text
 
 
+def test_real_videos_are_shrunk_once(tmp_path, monkeypatch):
+    frames = np.zeros((4, 32, 48, 3), np.uint8)
+    data.write_whole(tmp_path / "lips20/a/1.mp4", lambda p: data.write_video(frames, 25, p))
+    monkeypatch.setenv("MAE_TEST_DATA", str(tmp_path))
+    args = types.SimpleNamespace(list=False, work=tmp_path)
+    assert [claims.prepare("lips20", 16, args) for _ in range(2)] == ["lips20-16"] * 2
+    clip = data.read_clips(tmp_path / "lips20-16/a/1.mp4", lambda n: np.zeros((1, n), int))[0]
+    assert clip.shape == (1, 4, 16, 24, 3)
+
+
 def test_unknown_claims_and_numbers_are_named_and_a_list_writes_nothing(
         tmp_path, monkeypatch, capsys):
     def call(*flags):

@@ -165,7 +165,8 @@ def test_a_signal_saves_before_it_ends_a_run(toy, tmp_path, name):
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "Traceback" not in text and "loader" not in text, text
     step = state(tmp_path / "runs/mae_image")["step"]
-    assert f"stopped after update {step}" in text and step >= 5
+    hint = "resume with: python mae_image.py --resume --out runs/mae_image"
+    assert f"stopped after update {step}; {hint}" in text and step >= 5
 
 
 SCRIPTS = {

@@ -380,7 +380,7 @@ class Maps:
 def multimae(r, w):
     """All scenarios of a MultiMAE file."""
     maps, c, a = Maps(r, w), r.config, r.arrays
-    n, out = c["num_patches_per_modality"], {}
+    out = {}
     widths = (c[k] for k in ("embed_dim", "decoder_embed_dim"))
     out |= tables(r, *(table_2d(width, *maps.grid, rows_first=True) for width in widths))
     out |= {f"target/{task}": maps.target(task) for task in ("depth", "norm_rgb")}

@@ -25,7 +25,7 @@ def tiny(**options):
 
 
 def samples(model, images=4, clips=3):
-    g, (t, h, w) = torch.Generator().manual_seed(0), model.grid
+    g, (_, h, w) = torch.Generator().manual_seed(0), model.grid
     return [(torch.randn(images, 3, 16, 32, generator=g), random_mask(images, (1, h, w), 0.75, g)),
             (torch.randn(clips, 3, 8, 16, 32, generator=g), tube_mask(clips, model.grid, 0.75, g))]
 
