@@ -277,7 +277,7 @@ def run_all(jobs, count, work):
 
     Each has its share of the cores, or OMP_NUM_THREADS threads if that is set."""
     threads = str(max(1, (os.cpu_count() or 1) // count))
-    env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **os.environ}
+    env = {"OMP_NUM_THREADS": threads, **os.environ}
 
     def run(job):
         name, command = job
