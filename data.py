@@ -93,6 +93,11 @@ class Files:
         return Files(self.paths[keep], self.labels[keep], self.classes, self.how, pixels)
 
 
+def one_file(path, classes=()):
+    """A single file, of no known class."""
+    return Files(np.array([path]), np.array([-1]), classes)
+
+
 def list_videos(root, split="train", fold=1, allow_missing=False):
     """The videos of one split ("train" or "val") of:
 
@@ -280,13 +285,19 @@ def split_folder(folders, *words):
     return None
 
 
-def list_folder(folder, kinds, classes=None):
-    """Files of class folders, or of a folder without any.   classes: those of another split"""
+def find_files(folder, kinds):
+    """walk(), but a ValueError that says what is there instead if nothing is found."""
     found, others = walk(folder, kinds)
     if not found:
         there = ", ".join(f"{n} {ending}" for ending, n in others.most_common(3)) or "nothing"
         hint = "mae_image.py takes images, mae_video.py videos"
         raise ValueError(f"{folder} has no {' '.join(kinds[:4])} ..., but {there}: {hint}")
+    return found, others
+
+
+def list_folder(folder, kinds, classes=None):
+    """Files of class folders, or of a folder without any.   classes: those of another split"""
+    found, others = find_files(folder, kinds)
     own = sorted({path.relative_to(folder).parts[0] for path in found if path.parent != folder})
     if classes and set(own) - set(classes):
         raise ValueError(f"{folder} has classes that training lacks: {set(own) - set(classes)}")
@@ -325,7 +336,7 @@ def hold_out(files, split):
     val = np.zeros(len(files.paths), bool)
     for label in np.unique(files.labels):
         own = np.flatnonzero(files.labels == label)
-        val[own[19::20] if len(own) >= 20 else own[1:][-1:]] = True  # of a single file none
+        val[own[1:][::-20]] = True  # of a single file none
     files.how += "; no split found: every 20th file of a class is held out"
     return files.select(val if split == "val" else ~val) if val.any() else files
 
@@ -352,6 +363,15 @@ def fingerprint(files):
 
 class BrokenFile(Exception):
     """This file cannot be read; the message says why."""
+
+
+@contextlib.contextmanager
+def broken():
+    """Whatever a decoder raises on a damaged file becomes a BrokenFile."""
+    try:
+        yield
+    except Exception as error:
+        raise BrokenFile(reason(error)) from None
 
 
 LARGEST = 2**29  # bytes of pixels that a clip may have: 16 frames of 4K
@@ -482,7 +502,7 @@ def read_clips(path, choose):
     choose   n -> int (R, T), the frame numbers of R clips in a video of n frames
     returns  uint8 (R, T, H, W, 3), what is wrong with them ("" if nothing);   raises BrokenFile
     """
-    try:
+    with broken():
         clips = choose(max(frame_times(path)[0], 1))
         found, n, damaged = grab(path, np.unique(clips))
         if n and any(f not in found for f in clips.flat):  # fewer frames than packets: draw again
@@ -495,8 +515,6 @@ def read_clips(path, choose):
         if damaged:
             problem = f"damaged: {damaged} of {len(found)} frames, used as they are"
         return frames.reshape(*clips.shape, *frames.shape[1:]), problem
-    except Exception as error:  # decoders raise many kinds on a damaged file
-        raise BrokenFile(reason(error)) from None
 
 
 def every_frame(path, problems, **size):
@@ -520,16 +538,13 @@ def every_frame(path, problems, **size):
 @contextlib.contextmanager
 def open_image(path):
     """-> PIL image.   Raises BrokenFile, also for more than 89 megapixels (Pillow's limit)"""
-    try:
+    with broken(), warnings.catch_warnings():
         if not os.path.isfile(path):
             raise BrokenFile("no such file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # doubts about a damaged file: an error says it
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(str(path), formats=PICTURES) as image:
-                yield image
-    except Exception as error:
-        raise BrokenFile(reason(error)) from None
+        warnings.simplefilter("ignore")  # doubts about a damaged file: an error says it
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(str(path), formats=PICTURES) as image:
+            yield image
 
 
 def read_image(path):
@@ -997,9 +1012,7 @@ def check(root):
 
     Exit code 1 if anything is broken or damaged, or a file of the official lists is absent."""
     root = Path(root)
-    paths, others = walk(root, VIDEO + IMAGE)
-    if not paths:
-        raise ValueError(f"{root} holds no videos and no images")
+    paths, others = find_files(root, VIDEO + IMAGE)
     official = find_official(root)  # now: half a download should be named before hours of decoding
     bad = count_bad(paths, in_parallel(check_file, paths, f"checking {root}"))
     absent = 0
@@ -1047,9 +1060,7 @@ def shrink(source, target, short):
     source, target = Path(source), Path(target)
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{target} lies in {source}: the copy needs a folder of its own")
-    videos = walk(source, VIDEO)[0]
-    if not videos:
-        raise ValueError(f"{source} holds no videos")
+    videos = find_files(source, VIDEO)[0]
     for path in walk(source, (".txt", ".csv"))[0]:
         write_whole(target / path.relative_to(source), functools.partial(shutil.copyfile, path))
     jobs = []

@@ -914,8 +914,7 @@ def predict(cfg, found, device):
     head = found.state.get("head.weight", found.state.get("head.1.weight"))
     classes = list(found.classes) or [f"class {i}" for i in range(len(head))]
     model = build(cfg, len(head), found)[0].to(device)
-    one = data.Files(np.array([cfg.predict]), np.array([-1]), classes)
-    cfg = dataclasses.replace(cfg, workers=0)
+    one, cfg = data.one_file(cfg.predict, classes), dataclasses.replace(cfg, workers=0)
     answers = run_views(model, one, cfg, cfg.clips, cfg.crops, model.answers)
     for name, p in top5(answers[0].mean(dim=0), classes):
         report(f"{p:6.1%}  {name}")

@@ -640,9 +640,8 @@ def main(argv=None):
         return MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator)
 
     if cfg.picture:
-        one = data.Files(np.array([cfg.picture]), np.array([-1]), [])
-        one = data.ImageDataset(one, size, cfg.seed, train=False)
-        return show_one(model, one.first(), draw_mask, cfg)
+        one = data.ImageDataset(data.one_file(cfg.picture), size, cfg.seed, train=False)
+        return show_one(model, one, draw_mask, cfg)
     fetch(cfg.data)
     train_files, val_files = (data.list_images(cfg.data, split, cfg.allow_missing)
                               for split in ("train", "val"))
@@ -653,17 +652,22 @@ def main(argv=None):
 
     def look(path):
         loss, baseline, pictures, hole = reconstruct(model, model.normalize(batch.to(device)), mask)
-        some = evenly(len(batch), 6)
-        cells = torch.stack([p[some, 0] for p in pictures.values()], dim=1)  # (6, columns, 3, H, W)
-        table = picture_table(cells, list(pictures), note=LEAK_NOTE * cfg.norm_pix)
-        save_picture(table, path.with_suffix(".png"))
+        draw_images(pictures, path, LEAK_NOTE * cfg.norm_pix)
         return {"val_loss": loss, "baseline": baseline, **explained_objects(pictures, hole, paths)}
 
     pretrain(model, dataset, draw_mask, look, cfg)
 
 
-def show_one(model, batch, draw_mask, cfg):
+def draw_images(pictures, path, note):
+    """Some images as a PNG with a row for each, a column for each kind of picture."""
+    cells = torch.cat(list(pictures.values()), dim=1)  # (images, kinds, 3, H, W)
+    table = picture_table(cells[evenly(len(cells), 6)], list(pictures), note=note)
+    save_picture(table, path.with_suffix(".png"))
+
+
+def show_one(model, dataset, draw_mask, cfg):
     """--picture: what the model makes of one image or clip, as a picture; a clip also as a film."""
+    batch = dataset.first()
     mask = draw_mask(batch, 1, data.seeded(cfg.seed, 2))
     x = model.eval().normalize(batch.to(next(model.parameters()).device))
     loss, baseline, pictures, _ = reconstruct(model, x, mask)
@@ -840,8 +844,7 @@ class Run:
         self.recent = []  # (loss, file numbers) of the updates since the last line of the log
         self.scores, self.problems, self.began = {}, {}, time.monotonic()
         self.saved_at = self.save_seconds = self.waited = 0.0
-        looks = range(1, cfg.pictures + 1)
-        self.look_at = {math.ceil(total * k / cfg.pictures) for k in looks}
+        self.look_at = {math.ceil(total * k / cfg.pictures) for k in range(1, cfg.pictures + 1)}
 
     def __enter__(self):
         self.open()
@@ -1097,10 +1100,8 @@ def read_file(path, readers):
 
 def unwrap(content):
     """The weights in a public file: perhaps in a dict of their own, with a prefix to all names."""
-    for key in ("model", "module", "model_state", "state_dict", "model_state_dict", "model_ema"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
+    places = ("model", "module", "model_state", "state_dict", "model_state_dict", "model_ema")
+    content = next((content[k] for k in places if isinstance(content.get(k), dict)), content)
     state = {k: v for k, v in content.items() if torch.is_tensor(v)}
     for prefix in ("module.", "_orig_mod.", "model.") * 2:
         if all(k.startswith(prefix) for k in state):

@@ -592,8 +592,7 @@ def main(argv=None):
                            cfg.min_crop, cfg.flip, cfg.repeat, train)
 
     if cfg.picture:
-        one = data.Files(np.array([cfg.picture]), np.array([-1]), [])
-        return show_one(model, open_clips(one, False).first(), draw_mask, cfg)
+        return show_one(model, open_clips(data.one_file(cfg.picture), False), draw_mask, cfg)
     fetch(cfg.data)
     train_files, val_files = (data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
                               for split in ("train", "val"))

@@ -45,13 +45,13 @@ import torch
 from torch import nn
 
 import data
-from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, begin, encoder_size,
-                       evenly, explained_objects, fetch, height_width, held_out, init_weights,
+from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, begin, draw_images,
+                       encoder_size, explained_objects, fetch, height_width, held_out, init_weights,
                        load_pretrained, mean_and_std, pretrain, rank_and_world, reconstruct, rename,
-                       save_picture, show_one, sizes_in, square, to_unit_range)
-from mae_video import (ClipDataset, VideoMAE, grid_of, patchify_clips, sinusoid,
-                       normalize_channels, unpatchify_clips)
-from masking import MASKS, hidden, numbers, picture_table, report, restore, run_script, visible
+                       show_one, sizes_in, square, to_unit_range)
+from mae_video import (ClipDataset, VideoMAE, draw_clips, grid_of, normalize_channels,
+                       patchify_clips, sinusoid, unpatchify_clips)
+from masking import MASKS, hidden, numbers, report, restore, run_script, visible
 
 # ==================================================================================================
 #  THE PAPER, part 1: the model
@@ -305,9 +305,8 @@ def main(argv=None):
                            cfg.min_crop, cfg.flip, cfg.repeat, train)
 
     if cfg.picture:
-        one = data.Files(np.array([cfg.picture]), np.array([-1]), [])
         kind = open_videos if Path(cfg.picture).suffix.lower() in data.VIDEO else open_images
-        return show_one(model, kind(one, False).first(), draw_mask, cfg)
+        return show_one(model, kind(data.one_file(cfg.picture), False), draw_mask, cfg)
     fetch(cfg.data, cfg.images)
     images = [data.list_images(cfg.images, split, cfg.allow_missing) for split in ("train", "val")]
     videos = [data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
@@ -329,27 +328,24 @@ def main(argv=None):
             return mixed_plan(epoch, *counts, cfg.batch, cfg.repeat, pieces, cfg.seed)
         return joint_plan(epoch, *counts, cfg.batch, cfg.repeat, shares, cfg.seed)
 
+    def middle(n):
+        return val_videos.choose(n)[0]
+
     def look(path):
-        """Losses of both, and one picture: images above, clips below."""
+        """Losses and pictures of both."""
         # the weight of images in the loss of an epoch: what is shown beside it must have the same
         pure = [] if cfg.joint == "mixed" else [update[0] < counts[0] for update in plan(0)]
         weight = sum(pure) / len(pure) if pure else 0.5
-        scores, tables = {}, []
-        for name, (batch, mask, paths) in samples.items():
+        scores = {}
+        for name, draw, choose in (("images", draw_images, None), ("videos", draw_clips, middle)):
+            batch, mask, paths = samples[name]
             x = model.normalize(batch.to(device))
             loss, baseline, pictures, hole = reconstruct(model, x, mask)
             report(f"held-out {name} {loss:.4f} ({cfg.BASELINE} {baseline:.4f})")
             scores |= {f"{name}_loss": loss, f"{name}_baseline": baseline}
-            choose = (lambda n: val_videos.choose(n)[0]) if name == "videos" else None
             if objects := explained_objects(pictures, hole, paths, choose):
                 scores[f"object in {name}"] = objects["object"]
-            cells = torch.stack([p[evenly(len(p), 3)] for p in pictures.values()], dim=1)
-            cells = cells[:, :, evenly(cells.shape[2], 3)]  # (3, kinds, 1 or 3, 3, H, W)
-            tables.append(cells.transpose(1, 2).flatten(0, 1))  # a row per frame
-        titles = [f"image {k}" for k in range(len(tables[0]))]
-        titles += [f"clip {k // 3}" if k % 3 == 0 else "" for k in range(len(tables[1]))]
-        table = picture_table(torch.cat(tables), list(pictures), titles, LEAK_NOTE * cfg.norm_pix)
-        save_picture(table, path.with_suffix(".png"))
+            draw(pictures, path.with_name(f"{path.name}_{name}"), LEAK_NOTE * cfg.norm_pix)
         for key, part in (("val_loss", "loss"), ("baseline", "baseline")):
             images, clips = scores[f"images_{part}"], scores[f"videos_{part}"]
             scores[key] = weight * images + (1 - weight) * clips

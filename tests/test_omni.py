@@ -224,7 +224,7 @@ def test_the_script_trains_on_both_draws_both_resumes_and_paints_one_of_either(
 
 def test_an_epoch_without_updates_of_either_kind_draws_both(toy, run, tmp_path):
     run(omni, *TINY_VIDEO, "--data", toy, "--images", toy, "--epochs", 0, "--batch", 1000)
-    assert (tmp_path / "runs/omni/pictures/update_000000.png").exists()
+    assert (tmp_path / "runs/omni/pictures/update_000000_images.png").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
