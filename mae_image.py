@@ -675,7 +675,8 @@ def show_one(model, dataset, draw_mask, cfg):
     report(f"loss {loss:.4f} (mean prediction {baseline:.4f})")
     cells = torch.cat(list(pictures.values()))  # (kinds, frames, 3, H, W)
     note, frames = LEAK_NOTE * model.norm_pix, evenly(cells.shape[1])
-    picture_table(cells[:, frames], rows=list(pictures), note=note, side=128).save(path)
+    columns = [f"frame {f}" for f in frames.tolist()] * (len(frames) > 1)  # of a clip
+    picture_table(cells[:, frames], columns, list(pictures), note, side=128).save(path)
     if cells.shape[1] > 1:
         save_film(cells[None], list(pictures), note, path.with_suffix(".gif"))
     report(f"wrote {path}")
