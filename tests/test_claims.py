@@ -32,14 +32,31 @@ def test_every_command_of_a_claim_is_one_that_its_script_takes(number, tmp_path)
     assert all(arm in claim.arms for pair in claim.pairs for side in pair for arm in side.split(" - "))
 
 
-def test_a_tiny_run_ends_in_verdicts_and_is_not_repeated(script, toy, tmp_path):
+@pytest.fixture
+def call(tmp_path, monkeypatch, capfd):
+    """call("--flag", value) -> what claims.py prints. In this process; its runs have their own."""
+
+    def call(*flags):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["claims.py", *map(str, flags)])
+        try:
+            claims.main()
+        except SystemExit as end:
+            assert end.code == 2
+        shown = capfd.readouterr()
+        return shown.out + shown.err
+
+    return call
+
+
+def test_a_tiny_run_ends_in_verdicts_and_is_not_repeated(call, toy, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work/toy").symlink_to(toy)
     flags = ["--quick", "--only", "V1", "--sets", "toy", "--work", "work"]
-    text = script("tests/claims.py", *flags)
+    text = call(*flags)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 3 and "| toy | pretrained - scratch |" in text
-    again = script("tests/claims.py", *flags)
+    again = call(*flags)
     assert rows == [line for line in again.splitlines() if line.startswith("|")]
     assert " min\n" not in again
 
@@ -153,18 +170,7 @@ def test_real_videos_are_shrunk_once(tmp_path, monkeypatch):
     assert clip.shape == (1, 4, 16, 24, 3)
 
 
-def test_unknown_claims_and_numbers_are_named_and_a_list_writes_nothing(
-        tmp_path, monkeypatch, capsys):
-    def call(*flags):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["claims.py", *map(str, flags)])
-        try:
-            claims.main()
-        except SystemExit as end:
-            assert end.code == 2
-        shown = capsys.readouterr()
-        return shown.out + shown.err
-
+def test_unknown_claims_and_numbers_are_named_and_a_list_writes_nothing(call, tmp_path):
     assert "Z9 is unknown" in call("--only", "Z9")
     assert "must be at least 1" in call("--jobs", 0)
     assert "finetune.py" in call("--list", "--only", "V1, V8", "--sets", "toy", "--work", "w")
