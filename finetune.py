@@ -46,11 +46,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from mae_image import (DECODER, MAE, RunConfig, begin, choose_precision, encoder_size, fetch,
-                       height_width, load_into, parts_of, public_mae, rank_and_world, save_picture,
-                       train)
-from mae_video import (MAEST, ClipDataset, VideoMAE, public_maest, public_videomae, resize_table,
-                       views_of)
+from mae_image import (DECODER, MAE, begin, choose_precision, encoder_size, fetch, height_width,
+                       load_into, parts_of, public_mae, rank_and_world, save_picture, train)
+from mae_video import (MAEST, ClipConfig, ClipDataset, VideoMAE, public_maest, public_videomae,
+                       resize_table, views_of)
 from masking import is_first, picture_table, report, run_script
 from multimae import (MODALITIES, AlignedDataset, DenseHead, MultiMAE, list_aligned,
                       parse_modalities, public_multimae)
@@ -458,7 +457,7 @@ Mode = typing.Literal["finetune", "scratch", "linear", "knn", "features"]
 
 
 @dataclasses.dataclass
-class Config(RunConfig):
+class Config(ClipConfig):
     SCRIPT, BASELINE = "finetune", "uniform guess"
 
     # what to do
@@ -467,17 +466,10 @@ class Config(RunConfig):
     predict: str = ""  # no training: classify this one file with what is in --init, or in --out
     # data
     data: str = "toy"  # UCF101, HMDB51, a folder, a list file or cifar10
-    fold: int = 1  # of the official lists: 1, 2 or 3; as in pretraining
-    allow_missing: bool = False  # a list may name files that are not there: use the others
     share: float = 1.0  # share of the training files of each class that is used
-    frames: int = 8  # frames per clip
-    stride: int = 2  # frames from one to the next
-    sampling: typing.Literal["segments", "dense", "linspace"] = "segments"  # whole video or window
-    img_size: str = "48"  # side in pixels, or HEIGHTxWIDTH; a new one: positions are resized
     # augmentation, none of it in a probe but crop and flip
     min_crop: float = 0.35  # smallest share of the frame that a random crop takes; papers 0.08
     flip: bool = True  # mirror half of the samples; --no-flip where left and right are classes
-    repeat: int = 1  # clips of every decoded video: repeated augmentation
     rand_augment: int = 0  # magnitude 0 to 10 of RandAugment, 0: off; MAE's is 9, VideoMAE's 7
     rand_ops: int = 2  # operations of RandAugment; VideoMAE's code has 4
     erase: float = 0.0  # chance that a box is filled with noise; the papers' codes have 0.25
@@ -492,9 +484,6 @@ class Config(RunConfig):
     classes: int = 6  # --model multimae: classes of the semantic maps; the toy world has 6
     ignore: int = -1  # --dense semseg: class that does not count (void), -1: none
     class_width: int = 16  # --model multimae: width of a class's learned vector
-    size: str = "nano"  # encoder: nano ... huge, or WIDTHxBLOCKSxHEADS
-    patch: int = 8  # side of a patch or cube in pixels
-    tubelet: int = 4  # frames in a cube
     pool: typing.Literal["paper", "mean", "first"] = "paper"  # paper: first if an MAE is frozen
     drop_path: float = 0.1  # chance to skip a half of the last block, less before; papers 0.1-0.2
     dropout: float = 0.0  # before the head

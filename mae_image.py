@@ -571,6 +571,11 @@ def not_fatal(path):
 class RunConfig:
     """What every training script can be told."""
 
+    # data
+    img_size: str = "48"  # side of what the model sees in pixels, or HEIGHTxWIDTH
+    # model
+    size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
+    patch: int = 8  # side of a patch or cube in pixels
     # optimiser
     accum: int = 1  # forward-backward passes per update: raise it when memory runs out
     min_lr: float = 0.0  # base rate at the end of the cosine
@@ -595,15 +600,12 @@ class Config(RunConfig):
 
     # data
     data: str = "toy"  # folder of images, list file, or cifar10; the toy world is made
-    img_size: str = "48"  # side of the images that the model sees in pixels, or HEIGHTxWIDTH
     min_crop: float = 0.2  # smallest share of the image area that a random crop takes
     flip: bool = True  # mirror half of the images
     allow_missing: bool = False  # a list may name files that are not there: use the others
     picture: str = ""  # no training: paint the hidden parts of this one image, with --init
     # model
-    size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
     decoder: str = "64x2x4"  # WIDTHxBLOCKSxHEADS; the paper's is 512x8x16
-    patch: int = 8  # side of a patch in pixels
     mask: typing.Literal["random", "block", "grid"] = "random"  # which patches are hidden: Fig. 6
     mask_ratio: float = 0.75  # share of patches that are hidden
     norm_pix: bool = False  # predict patches normalised by their own mean and variance: Table 1(d)
@@ -631,8 +633,7 @@ PRESETS = {
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def main(argv=None):
     cfg, found, device = begin(Config, PRESETS, __doc__, {"mae": public_mae}, argv)
-    size = height_width(cfg.img_size)
-    decoder = numbers(cfg.decoder, 3)
+    size, decoder = height_width(cfg.img_size), numbers(cfg.decoder, 3)
     model = MAE(size, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)
     load_pretrained(model.to(device), found, cfg.resume)
 
@@ -696,11 +697,10 @@ def evenly(count, most=8):
 
 def fetch(*names):
     """Data that are made or downloaded: by the first process, while the others wait."""
-    for name in sorted(set(names)) if is_first() else ():
-        if name == "toy":
-            data.make_toy(name)
-        if name == "cifar10":
-            data.list_images(name)
+    if is_first() and "toy" in names:
+        data.make_toy("toy")
+    if is_first() and "cifar10" in names:
+        data.list_images("cifar10")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 

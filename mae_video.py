@@ -512,8 +512,8 @@ Mask = typing.Literal["paper", "tube", "random", "frame", "block", "causal"]
 
 
 @dataclasses.dataclass
-class Config(RunConfig):
-    SCRIPT, BASELINE = "mae_video", "mean prediction"
+class ClipConfig(RunConfig):
+    """What every script that reads clips can be told, in addition."""
 
     # data
     data: str = "toy"  # UCF101, HMDB51, folder of videos or list file; the toy world is made
@@ -521,19 +521,24 @@ class Config(RunConfig):
     frames: int = 8  # frames per clip; the papers have 16
     stride: int = 2  # frames from one to the next (Kinetics, UCF101: 4; SSv2, HMDB51: 2)
     sampling: typing.Literal["segments", "dense", "linspace"] = "segments"  # whole video or window
-    img_size: str = "48"  # side of the frames that the model sees in pixels, or HEIGHTxWIDTH
+    repeat: int = 1  # clips of every decoded video: repeated sampling, augmentation, replication
+    allow_missing: bool = False  # a list may name files that are not there: use the others
+    # model
+    tubelet: int = 4  # frames in a cube; the papers have 2
+
+
+@dataclasses.dataclass
+class Config(ClipConfig):
+    SCRIPT, BASELINE = "mae_video", "mean prediction"
+
+    # data
     crop: typing.Literal["random", "multiscale", "center"] = "random"  # multiscale: VideoMAE's
     min_crop: float = 0.5  # smallest share of the frame that a random crop takes
     flip: bool = True  # mirror half of the clips; --no-flip where left and right are classes
-    repeat: int = 1  # clips taken from every decoded video: repeated sampling
-    allow_missing: bool = False  # a list may name files that are not there: use the others
     picture: str = ""  # no training: paint the hidden parts of this one clip, with --init
     # model
     model: typing.Literal["videomae", "mae_st"] = "videomae"  # which paper
-    size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
     decoder: str = "64x2x4"  # WIDTHxBLOCKSxHEADS; VideoMAE's base 384x4x6, MAE-ST's 512x4x16
-    patch: int = 8  # side of a cube in pixels
-    tubelet: int = 4  # frames in a cube; the papers have 2
     mask: Mask = "paper"  # which cubes are hidden; paper: tube or random, by --model
     mask_ratio: float = 0.75  # share of cubes that are hidden; the papers' 0.9, on UCF101 0.75
     norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as papers do

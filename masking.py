@@ -363,8 +363,8 @@ def settings(Config, presets, doc, argv=None):
         if title:
             group = groups.get(title[1]) or parser.add_argument_group(title[1])
             groups[title[1]] = group
-        elif found:
-            add_flag(group, fields[found[1]], found[2])
+        elif found and found[1] in fields:  # a class may say anew what the one below it says
+            add_flag(group, fields.pop(found[1]), found[2])
     given = vars(parser.parse_args(argv))
     preset = presets.get(given.pop("preset", None), {})
     for name, value in given.items():

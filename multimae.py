@@ -541,13 +541,10 @@ class Config(RunConfig):
     modalities: str = "rgb,depth,semseg"  # what goes in and is painted, any of these
     classes: int = 6  # number of classes of the semantic maps; the toy world has 6
     ignore: int = -1  # class that has no part in the loss (void, often 255), -1: none
-    img_size: str = "48"  # side of the maps that the model sees in pixels, or HEIGHTxWIDTH
     min_crop: float = 0.2  # smallest share of the image area that a random crop takes
     flip: bool = True  # mirror half of the images
     # model
-    size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
     decoder: str = "64x1x4"  # of each task, WIDTHxBLOCKSxHEADS; the public code has 256x2x8
-    patch: int = 8  # side of a patch in pixels
     class_width: int = 16  # width of a class's learned vector; the public code has 64
     visible: float = 0.25  # share of all tokens, over modalities, that is visible; paper 1/6
     alpha: float = 1.0  # of the Dirichlet shares: 1 all splits equally likely, small: one has all

@@ -45,11 +45,11 @@ import torch
 from torch import nn
 
 import data
-from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, begin, draw_images,
+from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, begin, draw_images,
                        encoder_size, explained_objects, fetch, height_width, held_out, init_weights,
                        load_pretrained, mean_and_std, pretrain, rank_and_world, reconstruct, rename,
                        show_one, sizes_in, square, to_unit_range)
-from mae_video import (ClipDataset, VideoMAE, draw_clips, grid_of, normalize_channels,
+from mae_video import (ClipConfig, ClipDataset, VideoMAE, draw_clips, grid_of, normalize_channels,
                        patchify_clips, sinusoid, unpatchify_clips)
 from masking import MASKS, hidden, numbers, report, restore, run_script, visible
 
@@ -229,32 +229,21 @@ def mixed_plan(epoch, images, videos, batch, repeat, pieces, seed):
 
 
 @dataclasses.dataclass
-class Config(RunConfig):
+class Config(ClipConfig):
     SCRIPT, BASELINE = "omni", "mean prediction"
 
     # data
-    data: str = "toy"  # videos: UCF101, HMDB51, folder or list file; the toy world is made
     images: str = "toy"  # images: folder, list file or cifar10
-    fold: int = 1  # of the official lists: 1, 2 or 3
-    frames: int = 8  # frames per clip; the public code has 16
-    stride: int = 2  # frames from one to the next
-    sampling: typing.Literal["segments", "dense", "linspace"] = "segments"  # whole video or window
-    img_size: str = "48"  # side of images and frames that the model sees, or HEIGHTxWIDTH
     min_crop: float = 0.5  # smallest share of a frame that a random crop takes; published: 0.08
     min_crop_image: float = 0.2  # smallest share of an image that a random crop takes
     flip: bool = False  # mirror half of the clips; the public code does not
     flip_image: bool = True  # mirror half of the images
-    repeat: int = 1  # clips of every decoded video: sample replication; the public code has 4
-    allow_missing: bool = False  # a list may name files that are not there: use the others
     picture: str = ""  # no training: paint the hidden parts of this image or clip, with --init
     joint: typing.Literal["interleaved", "mixed"] = "interleaved"  # an update has one kind, or both
     image_share: float = 0.4  # interleaved: share of the image updates that an epoch has, 0: none
     video_share: float = 1.0  # the same for videos; the public recipe with --repeat 4: 0.25
     # model
-    size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
     decoder: str = "64x2x4"  # WIDTHxBLOCKSxHEADS; the public code's base has 384x4x16
-    patch: int = 8  # side of a cube in pixels
-    tubelet: int = 4  # frames in a cube; the paper has 2
     mask: typing.Literal["random", "tube", "frame", "causal"] = "random"  # of videos
     mask_ratio: float = 0.75  # share of a clip's cubes that are hidden; paper 0.95, public code 0.9
     mask_ratio_image: float = 0.75  # share of an image's patches; paper 0.9, public recipe 0.75
