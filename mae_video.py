@@ -516,7 +516,6 @@ class ClipConfig(RunConfig):
     """What every script that reads clips can be told, in addition."""
 
     # data
-    data: str = "toy"  # UCF101, HMDB51, folder of videos or list file; the toy world is made
     fold: int = 1  # of the official lists: 1, 2 or 3
     frames: int = 8  # frames per clip; the papers have 16
     stride: int = 2  # frames from one to the next (Kinetics, UCF101: 4; SSv2, HMDB51: 2)
@@ -532,6 +531,7 @@ class Config(ClipConfig):
     SCRIPT, BASELINE = "mae_video", "mean prediction"
 
     # data
+    data: str = "toy"  # UCF101, HMDB51, folder of videos or list file; the toy world is made
     crop: typing.Literal["random", "multiscale", "center"] = "random"  # multiscale: VideoMAE's
     min_crop: float = 0.5  # smallest share of the frame that a random crop takes
     flip: bool = True  # mirror half of the clips; --no-flip where left and right are classes
@@ -621,7 +621,8 @@ def draw_clips(pictures, path, note):
     save_film(clips, list(pictures), note, path.with_suffix(".gif"))
     frames = evenly(clips.shape[2])
     rows, titles = clips[:, :, frames].flatten(0, 1), list(pictures) * len(clips)
-    table = picture_table(rows, [f"frame {f}" for f in frames.tolist()], titles, note)
+    columns = [f"frame {f}" for f in frames.tolist()]
+    table = picture_table(rows, columns, titles, note, apart=len(pictures))
     save_picture(table, path.with_suffix(".png"))
 
 

@@ -259,11 +259,12 @@ def report(text):
             pass
 
 
-def picture_table(cells, columns=(), rows=(), note="", side=96):
+def picture_table(cells, columns=(), rows=(), note="", side=96, apart=1000):
     """A labelled table of pictures.   cells (R, C, 3, H, W) in [0, 1] -> PIL image
 
-    columns, rows  titles; a row without title belongs to the sample above, a title begins a new one
+    columns, rows  titles
     side           small pictures are enlarged to about so many pixels
+    apart          rows of a sample: the next one stands a little apart
     """
     R, C, _, H, W = cells.shape
     zoom = max(1, round(side / max(H, W)))
@@ -271,10 +272,7 @@ def picture_table(cells, columns=(), rows=(), note="", side=96):
     cells = cells.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)  # (R, C, 3, zoom*H, zoom*W)
     H, W, gap, line, font = zoom * H, zoom * W, 3, 22, ImageFont.load_default(size=14)
     left = gap + max([0, *(8 + int(font.getlength(title)) for title in rows)])
-    tops = [line + r * (H + gap) for r in range(R)]
-    for r, title in enumerate(rows[1:], 1):
-        if title:  # samples stand apart
-            tops[r:] = [y + 3 * gap for y in tops[r:]]
+    tops = [line + r * (H + gap) + r // apart * 5 * gap for r in range(R)]
     ends = [left + c * (W + gap) + font.getlength(title) for c, title in enumerate(columns)]
     width = int(max(left + C * (W + gap), gap + font.getlength(note) + 8, *ends))
     table = Image.new("RGB", (width, tops[-1] + H + gap + line * bool(note)), "white")
@@ -363,8 +361,8 @@ def settings(Config, presets, doc, argv=None):
         if title:
             group = groups.get(title[1]) or parser.add_argument_group(title[1])
             groups[title[1]] = group
-        elif found and found[1] in fields:  # a class may say anew what the one below it says
-            add_flag(group, fields.pop(found[1]), found[2])
+        elif found:
+            add_flag(group, fields[found[1]], found[2])
     given = vars(parser.parse_args(argv))
     preset = presets.get(given.pop("preset", None), {})
     for name, value in given.items():
@@ -412,7 +410,7 @@ def main(argv=None):
     hole, seen = (torch.tensor(color)[:, None, None] for color in (HOLE, (0.24, 0.26, 0.32)))
     cells = torch.where(where, hole, seen).repeat_interleave(9, 3).repeat_interleave(9, 4)
     cells[..., ::9, :], cells[..., ::9] = 1, 1  # lines between the tokens
-    picture_table(cells, [f"slot {s}" for s in range(t)], rows).save(cfg.out)
+    picture_table(cells, [f"slot {s}" for s in range(t)], rows, apart=1).save(cfg.out)
     print("\n".join(rows) + f"\nwrote {cfg.out}")
 
 

@@ -233,6 +233,7 @@ class Config(ClipConfig):
     SCRIPT, BASELINE = "omni", "mean prediction"
 
     # data
+    data: str = "toy"  # videos: UCF101, HMDB51, folder or list file; the toy world is made
     images: str = "toy"  # images: folder, list file or cifar10
     min_crop: float = 0.5  # smallest share of a frame that a random crop takes; published: 0.08
     min_crop_image: float = 0.2  # smallest share of an image that a random crop takes

@@ -171,6 +171,8 @@ def test_a_table_has_a_cell_for_each_picture_and_enlarges_small_ones(H, W, zoom)
         y, x = line + r * (zoom * H + gap), left + c * (zoom * W + gap)
         want = (cells[r, c] * 255).round().byte().permute(1, 2, 0).numpy()
         assert np.array_equal(table[y : y + zoom * H : zoom, x : x + zoom * W : zoom], want)
+    apart = np.asarray(masking.picture_table(cells, apart=1))
+    assert np.array_equal(apart[y + 15 :, x:], table[y:, x:]) and len(apart) == len(table) + 15
 
 
 @pytest.mark.parametrize("side", [16, 72, 96, 224])
