@@ -766,7 +766,8 @@ def in_parallel(work, jobs, what):
 
 
 # ==================================================================================================
-#  PART 5: checkpoints to the disk and back           (needs: argparse, os, Path, np, torch, part 2)
+#  PART 5: checkpoints to the disk and back
+#  (needs: argparse, contextlib, os, Path, np, torch, part 2)
 # ==================================================================================================
 
 
@@ -782,6 +783,20 @@ def write_whole(path, save):
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def lock(folder):
+    """Two runs in one folder would overwrite each other.   -> open file: the lock ends with it"""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run writes to {folder}: use another --out") from None
+    return file
 
 
 def load_file(path):

@@ -894,7 +894,7 @@ class Run:
         elif is_first() and path.exists() and not data.load_file(path)["config"]["smoke"]:
             raise ValueError(f"{self.out} holds a run: --resume continues it, or use another --out")
         if is_first():
-            self.lock()
+            self.locked = data.lock(self.out)
             for part in self.out.glob(".*-checkpoint.pt"):  # of a run killed while it saved
                 part.unlink()
             log.touch()
@@ -902,18 +902,6 @@ class Run:
             if not self.cfg.resume and path.exists():  # of a smoke test
                 for old in (path, *self.out.glob("pictures/update_*")):
                     old.unlink()
-
-    def lock(self):
-        """Two runs in one folder would overwrite each other. The lock ends with the process."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.locked = open(self.out / ".lock", "w")
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
-            import fcntl
-
-            try:
-                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another run writes to {self.out}: use another --out") from None
 
     def load(self, keys):
         self.mark, self.clock = self.done, time.monotonic()
@@ -1021,7 +1009,7 @@ class Run:
             if path.exists():
                 raise ValueError(f"{self.out} was replaced by another run, which is left alone")
             report(f"warning: {self.out} was removed, and is made again")
-            self.lock()
+            self.locked = data.lock(self.out)
         state = {
             "script": self.cfg.SCRIPT, "config": dataclasses.asdict(self.cfg), "step": self.done,
             "scores": self.scores, "log": log.stat().st_size if log.exists() else 0,
