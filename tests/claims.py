@@ -244,10 +244,8 @@ CLAIMS = {
         "joint ViT-B: ImageNet 83.0, SSv2 69.5 (public README); single ones not read",
         ("toy-joint-short", "toy-joint", "lips20+tin20"),
         {"videos, video-only": Arm("--image-share 0"), "videos, joint": Arm(),
-         "videos, image-only": Arm("--video-share 0"),
          "images, image-only": Arm("--video-share 0", f"--classify images {FEW}"),
-         "images, joint": Arm("", f"--classify images {FEW}"),
-         "images, video-only": Arm("--image-share 0", f"--classify images {FEW}")},
+         "images, joint": Arm("", f"--classify images {FEW}")},
         (("videos, joint", "videos, video-only"), ("images, joint", "images, image-only")),
         equal=True),
     "O2": Claim(
