@@ -4,8 +4,6 @@ import ast
 import fnmatch
 import functools
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -123,7 +121,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name, part", MODELS)
-def test_a_model_runs_in_one_file_with_what_its_banner_names(name, part, tmp_path):
+def test_a_model_runs_in_one_file_with_what_its_banner_names(name, part):
     """The definitions as text, in reading order, under the imports that the banners name."""
     everything, text = lift(name, part), ["import torch"]
     for file in ORDER:
@@ -135,8 +133,6 @@ def test_a_model_runs_in_one_file_with_what_its_banner_names(name, part, tmp_pat
         body = {id(node): node for _, node in read(file)[0].values()}
         text += [ast.unparse(node) for key, node in body.items() if key in wanted]
     text += ["mask = lambda n: torch.arange(n)[None] % 2 > 0", f"loss = {MODELS[name, part]}"]
-    text += ["loss.backward()", "assert loss.isfinite()", "print('ran')"]
-    (tmp_path / "lifted.py").write_text("\n\n".join(text))
-    command = [sys.executable, "lifted.py"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.stdout == "ran\n", result.stderr
+    scope = {"__name__": "lifted"}
+    exec(compile("\n\n".join([*text, "loss.backward()"]), "lifted.py", "exec"), scope)
+    assert scope["loss"].isfinite() and not set(ORDER) & set(scope)
