@@ -47,8 +47,10 @@ def num_hidden(tokens, ratio, rule):
     floats bite: 50 * (1 - 0.9) is 4.999..., so 4 tokens stay and not 5. The official counts have
     this trap, too.
     """
-    hidden = tokens - int(tokens * (1 - ratio)) if rule == "keep" else int(tokens * ratio)
-    if not 0 <= ratio < 1 or hidden == tokens:
+    hidden = tokens
+    if 0 <= ratio < 1:
+        hidden = tokens - int(tokens * (1 - ratio)) if rule == "keep" else int(tokens * ratio)
+    if hidden == tokens:
         raise ValueError(f"mask ratio {ratio} is outside [0, 1) or hides all {tokens} tokens")
     return hidden
 

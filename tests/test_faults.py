@@ -170,8 +170,10 @@ def test_a_signal_saves_before_it_ends_a_run(toy, tmp_path, name):
 
 
 SCRIPTS = {
-    "mae_image": (mae_image, TINY_IMAGE), "mae_video": (mae_video, [*TINY_VIDEO, "--repeat", 2]),
+    "mae_image": (mae_image, TINY_IMAGE), "mae_video": (mae_video, TINY_VIDEO),
+    "mae_st": (mae_video, [*TINY_VIDEO, "--model", "mae_st", "--repeat", 2]),
     "omni": (omni, [*TINY_VIDEO, "--images", "toy"]),
+    "mixed": (omni, [*TINY_VIDEO, "--images", "toy", "--joint", "mixed"]),
     "multimae": (multimae, TINY_IMAGE),
     "finetune": (finetune, ["--mode", "scratch", *TINY_VIDEO[:-16], "--size", "24x1x2", "--workers", 0,
                             "--log-every", 1, "--clips", 1, "--drop-path", 0.2, "--mixup", 0.8,

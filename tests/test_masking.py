@@ -112,7 +112,7 @@ def test_a_subset_of_the_modalities_stays_one_even_where_alpha_is_tiny():
 
 
 @pytest.mark.parametrize("ratio, message", [
-    (1, "outside"), (-0.1, "outside"), (0.99, "hides all")])
+    (1, "outside"), (-0.1, "outside"), (float("nan"), "outside"), (0.99, "hides all")])
 def test_impossible_ratios_are_named(ratio, message):
     with pytest.raises(ValueError, match=message):
         masking.random_mask(1, (1, 4, 4), ratio, seeded())
