@@ -72,8 +72,8 @@ def seeded(*numbers):
 
 # ==================================================================================================
 #  PART 1: which files, with which labels
-#  (needs: collections, itertools, os, re, unicodedata, zlib, dataclass, Path, np, datasets,
-#  VIDEO, IMAGE)
+#  (needs: collections, functools, itertools, os, re, unicodedata, zlib, dataclass, Path, np,
+#  datasets, VIDEO, IMAGE)
 # ==================================================================================================
 
 
@@ -93,8 +93,10 @@ class Files:
         return Files(self.paths[keep], self.labels[keep], self.classes, self.how, pixels)
 
 
-def one_file(path, classes=()):
-    """A single file, of no known class."""
+def one_file(path, kinds, classes=()):
+    """A single file, of no known class.   Raises ValueError if it does not end in one of `kinds`"""
+    if not os.path.isfile(path) or Path(path).suffix.lower() not in kinds:
+        raise ValueError(f"{path} is no file that ends in {', '.join(kinds)}")
     return Files(np.array([path]), np.array([-1]), classes)
 
 
@@ -130,10 +132,7 @@ def list_images(root, split="train", allow_missing=False):
 
 def find_root(root, part):
     """The folder or file, or its part "videos" / "rgb" where it has one, as the toy world does."""
-    root = Path(root)
-    if not root.exists():
-        raise ValueError(f"{root} does not exist: a folder or a list file is needed")
-    return root / part if (root / part).is_dir() else root
+    return Path(root, part) if Path(root, part).is_dir() else Path(root)
 
 
 OFFICIAL = {  # folder of lists, folder of videos
@@ -166,8 +165,6 @@ def find_folder(root, name):
 
 def read_official(name, lists, videos, split, fold, allow_missing):
     """One fold of the official lists. The comments name their traps."""
-    if fold not in (1, 2, 3):
-        raise ValueError(f"--fold {fold}: {name} has the folds 1, 2 and 3")
     train, wanted = split == "train", []  # (path in the list, label)
     if name == "UCF101":
         table = f"{'train' if train else 'test'}list0{fold}.txt"
@@ -176,10 +173,8 @@ def read_official(name, lists, videos, split, fold, allow_missing):
         label_of = {c.lower(): label for label, c in enumerate(classes)}
         # trainlist has labels (from 1; 0: unknown), testlist none: the folder is the class
         for path, number in read_lines(lists / table, r"(.*?)(?:\s+(\d+))?"):
-            label = label_of.get(path.split("/")[0].lower())
-            if label is None:
-                raise ValueError(f"{lists / table}: {path} is of a class that is not in classInd")
-            wanted.append((path, -1 if number == "0" else label))
+            known = number != "0" and path.split("/")[0].lower()
+            wanted.append((path, label_of.get(known, -1)))
     else:
         table = f"_test_split{fold}.txt"
         tables = sorted(lists.glob(f"*{table}"))  # climb_stairs before climb, as the files sort
@@ -211,24 +206,30 @@ def resolve(wanted, classes, folder, source, kinds, allow_missing, how):
     def key(path):
         return unicodedata.normalize("NFC", f"{path.parent.name}/{path.stem}").casefold()
 
-    alike, paths, labels, missing = {}, [], [], []
+    @functools.cache
+    def by_key():  # only where a file is not at its place: a large folder takes long to walk
+        alike = collections.defaultdict(list)
+        for path in walk(folder, kinds)[0]:
+            alike[key(path)].append(path)
+        return alike
+
+    paths, labels, missing = [], [], []
     for listed, label in wanted:
-        path = Path(folder, listed)
-        if not (path.suffix.lower() in kinds and path.is_file()):
-            for other in () if alike or missing else walk(folder, kinds)[0]:
-                alike.setdefault(key(other), []).append(other)
-            known = path.suffix.lower() in (*kinds, "")
-            same = alike.get(key(path), ()) if known else ()
-            path = same[0] if len(same) == 1 else None
-        if path:
-            paths.append(str(path))
+        path, found = Path(folder, listed), []
+        ending = path.suffix.lower()
+        if ending in kinds and path.is_file():
+            found = [path]
+        elif ending in (*kinds, ""):
+            found = by_key()[key(path)]
+        if len(found) == 1:
+            paths.append(str(found[0]))
             labels.append(label)
         else:
             missing.append(listed)
     if not paths or (missing and not allow_missing):
-        hint = "--allow-missing uses the others" if paths else 'lines should be like "a/b.avi 3"'
         few = f"{len(missing)} of {len(wanted)} files listed in {source} are not in {folder}"
-        raise ValueError(f"{few}, e.g. {', '.join(missing[:3])}; {hint}")
+        hint = "; --allow-missing uses the others" * bool(paths)
+        raise ValueError(f"{few}, e.g. {', '.join(missing[:3])}{hint}")
     return Files(np.array(paths), np.array(labels), classes, how)
 
 
@@ -258,8 +259,9 @@ def list_plain(root, split, kinds, allow_missing):
     if root.is_file():
         siblings = [root.with_name(name + root.suffix) for name in ("val", "test")]
         other = next((path for path in siblings if path.is_file() and path != root), None)
-        files = read_list(other if other and split == "val" else root, kinds, allow_missing)
-        return files if other else hold_out(files, split)
+        if not other:
+            return hold_out(read_list(root, kinds, allow_missing), split)
+        return read_list(root if split == "train" else other, kinds, allow_missing)
     inside = subfolders(root)
     while len(inside) == 1 and not any(path.suffix.lower() in kinds for path in root.iterdir()):
         root, inside = inside[0], subfolders(inside[0])  # a wrapper, as archives leave it
@@ -269,8 +271,9 @@ def list_plain(root, split, kinds, allow_missing):
         raise ValueError(f"{root} has {train.name}/ but no val/: is that a split, or a class?")
     if not train:
         return hold_out(list_folder(root, kinds), split)
-    files = list_folder(train, kinds)
-    return files if split == "train" else list_folder(val, kinds, files.classes)
+    if split == "train":
+        return list_folder(train, kinds)
+    return list_folder(val, kinds, list_folder(train, kinds).classes)
 
 
 def subfolders(folder):
@@ -307,8 +310,9 @@ def list_folder(folder, kinds, classes=None):
         found = [path for path in found if path.parent != folder]
     label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of.get(path.relative_to(folder).parts[0], -1) for path in found]
-    passed = ", ".join(f"{n} {ending}" for ending, n in others.most_common(5) if n)
-    how = f"folder {folder.name}" + (f", passed over: {passed}" if passed else "")
+    how = f"folder {folder.name}"
+    if passed := ", ".join(f"{n} {ending}" for ending, n in others.most_common(5) if n):
+        how += f", passed over: {passed}"
     return Files(np.array([str(path) for path in found]), np.array(labels), classes, how)
 
 
@@ -324,9 +328,8 @@ def read_list(path, kinds, allow_missing):
             wanted.append((line.strip("\"'"), -1))
         else:
             wanted.append((found[1].strip("\"'"), int(found[2])))
-    first, label = wanted[0] if len(wanted) > 1 else ("", 0)
-    if label < 0 and Path(first).suffix.lower() not in kinds:  # a header
-        del wanted[0]
+    if len(wanted) > 1 and wanted[0][1] < 0 and Path(wanted[0][0]).suffix.lower() not in kinds:
+        del wanted[0]  # a header
     classes = [str(i) for i in range(max((label for _, label in wanted), default=-1) + 1)]
     return resolve(wanted, classes, path.parent, path, kinds, allow_missing, f"list {path.name}")
 
@@ -338,7 +341,7 @@ def hold_out(files, split):
         own = np.flatnonzero(files.labels == label)
         val[own[1:][::-20]] = True  # of a single file none
     files.how += "; no split found: every 20th file of a class is held out"
-    return files.select(val if split == "val" else ~val) if val.any() else files
+    return files.select(val == (split == "val")) if val.any() else files
 
 
 def describe(train, val):
@@ -361,7 +364,7 @@ def fingerprint(files):
 # ==================================================================================================
 
 
-class BrokenFile(Exception):
+class BrokenFile(ValueError):
     """This file cannot be read; the message says why."""
 
 
@@ -398,11 +401,9 @@ def open_video(path):
     # need not be UTF-8 (HMDB51). In a relative name like 10:30.avi FFmpeg would see a protocol.
     only = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
     with av.open(os.path.abspath(path), metadata_errors="ignore", options=only) as container:
-        if not container.streams.video:
-            raise BrokenFile("no video stream in it")
         stream = container.streams.best("video")  # not a cover picture
-        if stream.codec_context is None:
-            raise BrokenFile("FFmpeg has no decoder for its codec")
+        if stream is None or stream.codec_context is None:
+            raise BrokenFile("no video stream in it that FFmpeg has a decoder for")
         # important: threads of kind FRAME or AUTO can hang when a loop is left early
         stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
         yield container, stream
@@ -463,31 +464,30 @@ def to_rgb(convert, frame, **size):
     return np.rot90(rgb, round(frame.rotation / 90))
 
 
-def grab(path, wanted, jump=True):
-    """Decode the frames `wanted` -> {number: (H, W, 3) uint8}, how many were met, how many damaged.
+def grab(path, wanted, times):
+    """Decode the set of frames `wanted` -> {number: (H, W, 3) uint8}, how many were met, damaged.
 
-    Where the file tells the time of every frame, a clip that begins after frame 24 is reached by a
+    Where `times` tells the time of every frame, a clip that begins after frame 24 is reached by a
     jump to the key frame before it, whose time tells its number. Otherwise, as in an AVI with
     B-frames, all are decoded and counted.
     """
-    found, damaged, first, last = {}, 0, wanted.min(), wanted.max()
-    count, times, _ = frame_times(path)
-    convert, kept = av.video.reformatter.VideoReformatter(), set(wanted.tolist())
+    found, damaged, first, last = {}, 0, min(wanted), max(wanted)
+    convert = av.video.reformatter.VideoReformatter()
     with open_video(path) as (container, stream):
         context, frames, i = stream.codec_context, shown(container, stream), 0
-        if len(kept) * context.width * context.height * 3 > LARGEST:
+        if len(wanted) * context.width * context.height * 3 > LARGEST:
             raise BrokenFile(f"frames of {context.width}x{context.height}: shrink it first")
-        if jump and times is not None and 24 < first < count:
+        if times is not None and 24 < first < len(times):
             container.seek(int(times[first]), stream=stream)
             # frames before the key frame may miss what they refer to
             key = next((frame for frame in frames if frame.key_frame), None)
             when = key and (key.pts if context.has_b_frames else key.dts)
             place = np.flatnonzero(times == when)
             if len(place) == 0 or place[0] > first:
-                return grab(path, wanted, jump=False)
+                return grab(path, wanted, None)
             i, frames = int(place[0]), itertools.chain([key], frames)
         for frame in frames:
-            if i in kept:
+            if i in wanted:
                 found[i] = to_rgb(convert, frame)
                 damaged += frame.is_corrupt
             i += 1
@@ -503,15 +503,15 @@ def read_clips(path, choose):
     returns  uint8 (R, T, H, W, 3), what is wrong with them ("" if nothing);   raises BrokenFile
     """
     with broken():
-        clips = choose(max(frame_times(path)[0], 1))
-        found, n, damaged = grab(path, np.unique(clips))
-        if n and any(f not in found for f in clips.flat):  # fewer frames than packets: draw again
+        count, times, problem = frame_times(path)
+        clips = choose(max(count, 1))
+        found, n, damaged = grab(path, set(clips.flat), times)
+        if n and not found.keys() >= set(clips.flat):  # fewer frames than packets: draw again
             clips = choose(n)
-            found, n, damaged = grab(path, np.unique(clips))
+            found, n, damaged = grab(path, set(clips.flat), times)
         if n == 0:
             raise BrokenFile("no frame can be decoded")
         frames = np.stack([found[f] for f in clips.flat])  # one copy: two cost as much as the crop
-        problem = frame_times(path)[2]
         if damaged:
             problem = f"damaged: {damaged} of {len(found)} frames, used as they are"
         return frames.reshape(*clips.shape, *frames.shape[1:]), problem
@@ -569,14 +569,13 @@ def read_image(path):
 # ==================================================================================================
 
 
-def make_crop(pixels, size, box, flip=False, bicubic=False):
+def make_crop(pixels, size, box, flip=False, how=v2.InterpolationMode.BILINEAR):
     """Cut out a box, resize it, perhaps mirror it: all frames alike.
 
     pixels  uint8 (T, H, W, 3) -> uint8 (T, *size, 3);   size (height, width)
     box     top, left, height, width
     """
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (T, 3, H, W), channels last in memory: fast
-    how = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
     x = TF.resized_crop(x, *box, list(size), interpolation=how, antialias=True)
     if flip:
         x = TF.horizontal_flip(x)
@@ -586,17 +585,16 @@ def make_crop(pixels, size, box, flip=False, bicubic=False):
 def center_box(shape, size):
     """The largest box of the aspect of `size` in the middle.   -> top, left, height, width"""
     (H, W), (h, w) = shape, size
-    box = (H, max(1, H * w // h)) if H * w <= W * h else (max(1, W * h // w), W)
-    return (H - box[0]) // 2, (W - box[1]) // 2, *box
+    h, w = min(H, max(1, W * h // w)), min(W, max(1, H * w // h))
+    return (H - h) // 2, (W - w) // 2, h, w
 
 
 def random_box(shape, size, min_crop, generator):
     """RandomResizedCrop's box: min_crop .. 1 of the area, 3/4 .. 4/3 of the aspect of `size`."""
     aspect = size[1] / size[0]
-    crop = v2.RandomResizedCrop(size, scale=(min_crop, 1.0), ratio=(0.75 * aspect, aspect / 0.75))
+    image, ratio = torch.empty(1, *shape, device="meta"), (0.75 * aspect, aspect / 0.75)
     with torchvision_draws_from(generator):
-        box = crop.make_params([torch.empty(1, *shape, device="meta")])
-    return box["top"], box["left"], box["height"], box["width"]
+        return v2.RandomResizedCrop.get_params(image, (min_crop, 1.0), ratio)
 
 
 @contextlib.contextmanager
@@ -610,8 +608,8 @@ def torchvision_draws_from(generator):
 
 # ==================================================================================================
 #  PART 4: from files to batches
-#  (needs: functools, os, signal, sys, time, torch, DataLoader, Dataset, seeded, parts 2, 3;
-#  masking.py printable)
+#  (needs: os, signal, sys, time, torch, DataLoader, Dataset, v2, seeded, parts 2, 3; masking.py
+#  printable)
 # ==================================================================================================
 
 
@@ -636,7 +634,8 @@ class FileDataset(Dataset):
         for attempt in range(10):
             try:
                 pixels, problem = self.read(i, seeded(self.seed, 0, epoch, i))
-                problems += [(str(self.paths[i]), problem)] if problem else []
+                if problem:
+                    problems.append((str(self.paths[i]), problem))
                 return pixels, i, problems
             except BrokenFile as error:
                 problems.append((str(self.paths[i]), f"broken, another file is used: {error}"))
@@ -645,13 +644,6 @@ class FileDataset(Dataset):
         names = printable(", ".join(f"{path} ({problem})" for path, problem in problems[:3]))
         hint = "python data.py check lists them"
         raise ValueError(f"10 files in a row cannot be read, e.g. {names}: {hint}")
-
-    def first(self):
-        """Pixels of the first file, no other in its place.   Raises ValueError that names it"""
-        try:
-            return self.read(0, None)[0]
-        except BrokenFile as error:
-            raise ValueError(f"{self.paths[0]}: {error}") from None
 
     def draw_crop(self, shape, generator):
         """-> box, whether to mirror: by chance in training, else the centre, not mirrored."""
@@ -672,7 +664,7 @@ class ImageDataset(FileDataset):
         stored = self.files.pixels
         pixels = read_image(self.paths[i]) if stored is None else stored[i]
         box, flip = self.draw_crop(pixels.shape[:2], generator)
-        return make_crop(pixels[None], self.size, box, flip, bicubic=True), ""
+        return make_crop(pixels[None], self.size, box, flip, v2.InterpolationMode.BICUBIC), ""
 
 
 def shuffled(seed, epoch, n, size):
@@ -700,8 +692,8 @@ def batches(plan, start, stop, rank, world, accum):
         if not isinstance(pieces[0], list):
             size = len(pieces) // (world * accum)
             pieces = [pieces[k : k + size] for k in range(0, len(pieces), size)]
-        for piece in range(rank, world * accum, world):
-            yield [(epoch, item) for item in pieces[piece]]
+        for piece in pieces[rank::world]:
+            yield [(epoch, item) for item in piece]
 
 
 def collate(items):
@@ -712,13 +704,14 @@ def collate(items):
 
 def share(pixels):
     """Into shared memory, in a worker. torch would do it later, and hang if /dev/shm is full."""
-    return pixels.share_memory_() if torch.utils.data.get_worker_info() else pixels
+    if torch.utils.data.get_worker_info():
+        pixels.share_memory_()
+    return pixels
 
 
 def start_loader(dataset, workers, **options):
     """torch's DataLoader as an iterator whose workers are running, see take()."""
-    init = functools.partial(begin_worker, os.getpid())
-    loader = DataLoader(dataset, num_workers=workers, worker_init_fn=init, **options)
+    loader = DataLoader(dataset, num_workers=workers, worker_init_fn=begin_worker, **options)
     if os.name != "posix":
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits until all run
@@ -732,11 +725,14 @@ def start_loader(dataset, workers, **options):
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def begin_worker(parent, worker):
+def begin_worker(worker):
     """First thing in a worker: out of reach of the terminal's signals, which are for the parent."""
     if os.name == "posix":
         os.setpgid(0, 0)
-        if os.getppid() != parent:  # it died in between; from here on torch watches for that
+        parent = torch.multiprocessing.parent_process().pid
+        # it died in between; from here on torch watches for that. With "forkserver", which is
+        # Python 3.14's default, a worker is the child of another process
+        if torch.multiprocessing.get_start_method() == "fork" and os.getppid() != parent:
             os._exit(1)
 
 
@@ -754,15 +750,14 @@ def take(loader):
 def in_parallel(work, jobs, what):
     """Yield work(job) of each job in order; on all CPU cores, as torch's collate_fn."""
     results = start_loader(jobs, os.cpu_count(), batch_size=None, collate_fn=work)
-    begin, shown_at, live = time.monotonic(), 0.0, sys.stderr.isatty()
+    begin, shown_at = time.monotonic(), 0.0
     for i in range(1, len(jobs) + 1):
         yield take(results)
         spent = time.monotonic() - begin
-        if i == len(jobs) or spent - shown_at > (1 if live else 20):
+        if i == len(jobs) or spent - shown_at > 5:
             shown_at, left = spent, spent / i * (len(jobs) - i)
-            end = "\r" if live and i < len(jobs) else "\n"
-            text = f"{what}: {i} of {len(jobs)}, {left:.0f} s left  "
-            print(text, end=end, file=sys.stderr, flush=True)
+            text = f"{what}: {i} of {len(jobs)}, {left:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
 
 
 # ==================================================================================================
@@ -817,15 +812,12 @@ def load_file(path):
     harmless = [argparse.Namespace, type(Path()), np.dtype, np._core.multiarray.scalar, *kinds]
     try:
         with torch.serialization.safe_globals(harmless):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises many kinds on a damaged file
         reason(error)
         code = "it holds Python code besides numbers, which could do anything"
         why = code if "GLOBAL" in str(error) else "it is damaged, cut off, or no checkpoint at all"
         raise ValueError(f"{path} is refused: {why}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    return content
 
 
 # ==================================================================================================
@@ -870,8 +862,8 @@ def outline(kind, u, v):
 
 
 def render(objects):
-    """[{kind, color (3,), radius, place (T, 3)}, ...] -> pixels (T, S, S, 3) uint8, and (T, S, S)
-    each: depth in metres, class numbers, whether the first object is seen."""
+    """[{kind, color (3,), radius, place (T, 3)}, ...], from far to near -> pixels (T, S, S, 3), and
+    (T, S, S) each: depth in metres, class numbers, where the last object is, the nearest one."""
     S = 2 * SIDE  # painted at twice the size and averaged, or edges would flicker
     at = (np.arange(S) + 0.5) / S * 2 - 1
     right, up = np.meshgrid(at * VIEW, -at * VIEW)  # slope of the ray through every pixel
@@ -881,28 +873,26 @@ def render(objects):
     paint, frames = np.where(is_floor[..., None], floor, wall), []
     for t in range(len(objects[0]["place"])):
         color, depth, classes = paint.copy(), room.copy(), np.where(is_floor, 0, 1)
-        first = np.zeros((S, S), bool)
-        for o in sorted(objects, key=lambda o: -o["place"][t, 2]):  # from far to near
+        for o in objects:
             x, y, z = o["place"][t]
             u, v = (right * z - x) / o["radius"], (up * z + EYE - y) / o["radius"]
             inside, light = outline(o["kind"], u, v), 0.75 + 0.25 * np.clip(v - 0.6 * u, -1, 1)
             color[inside] = light[inside, None] * o["color"]
             depth[inside], classes[inside] = z, MAPS.index(o["kind"])
-            first[inside] = o is objects[0]
         color = color.reshape(SIDE, 2, SIDE, 2, 3).mean((1, 3)) * 255
-        maps = (m[::2, ::2] for m in (depth, classes, first))
+        maps = (m[::2, ::2] for m in (depth, classes, inside))  # inside: of the last one
         frames.append((color.clip(0, 255).astype(np.uint8), *maps))
     return [np.stack(part) for part in zip(*frames)]
 
 
 def draw_scene(rng, kind, turns):
-    """The large object, at each time where its turns (T, 3) say, and two small ones by the wall."""
+    """Two small objects by the wall, and a large one, at each time where its turns (T, 3) say."""
     place = CENTER + SWING * np.sin(2 * np.pi * turns)
     objects = [dict(kind=kind, color=rng.choice(COLORS), radius=rng.uniform(1, 1.25), place=place)]
     for side in (-1, 1):
         spot = np.tile((side * rng.uniform(1, 3.2), 0.45, rng.uniform(6.5, 8)), (len(turns), 1))
         kind, color = rng.choice(KINDS), rng.choice(COLORS)
-        objects.append(dict(kind=kind, color=color, radius=0.45, place=spot))
+        objects.insert(0, dict(kind=kind, color=color, radius=0.45, place=spot))
     return objects
 
 
@@ -915,20 +905,17 @@ def write_toy(job):
         turns = turns + np.array(motion) * np.arange(LENGTH)[:, None] / LENGTH  # (T, 3)
         kind = rng.choice(KINDS)
     pixels, depth, classes, first = render(draw_scene(rng, kind, turns))
-    files, maps = {}, {"object": first}  # frames of a clip below each other
+    maps = {"object": first}  # frames of a clip below each other
     if motion:
         save = functools.partial(write_video, pixels, Fraction(12))
-        files[folder / "videos" / f"{name}.mp4"] = save
+        write_whole(folder / "videos" / f"{name}.mp4", save)
     else:
         save = functools.partial(Image.fromarray(pixels[0]).save, quality=95)
-        files[folder / "rgb" / f"{name}.jpg"] = save
+        write_whole(folder / "rgb" / f"{name}.jpg", save)
         maps["depth"] = (depth / 16 * 65535).astype(np.uint16)
         maps["semseg"] = classes.astype(np.uint8)
     for part, x in maps.items():
-        files[folder / part / f"{name}.png"] = Image.fromarray(x.reshape(-1, SIDE)).save
-    for path, save in files.items():
-        if not path.exists():
-            write_whole(path, save)
+        write_whole(folder / part / f"{name}.png", Image.fromarray(x.reshape(-1, SIDE)).save)
 
 
 def make_toy(folder, groups=25, images=(1600, 400), labelled=7):
@@ -940,13 +927,12 @@ def make_toy(folder, groups=25, images=(1600, 400), labelled=7):
     folder/object/    where the object is in each of these clips and images
     """
     folder = Path(folder)
-    lists, note = folder / "videos", folder / "TOY.txt"
+    lists, begun = folder / "videos", folder / "object"
     if (lists / "classInd.txt").exists():
         return
-    if folder.exists() and not note.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not begun.exists():
         raise ValueError(f"{folder} exists and is no toy world: name a new folder")
-    lists.mkdir(parents=True, exist_ok=True)
-    note.write_text("Rendered by: python data.py toy\n")
+    begun.mkdir(parents=True, exist_ok=True)
     clips = [(f"{m}/v_{m}_g{g:02d}_c{c:02d}", m, g) for m in MOTIONS
              for g in range(1, groups + 1) for c in range(1, 5)]
     jobs = [(folder, name, motion, [1, i]) for i, (name, motion, _) in enumerate(clips)]
@@ -959,17 +945,15 @@ def make_toy(folder, groups=25, images=(1600, 400), labelled=7):
     width = max(1, groups * 7 // 25)
     for fold in (1, 2, 3):  # groups 8 to 14, 15 to 21, 1 to 7, by which the defaults were chosen
         start = 1 + fold % 3 * width
-        tested = range(start, start + width)
-        train = [g for g in range(1, groups + 1) if g not in tested]
-        lines = {"train": "", "test": ""}
+        tested, train, test = range(start, start + width), "", ""
+        known = [g for g in range(1, groups + 1) if g not in tested][:labelled]
         for name, motion, g in clips:
-            label = list(MOTIONS).index(motion) + 1 if g in train[:labelled] else 0
             if g in tested:
-                lines["test"] += f"{name}.mp4\n"
-            else:
-                lines["train"] += f"{name}.mp4 {label}\n"
-        for split, text in lines.items():
-            (lists / f"{split}list0{fold}.txt").write_text(text)
+                test += f"{name}.mp4\n"
+            else:  # 0: unknown
+                train += f"{name}.mp4 {(list(MOTIONS).index(motion) + 1) * (g in known)}\n"
+        (lists / f"trainlist0{fold}.txt").write_text(train)
+        (lists / f"testlist0{fold}.txt").write_text(test)
     (lists / "classInd.txt").write_text("".join(f"{i} {m}\n" for i, m in enumerate(MOTIONS, 1)))
 
 

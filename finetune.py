@@ -26,7 +26,6 @@ Run     python finetune.py                            (2 min on 2 CPU cores, aft
 Next    this is the last file. tests/ shows what was checked, and how.
 """
 
-import contextlib
 import csv
 import dataclasses
 import io
@@ -46,13 +45,13 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from mae_image import (DECODER, MAE, begin, choose_precision, encoder_size, fetch, height_width,
-                       load_into, parts_of, public_mae, rank_and_world, save_picture, train)
-from mae_video import (MAEST, ClipConfig, ClipDataset, VideoMAE, public_maest, public_videomae,
-                       resize_table, views_of)
+from mae_image import (DECODER, MAE, begin, choose_precision, encoder_size, evenly, fetch,
+                       height_width, load_into, public_mae, rank_and_world, save_picture, train)
+from mae_video import (MAEST, ClipConfig, ClipDataset, VideoMAE, grid_of, public_maest,
+                       public_videomae, resize_table, views_of)
 from masking import is_first, picture_table, report, run_script
-from multimae import (MODALITIES, AlignedDataset, DenseHead, MultiMAE, list_aligned,
-                      parse_modalities, public_multimae)
+from multimae import (MODALITIES, AlignedDataset, DenseHead, MultiMAE, parse_modalities,
+                      public_multimae)
 from omni import OmniMAE, public_omni
 
 MODELS = {"mae": MAE, "videomae": VideoMAE, "mae_st": MAEST, "omni": OmniMAE, "multimae": MultiMAE}
@@ -62,8 +61,8 @@ READERS = {"multimae": public_multimae, "omni": public_omni, "mae": public_mae,
 
 # ==================================================================================================
 #  THE PAPERS, part 1: a classifier around the encoder
-#  (needs: contextlib, math, torch, F, nn; mae_image.py DECODER, part 3; mae_video.py parts 1, 3;
-#  multimae.py part 3)
+#  (needs: math, torch, F, nn; mae_image.py DECODER, part 3; mae_video.py parts 1, 3; multimae.py
+#  part 3)
 # ==================================================================================================
 
 
@@ -116,15 +115,19 @@ class Classifier(nn.Module):
         super().__init__()
         drop_decoder(encoder)
         D, depth = encoder.blocks[0].norm1.normalized_shape[0], len(encoder.blocks)
-        self.pool, self.frozen, self.WARMUP_INCLUSIVE = pool, frozen, encoder.WARMUP_INCLUSIVE
+        self.pool, self.WARMUP_INCLUSIVE = pool, encoder.WARMUP_INCLUSIVE
         # important: MAE-ST's code leaves token 0 out even without a class token, and loses a cube
-        self.skip = 1 if isinstance(encoder, (MAE, MAEST)) else 0
+        self.skip = int(isinstance(encoder, (MAE, MAEST)))
         self.norm = nn.LayerNorm(D, eps=1e-6) if fresh_norm else encoder.norm
         encoder.norm = nn.Identity()
         rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are skipped more often
         blocks = [TunedBlock(block, r, layer_scale) for block, r in zip(encoder.blocks, rates)]
         encoder.blocks = nn.ModuleList(blocks)
-        own_positions(encoder)
+        # fixed positions enter the state dict: they may be resized, and MAE's code trains them
+        if not isinstance(encoder, MAEST):
+            encoder.pos_embed = nn.Parameter(encoder.pos_embed, isinstance(encoder, MAE))
+        if isinstance(encoder, MultiMAE):  # which resizes them itself, always from this grid
+            encoder.register_buffer("pos_embed_grid", torch.tensor(encoder.grid))
         self.encoder, self.dropout = encoder, nn.Dropout(dropout)
         linear = nn.Linear(D, classes)
         nn.init.trunc_normal_(linear.weight, std=0.01 if frozen else 2e-5)
@@ -135,18 +138,11 @@ class Classifier(nn.Module):
             self.encoder.requires_grad_(False)
             self.norm.requires_grad_(False)
 
-    def train(self, mode=True):
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
-
     def features(self, x):
         """-> (B, D): one vector per sample."""
-        with torch.no_grad() if self.frozen else contextlib.nullcontext():
-            x = self.encoder.encode(x)  # (B, N, D), with the class token where there is one
-            x = x[:, 0] if self.pool == "first" else x[:, self.skip :].mean(dim=1)  # (B, D)
-            return self.norm(x)
+        x = self.encoder.encode(x)  # (B, N, D), with the class token where there is one
+        x = x[:, 0] if self.pool == "first" else x[:, self.skip :].mean(dim=1)  # (B, D)
+        return self.norm(x)
 
     def forward(self, x):
         return self.head(self.dropout(self.features(x)))
@@ -166,24 +162,15 @@ def drop_decoder(model):
             del parts[name]
 
 
-def own_positions(encoder):
-    """Fixed positions enter the state dict: they may be resized, and MAE's code trains them."""
-    if isinstance(encoder, MAE):
-        encoder.pos_embed = nn.Parameter(encoder.pos_embed)
-    elif "pos_embed" in encoder._buffers:
-        encoder.register_buffer("pos_embed", encoder.pos_embed, persistent=True)
-
-
 def change_grid(encoder, new):
     """Another image size or clip length than in pretraining: tables of positions are interpolated.
 
     DIFFERS from VideoMAE's public code, which makes a new sine table: then every token has another
     position than in pretraining. MultiMAE resizes its positions to every input itself.
     """
-    old = encoder.grid
-    if old == tuple(new) or isinstance(encoder, MultiMAE):
+    if isinstance(encoder, MultiMAE):
         return
-    encoder.grid = tuple(new)
+    old, encoder.grid = encoder.grid, new
     tables = {
         "pos_embed_spatial": ((1, *old[1:]), (1, *new[1:])),
         "pos_embed_temporal": ((old[0], 1, 1), (new[0], 1, 1)),
@@ -194,9 +181,7 @@ def change_grid(encoder, new):
             extra = table.shape[1] - math.prod(a)  # a joint table begins with the class token's row
             resized = resize_table(table[:, extra:].detach(), a, b)
             resized = torch.cat([table[:, :extra].detach(), resized], dim=1)
-            if isinstance(table, nn.Parameter):
-                resized = nn.Parameter(resized, table.requires_grad)
-            setattr(encoder, name, resized)
+            setattr(encoder, name, nn.Parameter(resized, table.requires_grad))
 
 
 # ==================================================================================================
@@ -223,10 +208,9 @@ def layer_groups(model, weight_decay, layer_decay):
         if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
             layer = int(block[1]) + 1
         plain = parameter.ndim < 2 or "_token" in name or "pos_embed" in name
-        if (layer, plain) not in groups:
-            rate, decay = layer_decay ** (last - layer), 0.0 if plain else weight_decay
-            groups[layer, plain] = {"params": [], "lr_scale": rate, "weight_decay": decay}
-        groups[layer, plain]["params"].append(parameter)
+        rate, decay = layer_decay ** (last - layer), 0.0 if plain else weight_decay
+        group = {"params": [], "lr_scale": rate, "weight_decay": decay}
+        groups.setdefault((layer, plain), group)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -242,7 +226,7 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
+            for p in group["params"]:
                 update = p.grad
                 if p.ndim > 1:
                     update = update + group["weight_decay"] * p
@@ -259,8 +243,8 @@ def mix(x, labels, classes, mixup, cutmix):
     -> x, labels (B,) or soft (B, classes).   All frames of a clip are mixed alike: to torchvision
     they are channels. It mixes neighbours, with --repeat clips of one video: so shuffle first.
     """
-    kinds = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
-    kinds += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
+    both = (v2.MixUp, mixup), (v2.CutMix, cutmix)
+    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in both if alpha]
     if not kinds:
         return x, labels
     order = torch.randperm(len(x))
@@ -317,7 +301,7 @@ def spatial_views(pixels, size, crops):
         return data.make_crop(pixels, size, data.center_box((H, W), size))[None]
     scale = max(h / H, w / W)
     H, W = max(h, round(H * scale)), max(w, round(W * scale))
-    x = TF.resize(torch.from_numpy(pixels).permute(0, 3, 1, 2), [H, W], antialias=True)
+    x = TF.resize(torch.from_numpy(pixels).permute(0, 3, 1, 2), [H, W])
     views = []
     for i in range(crops):
         top, left = round(i * (H - h) / (crops - 1)), round(i * (W - w) / (crops - 1))
@@ -351,7 +335,7 @@ class ViewDataset(Dataset):
                 pixels = torch.cat([spatial_views(clip, self.size, self.crops) for clip in clips])
             else:
                 pixels, problem = self.images.read(i, None)
-            return pixels, i, [(path, problem)] if problem else []
+            return pixels, i, [(path, problem)] * bool(problem)
         except data.BrokenFile as error:
             return None, i, [(path, f"broken, left out: {error}")]
 
@@ -382,9 +366,9 @@ def run_views(model, files, cfg, clips, crops, output):
         problems += found
         if numbers:
             with torch.inference_mode(), torch.autocast(device.type, dtype, dtype != torch.float32):
-                x = [model.encoder.normalize(part.to(device)) for part in pixels.split(size)]
-                answers = torch.cat([output(part).float().cpu() for part in x])
-            outputs |= zip(numbers, answers.unflatten(0, (len(numbers), views)))
+                answers = [output(model.encoder.normalize(part.to(device))).float().cpu()
+                           for part in pixels.split(size)]
+            outputs |= zip(numbers, torch.cat(answers).unflatten(0, (len(numbers), views)))
         if time.monotonic() - shown > 20:
             shown = time.monotonic()
             left = (shown - begin) / done * (len(loader) - done)
@@ -392,14 +376,13 @@ def run_views(model, files, cfg, clips, crops, output):
     parts = [(outputs, problems)] * world
     if world > 1:
         torch.distributed.all_gather_object(parts, (outputs, problems))
-    for path, problem in (one for _, problems in parts for one in problems):
-        report(f"{path}: {problem}")
-    outputs = {i: answer for outputs, _ in parts for i, answer in outputs.items()}
-    if not outputs:
-        raise ValueError("not one file could be read")
-    answers = torch.stack(list(outputs.values()))
+    for more, problems in parts:
+        outputs |= more
+        for path, problem in problems:
+            report(f"{path}: {problem}")
+    answers = torch.stack([*outputs.values()] or [torch.tensor(math.nan)])
     if not answers.isfinite().all():
-        raise ValueError("the network's answers are not finite: try --precision float32")
+        raise ValueError("no file can be read, or answers are not finite: --precision float32?")
     results = torch.full((len(files.paths), *answers.shape[1:]), math.nan)
     results[list(outputs)] = answers
     return results
@@ -417,8 +400,8 @@ def summarise(probabilities, labels):
     N, V, C = probabilities.shape
     of_files = probabilities.mean(dim=1)  # (N, C)
     right = of_files.topk(min(5, C)).indices == labels[:, None]  # (N, 5)
-    confusion = torch.zeros(C, C, dtype=torch.int)  # true class, answer
-    confusion.index_put_((labels, of_files.argmax(dim=1)), torch.tensor(1).int(), accumulate=True)
+    pairs = torch.bincount(labels * C + of_files.argmax(dim=1), minlength=C * C)
+    confusion = pairs.reshape(C, C)  # true class, answer
     count = confusion.sum(dim=1)
     per_class = confusion.diag() / count  # NaN where there is no test file
     return {
@@ -550,8 +533,6 @@ def is_video(cfg):
 def planes_of(cfg):
     """The modalities that are read from files: the inputs and, with --dense, the map to predict."""
     inputs = parse_modalities(cfg.inputs)
-    if cfg.dense in inputs:
-        raise ValueError(f"--dense {cfg.dense} is an input, too: nothing is left to predict")
     return [m for m in MODALITIES if m in inputs or m == cfg.dense]
 
 
@@ -562,15 +543,21 @@ def planes_of(cfg):
 
 def build(cfg, classes, found=None):
     """-> Classifier or DenseHead, what was loaded in words.   found None: random weights"""
-    stored, state = (found.settings, dict(found.state)) if found else ({}, {})
-    stored = {k: v for k, v in stored.items() if k not in found.guesses}  # a flag corrects a guess
+    stored, state = {}, {}
+    if found:  # a flag corrects a guess; "encoder.": names in a classifier of ours
+        stored = {k: v for k, v in found.settings.items() if k not in found.guesses}
+        state = {k.removeprefix("encoder."): v for k, v in found.state.items()}
     size = height_width(stored.get("img_size", cfg.img_size))
+    if "pos_embed_grid" in state:  # a MultiMAE of ours that was fine-tuned at another size
+        size = tuple(n * cfg.patch for n in state["pos_embed_grid"][1:].tolist())
     shape = encoder_size(cfg.size), (4, 0, 1)  # the decoder will go: the smallest there is
     if cfg.model == "mae":
         encoder = MAE(size, cfg.patch, *shape)
     elif cfg.model == "multimae":
         encoder = MultiMAE(size, cfg.patch, *shape, planes_of(cfg), cfg.classes, cfg.class_width,
                            cfg.ignore)
+        if cfg.dense:  # read from the files, but not for the encoder
+            del encoder.input_adapters[cfg.dense]
     else:
         options = {}
         if found and cfg.model == "mae_st":
@@ -585,9 +572,8 @@ def build(cfg, classes, found=None):
                        layer_scale, frozen)
     text = load_encoder(model, state, cfg, found.path, fresh_norm) if found else "random weights"
     # built for the size in the file; now for the size that is wanted
-    slots = parts_of(cfg.frames, cfg.tubelet, "clip length") if hasattr(encoder, "tubelet") else 1
-    sides = (parts_of(side, cfg.patch, "image side") for side in height_width(cfg.img_size))
-    change_grid(encoder, (slots, *sides))
+    frames, tubelet = (cfg.frames, cfg.tubelet) if hasattr(encoder, "tubelet") else (1, 1)
+    change_grid(encoder, grid_of(frames, height_width(cfg.img_size), tubelet, cfg.patch))
     if cfg.dense:
         model = DenseHead(encoder, model.norm, parse_modalities(cfg.inputs), cfg.dense)
     return model, text
@@ -595,37 +581,34 @@ def build(cfg, classes, found=None):
 
 def load_encoder(model, state, cfg, path, fresh_norm):
     """Copy a file's weights into a classifier, every one if it is tested.   -> what was done"""
-    tested = cfg.eval_only or bool(cfg.predict)
-    if isinstance(model.encoder, MAE) and "pos_embed" in state:  # public: a row for the class token
-        table, rows = state["pos_embed"], math.prod(model.encoder.grid)
-        if table.shape[1] - rows not in (0, 1):
-            what = f"{table.shape[1]} positions, which is not --img-size {cfg.img_size}"
-            raise ValueError(f"{path} has {what}: name its own size")
-        state["pos_embed"] = table[:, -rows:]
-        state["cls_token"] = state["cls_token"] + table[:, :-rows].sum(dim=1, keepdim=True)
-    norms = [] if fresh_norm else ["norm.", "fc_norm."]  # the first that is there becomes our norm
-    norms = ["fc_norm.", "norm."] if tested else norms
-    norm = next((n for n in norms if n + "weight" in state), None)
-    mapped = {}
+    tested = cfg.eval_only or cfg.predict
+    if isinstance(model.encoder, MAE) and "pos_embed" in state:
+        table = state["pos_embed"]
+        if table.shape[1] == math.prod(model.encoder.grid) + 1:  # public: one for the class token
+            state["pos_embed"] = table[:, 1:]
+            state["cls_token"] = state["cls_token"] + table[:, :1]
+    keeps_norm, mapped = tested or not fresh_norm, {}
     for key, value in state.items():
-        if norm and key.startswith(norm):
-            key = key.replace(norm, "norm.", 1)
-        elif key.startswith(("head.", "fc_norm.")):  # one that is tuned gets a new head
-            key = key if tested else f"old.{key}"
+        if keeps_norm and key.startswith(("norm.", "fc_norm.")):
+            key = key.removeprefix("fc_")
+        elif key.startswith(("head.", "fc_norm.")):
+            if not tested:  # one that is tuned gets a new head
+                key = f"old.{key}"
         else:
             key = f"encoder.{key}"
         mapped[key] = value
-    seen = parse_modalities(cfg.inputs)  # the map of --dense is painted, not seen
-    fresh = [] if tested else ["head."] + ["norm."] * fresh_norm
-    fresh += [f"encoder.input_adapters.{cfg.dense}."] if cfg.dense else []
-    fresh += [] if isinstance(model.encoder, MAEST) else ["encoder.pos_embed"]  # a fixed table
-    unused = ["old.", "encoder.norm.", "fc_norm.", *(f"encoder.{name}" for name in DECODER)]
-    unused += [f"encoder.input_adapters.{m}." for m in MODALITIES if m not in seen]
+    fresh = []
+    if not tested:
+        fresh = ["head."] + ["norm."] * fresh_norm
+    if not isinstance(model.encoder, MAEST):
+        fresh.append("encoder.pos_embed")  # a fixed table
+    unused = ["old.", "encoder.norm.", "encoder.input_adapters."]  # of maps that are not seen
+    unused += [f"encoder.{name}" for name in DECODER]
     count, missing, left = load_into(model, mapped, fresh, unused)
 
     def parts(names):
         names = {re.sub(r"^(encoder|old)\.", "", name).split(".")[0] for name in names}
-        return ", ".join(sorted(names - {"pos_embed"})) or "nothing"
+        return ", ".join(sorted(names - {"pos_embed", "pos_embed_grid"})) or "nothing"
 
     rest = f"left over, as expected: {parts(left)}; new: {parts(missing)}"
     return f"{path}: {count} tensors used; {rest}"
@@ -659,7 +642,7 @@ def open_data(cfg):
 
     def open_files(split):
         if cfg.model == "multimae":
-            return list_aligned(cfg.data, split, planes_of(cfg))
+            return data.list_images(Path(cfg.data, planes_of(cfg)[0]), split)
         if is_video(cfg):
             return data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
         return data.list_images(cfg.data, split, cfg.allow_missing)
@@ -687,7 +670,7 @@ def check_classes(train, test, cfg):
     if classes < 2:
         one = f"{cfg.data} has one class or none: {', '.join(train.classes)}"
         raise ValueError(f"{one}. Is it the right folder? Classes are folders, or labels in a list")
-    if max(train.labels.max(initial=-1), test.labels.max(initial=-1)) >= classes:
+    if test.labels.max(initial=-1) >= classes:
         raise ValueError(f"{cfg.data} has labels beyond the {classes} classes in training")
     for files, what in ((train, "training"), (test, "test")):
         if lost := [name for i, name in enumerate(train.classes) if i not in files.labels]:
@@ -699,8 +682,6 @@ def check_classes(train, test, cfg):
 
 def take_share(files, share, seed):
     """A share of the files of each class, at least one, always the same for a seed."""
-    if share == 1:
-        return files
     keep = []
     for label in np.unique(files.labels):
         own = np.flatnonzero(files.labels == label)
@@ -733,7 +714,7 @@ def write_results(probabilities, files, cfg):
             for name, share in top5(p, classes) if p.isfinite().all() else [("unreadable", 0)]:
                 row += [name, f"{share:.4f}"]
             # a spreadsheet must not take a name for a formula
-            table.writerow(["'" + cell if cell.startswith(tuple("=+-@")) else cell for cell in row])
+            table.writerow([re.sub("^([=+@-])", r"'\1", cell) for cell in row])
         # surrogateescape: a name on a disk need not be valid text, and is written as it is
         write(cfg, "predictions.csv", text.getvalue().encode("utf-8", "surrogateescape"))
         draw_confusion(torch.tensor(scores["confusion"]), classes, Path(cfg.out, "confusion.png"))
@@ -763,36 +744,32 @@ def draw_confusion(confusion, classes, path):
 def draw_neighbours(test_files, train_files, neighbours, cfg):
     """neighbours.png: some test files, each beside the training files that are most like it."""
     test, train = (ViewDataset(files, cfg, 1, 1) for files in (test_files, train_files))
-    some, rows = np.linspace(0, len(test) - 1, min(8, len(test))).astype(int).tolist(), []
+    some, rows = evenly(len(test)).tolist(), []
     for i in some:
         views = [test[i][0], *(train[k][0] for k in neighbours[i, :5].tolist())]
-        if views[0] is not None:
-            frames = [x.flatten(0, -4) for x in views]  # each (frames, H, W, planes)
-            middle = [x[len(x) // 2, ..., :3] for x in frames]
-            rows.append((test_files.classes[test_files.labels[i]], torch.stack(middle)))
-    cells = torch.stack([cells for _, cells in rows]).movedim(-1, 2) / 255  # (8, 6, 3, H, W)
+        frames = [x.flatten(0, -4) for x in views]  # each (frames, H, W, planes)
+        rows.append(torch.stack([x[len(x) // 2, ..., :3] for x in frames]))
+    cells = torch.stack(rows).movedim(-1, 2) / 255  # (8, 6, 3, H, W)
     titles = ["test", "nearest", "2nd", "3rd", "4th", "5th"][: cells.shape[1]]
-    table = picture_table(cells, titles, [name for name, _ in rows])
-    save_picture(table, Path(cfg.out, "neighbours.png"))
+    names = [test_files.classes[test_files.labels[i]] for i in some]
+    save_picture(picture_table(cells, titles, names), Path(cfg.out, "neighbours.png"))
 
 
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def main(argv=None):
     cfg, found, device = begin(Config, PRESETS, __doc__, READERS, argv, default_file)
-    tested = cfg.eval_only or bool(cfg.predict)
-    if found and found.script == "finetune":  # the names of a public file
-        found.state = {re.sub(r"^encoder\.", "", re.sub(r"^norm\.", "fc_norm.", k)): v
-                       for k, v in found.state.items()}
+    tested = cfg.eval_only or cfg.predict
     if tested:
         cfg = as_it_was_built(cfg, found)
     if cfg.pool == "paper":
-        pool = "first" if cfg.model == "mae" and cfg.mode in FROZEN else "mean"
-        cfg = dataclasses.replace(cfg, pool=pool)
+        cfg.pool = "first" if cfg.model == "mae" and cfg.mode in FROZEN else "mean"
     if cfg.mode == "linear":
-        off = dict(erase=0.0, rand_augment=0, mixup=0.0, cutmix=0.0, dropout=0.0)
-        cfg = dataclasses.replace(cfg, lr=cfg.probe_lr, **off)
-    if cfg.dense and (cfg.model != "multimae" or tested or cfg.mode in FROZEN):
-        raise ValueError("--dense takes --model multimae, --mode finetune or scratch, and training")
+        cfg.lr, cfg.rand_augment = cfg.probe_lr, 0
+        cfg.erase = cfg.mixup = cfg.cutmix = cfg.dropout = cfg.drop_path = 0.0
+    if cfg.dense and (cfg.model != "multimae" or tested or cfg.mode in FROZEN
+                      or cfg.dense in parse_modalities(cfg.inputs)):
+        what = "--model multimae, --mode finetune or scratch, training, and other --inputs"
+        raise ValueError(f"--dense {cfg.dense} takes {what}")
     if cfg.model == "multimae" and (cfg.erase or cfg.rand_augment or cfg.mixup or cfg.cutmix):
         raise ValueError("--model multimae takes no --erase, --rand-augment, --mixup or --cutmix")
     if found and (fold := found.settings.get("fold", cfg.fold)) != cfg.fold:
@@ -805,15 +782,10 @@ def main(argv=None):
     fetch(cfg.data)
     dataset, train_files, test_files = open_data(cfg)
     classes = test_files.classes = train_files.classes
-    if cfg.eval_only and list(found.classes or classes) != list(classes):
-        odd = sorted(set(classes) ^ set(found.classes))[:3]
-        what = ", ".join(odd) or "another order"
-        raise ValueError(f"{cfg.data} has other classes than {found.path}: {what}")
-    width = len(found.state["head.weight"]) if tested and not found.classes else len(classes)
-    if cfg.eval_only and width != len(classes):
-        raise ValueError(f"{found.path} knows {width} classes, {cfg.data} has {len(classes)}")
-    weights = None if cfg.mode == "scratch" and not tested else found
-    model, text = build(cfg, max(width, 1), weights)
+    if cfg.eval_only and found.classes and found.classes != classes:
+        raise ValueError(f"{cfg.data} has other classes than {found.path}")
+    weights = None if cfg.mode == "scratch" else found
+    model, text = build(cfg, max(len(classes), 1), weights)
     if not cfg.resume:
         report(text)
     model.to(device)
@@ -831,10 +803,10 @@ def train_classifier(model, dataset, test_files, cfg):
     """Supervised training, then the test."""
     device, classes = next(model.parameters()).device, len(dataset.classes)
     decay = 1.0 if cfg.mode == "scratch" else cfg.layer_decay
-    groups = layer_groups(model, cfg.weight_decay, decay)
     if cfg.mode == "linear":  # without weight decay: MAE Table 10
-        optimizer = LARS([{"params": group["params"]} for group in groups])
+        optimizer = LARS(model.head.parameters())
     else:
+        groups = layer_groups(model, cfg.weight_decay, decay)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
     def loss_of(net, batch, items, step, piece):
@@ -856,16 +828,15 @@ def train_classifier(model, dataset, test_files, cfg):
         return {"val_loss": loss, "baseline": math.log(classes), "top-1": top1}
 
     run, result = train(model, dataset, loss_of, optimizer, look, cfg), ""
-    if not run.stopping:
+    if cfg.dense and not run.stopping:
+        scores = look(None)
+        if is_first():
+            write(cfg, "results.json", json.dumps({"task": cfg.dense, **scores}).encode())
+        (name, ours), (_, constant) = scores.items()
+        result = f"{cfg.dense}: {name} {ours:.3f} (the same map for all: {constant:.3f})"
+    elif not run.stopping:
         answers = run_views(model, test_files, cfg, cfg.clips, cfg.crops, model.answers)
-        if cfg.dense:
-            scores = model.score(answers[answers[:, 0, 0].isfinite(), 0])
-            if is_first():
-                write(cfg, "results.json", json.dumps({"task": cfg.dense, **scores}).encode())
-            (name, ours), (_, constant) = scores.items()
-            result = f"{cfg.dense}: {name} {ours:.3f} (the same map for all: {constant:.3f})"
-        else:
-            result = f"{cfg.mode}: " + write_results(answers, test_files, cfg)
+        result = f"{cfg.mode}: " + write_results(answers, test_files, cfg)
     run.finish(result)
 
 
@@ -894,16 +865,13 @@ def use_features(model, train_files, test_files, cfg):
 
 def predict(cfg, found, device):
     """Class names with probabilities for one file, the mean over its views."""
-    kinds = data.VIDEO if is_video(cfg) else data.IMAGE
-    if Path(cfg.predict).suffix.lower() not in kinds or not Path(cfg.predict).is_file():
-        what = f"{found.path} takes a file that ends in {', '.join(kinds)}"
-        raise ValueError(f"--predict {cfg.predict}: {what}")
     if planes_of(cfg) != ["rgb"]:
         raise ValueError(f"--predict: {found.path} needs {cfg.inputs}, not one file")
     head = found.state.get("head.weight", found.state.get("head.1.weight"))
-    classes = list(found.classes) or [f"class {i}" for i in range(len(head))]
-    model = build(cfg, len(head), found)[0].to(device)
-    one, cfg = data.one_file(cfg.predict, classes), dataclasses.replace(cfg, workers=0)
+    classes = found.classes or [f"class {i}" for i in range(len(head))]
+    model = build(cfg, len(classes), found)[0].to(device)
+    kinds = data.VIDEO if is_video(cfg) else data.IMAGE
+    one, cfg.workers = data.one_file(cfg.predict, kinds, classes), 0
     answers = run_views(model, one, cfg, cfg.clips, cfg.crops, model.answers)
     for name, p in top5(answers[0].mean(dim=0), classes):
         report(f"{p:6.1%}  {name}")

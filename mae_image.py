@@ -340,7 +340,7 @@ def to_unit_range(x, mean, std):
 
 # ==================================================================================================
 #  THE PAPER, part 4: how it is trained (App. A.1, Table 8)
-#  train() uses batches() of data.py and the class Run, at the end of this file.
+#  train() uses batches() and start_loader() of data.py, and the class Run, at the end of this file.
 # ==================================================================================================
 
 
@@ -385,13 +385,18 @@ def train(model, dataset, loss_of, optimizer, look, cfg, plan=None):
     files = cfg.batch // dataset.repeat
     plan = plan or (lambda epoch: data.shuffled(cfg.seed, epoch, len(dataset), files))
     per_epoch = count_updates(plan, dataset, cfg, world)
-    total = min(cfg.epochs * per_epoch, 3 if cfg.smoke else math.inf)
+    total = cfg.epochs * per_epoch
+    if cfg.smoke:
+        total = min(total, 3)
     scale = cfg.batch / 256  # the linear scaling rule: lr = base rate x batch / 256
     peak, floor, warmup = cfg.lr * scale, cfg.min_lr * scale, cfg.warmup * per_epoch
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model  # averages gradients
     with Run(cfg, model, optimizer, dataset, per_epoch, total) as run:
         start = run.done  # 0, or where a resumed run had come to
-        loader = run.load(data.batches(plan, start, total, rank, world, cfg.accum))
+        keys = data.batches(plan, start, total, rank, world, cfg.accum)
+        loader = data.start_loader(dataset, cfg.workers, batch_sampler=keys,
+                                   collate_fn=data.collate,
+                                   pin_memory=run.device.type == "cuda")
         if start == 0 and cfg.pictures:
             run.score(look)
         for step in range(start, total):
@@ -490,7 +495,7 @@ def explained(painted, original, where):
     return 1 - ((a - b).square().sum() / (b - b.mean(dim=0)).square().sum()).item()
 
 
-def explained_objects(pictures, hole, paths, choose=None):
+def explained_objects(pictures, hole, paths, choose):
     """{"object": explained() of objects' hidden pixels}, {} where no maps tell where objects are.
 
     The toy world has such maps.   choose: n -> the frame numbers that were taken of n frames
@@ -504,29 +509,38 @@ def explained_objects(pictures, hole, paths, choose=None):
         x = torch.from_numpy(np.array(Image.open(path), dtype=np.float32))
         x = x.reshape(-1, 1, x.shape[1], x.shape[1])  # (n, 1, S, S): frames lie below each other
         top, left, h, w = data.center_box(x.shape[-2:], hole.shape[-2:])
-        x = (x[choose(len(x))] if choose else x)[..., top : top + h, left : left + w]
+        x = x[choose(len(x)), :, top : top + h, left : left + w]  # (frames, 1, h, w)
         maps.append(F.interpolate(x, hole.shape[-2:]))
     where = hole & (torch.stack(maps) > 0).to(hole.device)  # (B, frames, 1, H, W)
     return {"object": explained(list(pictures.values())[-1], pictures["original"], where)}
 
 
-def held_out(val, draw_mask, seed, count):
+def held_out(val, draw_mask, seed, count=64):
     """The same few samples under the same masks every time.   -> uint8 batch, mask (B, N), paths"""
     count = min(count, len(val), max(6, 2**25 // val[0, 0][0].numel()))  # 64 large clips: 5 GB
     chosen = np.linspace(0, len(val) - 1, count).astype(int)  # over all classes
-    items = [val[0, int(i)] for i in chosen]
-    for path, problem in dict.fromkeys(one for _, _, problems in items for one in problems):
+    batch, used, problems = data.collate([val[0, int(i)] for i in chosen])
+    for path, problem in dict.fromkeys(problems):
         report(f"held-out file {path}: {problem}")
-    batch = torch.cat([pixels for pixels, _, _ in items])
     mask = draw_mask(batch, len(batch), data.seeded(seed, 2))
     if not mask.any():
         raise ValueError("this mask hides nothing: raise the mask ratio, or use a smaller --patch")
-    return batch, mask, [val.paths[i] for _, i, _ in items]
+    return batch, mask, [val.paths[i] for i in used]
 
 
-def draw_losses(log, path, baseline):
+def paint_held_out(model, sample, draw, path, choose=np.arange):
+    """Draw what a model makes of held_out().   -> numbers; choose: see explained_objects"""
+    batch, mask, paths = sample
+    x = model.normalize(batch.to(next(model.parameters()).device))
+    loss, baseline, pictures, hole = reconstruct(model, x, mask)
+    draw(pictures, path, LEAK_NOTE * model.norm_pix)
+    objects = explained_objects(pictures, hole, paths, choose)
+    return {"val_loss": loss, "baseline": baseline, **objects}
+
+
+def draw_losses(folder, baseline):
     """loss.png: training and held-out loss over the updates, beside what is called the baseline."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     kinds = [("loss", "training", "#8899cc"), ("val_loss", "held out", "#cc4433"),
              ("baseline", baseline, "#777777")]
     lines = [[(r["step"], r[kind]) for r in records if kind in r] for kind, _, _ in kinds]
@@ -542,7 +556,7 @@ def draw_losses(log, path, baseline):
         points = [(60 + 560 * x / right, 320 - 290 * min(y / top, 1)) for x, y in line]
         pen.line(points, color, width=3)
         pen.text((90 + 130 * i, 4), title, color, font)
-    save_picture(picture, path)
+    save_picture(picture, folder / "loss.png")
 
 
 def save_picture(picture, path, **options):
@@ -558,7 +572,7 @@ def not_fatal(path):
     """A full disk must not end a run for a picture or a line of the log."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: half a line, after a full disk
         report(f"warning: cannot write {path}: {error}")
 
 
@@ -641,20 +655,19 @@ def main(argv=None):
         return MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator)
 
     if cfg.picture:
-        one = data.ImageDataset(data.one_file(cfg.picture), size, cfg.seed, train=False)
-        return show_one(model, one, draw_mask, cfg)
+        file = data.one_file(cfg.picture, data.IMAGE)
+        one = data.ImageDataset(file, size, cfg.seed, train=False)
+        return show_one(model, one, draw_mask, draw_images, cfg)
     fetch(cfg.data)
     train_files, val_files = (data.list_images(cfg.data, split, cfg.allow_missing)
                               for split in ("train", "val"))
     report(data.describe(train_files, val_files))
     dataset = data.ImageDataset(train_files, size, cfg.seed, cfg.min_crop, cfg.flip)
     val = data.ImageDataset(val_files, size, cfg.seed, train=False)
-    batch, mask, paths = held_out(val, draw_mask, cfg.seed, 64)
+    sample = held_out(val, draw_mask, cfg.seed)
 
     def look(path):
-        loss, baseline, pictures, hole = reconstruct(model, model.normalize(batch.to(device)), mask)
-        draw_images(pictures, path, LEAK_NOTE * cfg.norm_pix)
-        return {"val_loss": loss, "baseline": baseline, **explained_objects(pictures, hole, paths)}
+        return paint_held_out(model, sample, draw_images, path)
 
     pretrain(model, dataset, draw_mask, look, cfg)
 
@@ -666,20 +679,18 @@ def draw_images(pictures, path, note):
     save_picture(table, path.with_suffix(".png"))
 
 
-def show_one(model, dataset, draw_mask, cfg):
-    """--picture: what the model makes of one image or clip, as a picture; a clip also as a film."""
-    batch = dataset.first()
+def show_one(model, dataset, draw_mask, draw, cfg):
+    """--picture: what the model makes of one image or clip, drawn like the held-out ones."""
+    try:
+        batch, _ = dataset.read(0, None)
+    except data.BrokenFile as error:
+        raise ValueError(f"{cfg.picture}: {error}") from None
     mask = draw_mask(batch, 1, data.seeded(cfg.seed, 2))
     x = model.eval().normalize(batch.to(next(model.parameters()).device))
     loss, baseline, pictures, _ = reconstruct(model, x, mask)
     path = Path(f"{Path(cfg.picture).stem}_painted.png")
     report(f"loss {loss:.4f} (mean prediction {baseline:.4f})")
-    cells = torch.cat(list(pictures.values()))  # (kinds, frames, 3, H, W)
-    note, frames = LEAK_NOTE * model.norm_pix, evenly(cells.shape[1])
-    columns = [f"frame {f}" for f in frames.tolist()] * (len(frames) > 1)  # of a clip
-    picture_table(cells[:, frames], columns, list(pictures), note, side=128).save(path)
-    if cells.shape[1] > 1:
-        save_film(cells[None], list(pictures), note, path.with_suffix(".gif"))
+    draw(pictures, path, LEAK_NOTE * model.norm_pix)
     report(f"wrote {path}")
 
 
@@ -735,43 +746,37 @@ def file_to_show(cfg):
 
 
 def begin(Config, presets, doc, readers, argv, default_file=file_to_show):
-    """What every script does first.   -> config, what is in the file of --init or None, device"""
-    cfg, found = read_config(Config, presets, doc, readers, argv, default_file)
-    device = start_processes(cfg)
-    torch.manual_seed(cfg.seed)
-    return cfg, found, device
+    """What every script does first.   -> config, what is in the file of --init or None, device
 
-
-def read_config(Config, presets, doc, readers, argv, default_file):
-    """-> the config, what is in the file of --init or None.   default < preset < file < flag
-
-    A resumed run has the settings it had, except for those of MAY_CHANGE.
+    default < preset < file < flag. A resumed run has the settings it had, except for MAY_CHANGE.
     default_file  where to look without --init
     """
     preset, flags = settings(Config, presets, doc, argv)
-    cfg, found = Config(**{**preset, **flags}), None
-    path, stored, fixed = cfg.init or default_file(cfg), {}, FIXED
+    cfg, found = Config(**(preset | flags)), None
+    path, stored, fixed = cfg.init or default_file(cfg), {}, set()
     if cfg.resume:
         path, found = cfg.out, read_file(f"{cfg.out}/checkpoint.pt", readers)
         stored, fixed = found.config, set(flags) - set(MAY_CHANGE)
-        if found.script != Config.SCRIPT:
-            raise ValueError(f"{path} holds a run of {found.script}.py, not of {Config.SCRIPT}.py")
     elif path:
         found = read_file(path, readers)
         stored = {k: v for k, v in found.settings.items() if hasattr(cfg, k)}
-        fixed = [name for name in FIXED if name not in found.guesses]
-    if getattr(cfg, "mode", "") != "scratch":  # which takes sizes from a file, not weights
-        for name in fixed:
-            both = [x[name] for x in (flags, stored) if name in x]
-            if len({encoder_size(x) if name == "size" else x for x in both}) > 1:
-                flag = f"--{name.replace('_', '-')} {flags[name]}"
-                raise ValueError(f"{flag}: {path} has {stored[name]}, which cannot be changed")
+        if getattr(cfg, "mode", "") != "scratch":  # which takes sizes from a file, not weights
+            fixed = set(FIXED) - set(found.guesses)
     fields = dataclasses.fields(Config)
     known = {f.name: (float, int) if f.type is float else type(f.default) for f in fields}
     for name, value in stored.items():
         if not isinstance(value, known.get(name, ())):
-            raise ValueError(f"{path} says {name} = {value!r}, which this version does not know")
-    return Config(**{**preset, **stored, **flags, "out": cfg.out, "resume": cfg.resume}), found
+            what = f"{name} = {value!r}, unknown to {Config.SCRIPT}.py"
+            raise ValueError(f"{path} says {what}")
+        flag = flags.get(name, value)
+        same = flag == value or name == "size" and encoder_size(flag) == encoder_size(value)
+        if name in fixed and not same:
+            what = f"{path} has {value}, which cannot be changed"
+            raise ValueError(f"--{name.replace('_', '-')} {flag}: {what}")
+    cfg = Config(**(preset | stored | flags | {"out": cfg.out}))
+    device = start_processes(cfg)
+    torch.manual_seed(cfg.seed)
+    return cfg, found, device
 
 
 def rank_and_world():
@@ -785,13 +790,13 @@ def start_processes(cfg):
     """-> the device of this process: the only one, or one of those that torchrun started."""
     name = cfg.device
     if name == "auto":
-        found = torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if found else "cpu"
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # torch raises many kinds
         cause = str(error).splitlines()[0]
         raise ValueError(f"--device {cfg.device} cannot be used: {cause}") from None
     if device.type == "cuda":
@@ -836,15 +841,16 @@ class Run:
     def __init__(self, cfg, model, optimizer, dataset, per_epoch, total):
         self.cfg, self.model, self.optimizer, self.dataset = cfg, model, optimizer, dataset
         self.per_epoch, self.total, self.out = per_epoch, total, Path(cfg.out)
-        self.rank, self.world = rank_and_world()
+        self.world = rank_and_world()[1]
         self.device = next(model.parameters()).device
         self.dtype = choose_precision(cfg, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.done = self.saved = 0  # updates
         self.asked = self.stopping = False
         self.recent = []  # (loss, file numbers) of the updates since the last line of the log
-        self.scores, self.problems, self.began = {}, {}, time.monotonic()
-        self.saved_at = self.save_seconds = self.waited = 0.0
+        self.scores, self.problems = {}, set()
+        self.began = self.clock = time.monotonic()
+        self.save_after = self.waited = 0.0
         self.look_at = {math.ceil(total * k / cfg.pictures) for k in range(1, cfg.pictures + 1)}
 
     def __enter__(self):
@@ -889,7 +895,8 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty if the run began on a device that needs none
                 self.scaler.load_state_dict(state["scaler"])
-            self.done, self.saved, self.scores = state["step"], state["step"], state["scores"]
+            self.done = self.saved = state["step"]
+            self.scores = state["scores"]
             report(f"resumed {self.out} after update {self.done}")
         elif is_first() and path.exists() and not data.load_file(path)["config"]["smoke"]:
             raise ValueError(f"{self.out} holds a run: --resume continues it, or use another --out")
@@ -902,11 +909,6 @@ class Run:
             if not self.cfg.resume and path.exists():  # of a smoke test
                 for old in (path, *self.out.glob("pictures/update_*")):
                     old.unlink()
-
-    def load(self, keys):
-        self.mark, self.clock = self.done, time.monotonic()
-        options = {"collate_fn": data.collate, "pin_memory": self.device.type == "cuda"}
-        return data.start_loader(self.dataset, self.cfg.workers, batch_sampler=keys, **options)
 
     def next(self, loader):
         """-> batch on the device, file numbers. If the loader fails, the run is saved and ends."""
@@ -922,44 +924,42 @@ class Run:
         for path, problem in problems:
             if path not in self.problems:
                 report(f"{path}: {problem}")
-            self.problems[path] = self.problems.get(path, 0) + 1
+            self.problems.add(path)
         return batch.to(self.device, non_blocking=True), items
 
     def after_update(self, loss, lr, items, look):
         """Log, pictures, checkpoint when due. One process reads `loss` from the GPU only then."""
         self.done += 1
         self.recent.append((loss, items))
-        self.stopping = self.over_processes(self.asked, "MAX") > 0 and self.done < self.total
+        self.stopping = self.sum_up(self.asked) > 0 and self.done < self.total
         ending = self.stopping or self.done == self.total
         looking = self.done in self.look_at and not self.stopping
         if self.done % self.cfg.log_every == 0 or looking or ending:
             self.log_losses(lr)
             if looking:
                 self.score(look)
-            # save if that costs at most 2 % of the time
-            if ending or time.monotonic() - self.saved_at > 50 * self.save_seconds:
+            if ending or time.monotonic() > self.save_after:
                 self.save()
 
-    def over_processes(self, value, how):
-        """The sum or maximum over all processes."""
+    def sum_up(self, value):
+        """The sum over all processes."""
         if self.world == 1:
             return value
         values = torch.tensor(float(value), device=self.device)
-        torch.distributed.all_reduce(values, getattr(torch.distributed.ReduceOp, how))
+        torch.distributed.all_reduce(values)
         return values.item()
 
     def log_losses(self, lr):
         """A line of the log: the mean loss since the last one."""
-        for i, (loss, items) in enumerate(self.recent):
+        for update, (loss, items) in enumerate(self.recent, self.done - len(self.recent) + 1):
             if not math.isfinite(loss):
-                update = self.done - len(self.recent) + 1 + i
-                names = ", ".join(str(self.dataset.paths[k]) for k in items)
+                names = ", ".join(self.dataset.paths[items])
                 hint = f"try a lower --lr, --clip 1 or --precision float32. The batch was: {names}"
                 raise FloatingPointError(f"the loss is {float(loss)} in update {update}: {hint}")
         loss = sum(float(loss) for loss, _ in self.recent) / len(self.recent)
-        loss = self.over_processes(loss, "SUM") / self.world
+        loss = self.sum_up(loss) / self.world
         seconds = time.monotonic() - self.clock
-        speed, waiting = (self.done - self.mark) * self.cfg.batch / seconds, self.waited / seconds
+        speed, waiting = len(self.recent) * self.cfg.batch / seconds, self.waited / seconds
         left = (self.total - self.done) * self.cfg.batch / speed
         epoch = self.done / self.per_epoch
         report(f"epoch {epoch:6.1f}  update {self.done:6d}/{self.total}  loss {loss:.4f}"
@@ -967,7 +967,7 @@ class Run:
                f"  ETA {datetime.timedelta(seconds=round(left))}")
         self.log(step=self.done, epoch=epoch, loss=loss, lr=lr, samples_per_second=speed,
                  data_wait=waiting)
-        self.mark, self.clock, self.waited, self.recent = self.done, time.monotonic(), 0.0, []
+        self.clock, self.waited, self.recent = time.monotonic(), 0.0, []
 
     def log(self, **record):
         path = self.out / "log.jsonl"
@@ -996,7 +996,8 @@ class Run:
         report(self.result())
         self.log(step=self.done, **self.scores)
         if is_first():
-            draw_losses(self.out / "log.jsonl", self.out / "loss.png", self.cfg.BASELINE)
+            with not_fatal(self.out / "loss.png"):
+                draw_losses(self.out, self.cfg.BASELINE)
         self.clock = time.monotonic()
 
     def save(self):
@@ -1027,18 +1028,19 @@ class Run:
             data.write_whole(path, save_state)
             self.saved = self.done
         except (OSError, RuntimeError) as error:  # in a RuntimeError torch hides the reason
-            stays = f"that of update {self.saved} stays" if self.saved else "there is none yet"
-            report(f"warning: cannot write {path}: {error.__context__ or error}; {stays}")
-        self.save_seconds, self.saved_at = time.monotonic() - tick, time.monotonic()
+            last = f"the last one written is of update {self.saved}"
+            report(f"warning: cannot write {path}: {error.__context__ or error}; {last}")
+        now = time.monotonic()
+        self.save_after = now + 50 * (now - tick)  # it costs at most 2 % of the time
 
     def finish(self, result=""):
         """The last lines of a script."""
         if self.problems:
-            few, met = ", ".join(sorted(self.problems)[:20]), sum(self.problems.values())
-            report(f"{len(self.problems)} files with problems, met {met} times: {few}")
+            few = ", ".join(sorted(self.problems)[:20])
+            report(f"{len(self.problems)} files with problems: {few}")
         if self.stopping:
-            hint = f"; resume with: python {self.cfg.SCRIPT}.py --resume --out {self.out}"
-            report(f"stopped after update {self.done}" + (hint if self.saved else ""))
+            how = f"python {self.cfg.SCRIPT}.py --resume --out {self.out}"
+            report(f"stopped after update {self.done}; resume with: {how}")
             raise SystemExit(130)  # what a shell expects after Ctrl-C
         if not self.total:  # --epochs 0: as it was before any training
             self.save()
@@ -1078,8 +1080,11 @@ def read_file(path, readers):
         sizes = {k: v for k, v in config.items() if k in FROM_FILE} | {"model": model}
         return Found(str(path), model, sizes, state, (), script, content.get("classes", ()), config)
     state = unwrap(content)
+    if any("patch_embeddings.projection" in k for k in state):
+        state = rename(state, HUGGINGFACE)
+    state = fuse_qkv(state)
     for model, reader in readers.items():
-        if found := reader(dict(state)):
+        if found := reader(state):
             sizes, state, guesses = found
             return Found(str(path), model, sizes | {"model": model}, state, guesses)
     first = ", ".join(map(str, [*state, *content][:3]))
@@ -1111,9 +1116,8 @@ def load_into(model, state, fresh=(), unused=("pos_embed", "decoder_pos_embed"))
     wrong += [f"no {k}" for k in missing if not k.startswith(tuple(fresh))]
     wrong += [f"unknown {k}" for k in left if not k.startswith(tuple(unused))]
     if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ValueError(f"the file does not fit this model: {wrong[0]}{more}")
-    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+        raise ValueError(f"the file does not fit this model: {'; '.join(wrong[:3])}")
+    model.load_state_dict(state, strict=False)
     return len(state) - len(left), missing, left
 
 
@@ -1152,13 +1156,6 @@ HUGGINGFACE = {  # names on the hub and those of transformers 5: public names of
 }
 
 
-def from_huggingface(state):
-    """HuggingFace's ViTMAE and VideoMAE, old and new names -> the papers'; others stay."""
-    if not any("patch_embeddings.projection" in k for k in state):
-        return state
-    return fuse_qkv(rename(state, HUGGINGFACE))
-
-
 def rename(state, names):
     """Other names for the tensors.   names {regular expression: what takes its place}, in order"""
     renamed = {}
@@ -1171,13 +1168,13 @@ def rename(state, names):
 
 def fuse_qkv(state):
     """Separate q, k and v -> one qkv. VideoMAE has no key bias: zero is the same."""
-    state = {re.sub(r"attn\.([qv])_bias$", r"attn.\1.bias", k): v for k, v in state.items()}
+    state = rename(state, {r"attn\.([qv])_bias$": r"attn.\1.bias"})
     for name in [k for k in state if ".attn.q." in k]:
         q, k, v = (state.pop(name.replace(".attn.q.", f".attn.{x}."), None) for x in "qkv")
-        if v is None or (k is None and not name.endswith("bias")):
-            raise ValueError(f"the file has {name} but not its k and v")
-        k = torch.zeros_like(q) if k is None else k
-        state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([q, k, v])
+        if k is None and name.endswith("bias"):
+            k = torch.zeros_like(q)
+        if k is not None and v is not None:  # else load_into() misses the whole
+            state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([q, k, v])
     return state
 
 
@@ -1213,7 +1210,6 @@ def square(places, patch):
 
 def public_mae(state):
     """facebookresearch/mae, HuggingFace's ViTMAE, timm's ViT -> settings, our names, guesses."""
-    state = from_huggingface(state)
     kernel = state.get("patch_embed.proj.weight", torch.empty(0))
     if kernel.ndim != 4 or "cls_token" not in state or not blocks_in(state, "blocks."):
         return None

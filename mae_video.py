@@ -46,11 +46,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, RunConfig, begin, encoder_size,
-                       evenly, explained_objects, fetch, from_huggingface, fuse_qkv, height_width,
-                       held_out, init_weights, load_pretrained, mean_and_std, parts_of, pretrain,
-                       reconstruct, rename, rows_and_columns, save_film, save_picture, show_one,
-                       sizes_in, square, to_unit_range)
+from mae_image import (ENCODERS, MAE, Block, PatchEmbed, RunConfig, begin, encoder_size, evenly,
+                       fetch, height_width, held_out, init_weights, load_pretrained, mean_and_std,
+                       paint_held_out, parts_of, pretrain, rename, rows_and_columns, save_film,
+                       save_picture, show_one, sizes_in, square, to_unit_range)
 from masking import MASKS, hidden, numbers, picture_table, report, restore, run_script, visible
 
 # ==================================================================================================
@@ -405,10 +404,9 @@ def segment_clip(n, length, generator):
 
     DIFFERS from VideoMAE's public code, which rounds segments down and never sees a video's end.
     """
-    edges = np.arange(length + 1) * n / length
+    edges = np.arange(length + 1) * n // length  # first frame of each segment, and the end
     u = torch.rand(length, generator=generator).double().numpy()
-    low, high = np.floor(edges[:-1]), np.maximum(np.floor(edges[1:]), np.floor(edges[:-1]) + 1)
-    return np.minimum(low + np.floor(u * (high - low)), n - 1).astype(np.int64)
+    return edges[:-1] + (u * np.maximum(np.diff(edges), 1)).astype(np.int64)
 
 
 def segment_views(n, length, views):
@@ -417,8 +415,7 @@ def segment_views(n, length, views):
     Two views, as in VideoMAE's public code for SSv2: the starts of the segments, and their middles.
     """
     shifts = np.array([0.5]) if views == 1 else np.arange(views) / views
-    places = (np.arange(length) + shifts[:, None]) * n / length
-    return np.minimum(places, n - 1).astype(np.int64)
+    return ((np.arange(length) + shifts[:, None]) * n / length).astype(np.int64)
 
 
 def views_of(sampling, n, length, stride, views):
@@ -459,7 +456,7 @@ class ClipDataset(data.FileDataset):
     """Items uint8 (R, T, H, W, 3): R clips of a video, one crop and flip for all frames of a clip.
 
     frames, stride   T frames, `stride` apart ("dense", "linspace") or over the video ("segments")
-    size             (H, W);   crop: "random", "multiscale", "center";   min_crop: data.random_box
+    size             (H, W);   crop: "random" or "multiscale";   min_crop: data.random_box
     repeat           R clips of every decoded video, each with its own place and crop: MAE-ST Sec. 4
                      "Data pre-processing". Decoding is slow: R clips cost little more than one
     train            False: one clip, the middle of the video or of every segment; centre crop
@@ -469,7 +466,7 @@ class ClipDataset(data.FileDataset):
                  min_crop=0.5, flip=True, repeat=1, train=True):
         super().__init__(files, seed)
         self.frames, self.stride, self.size, self.sampling = frames, stride, size, sampling
-        self.crop, self.min_crop, self.flip = crop if train else "center", min_crop, flip
+        self.crop, self.min_crop, self.flip = crop, min_crop, flip
         self.repeat, self.train = repeat, train
 
     def read(self, i, generator):
@@ -491,13 +488,11 @@ class ClipDataset(data.FileDataset):
 
     def cut(self, clip, generator):
         shape = clip.shape[1:3]
-        if self.crop == "center":
-            box = data.center_box(shape, self.size)
-        elif self.crop == "multiscale":
+        if self.train and self.crop == "multiscale":
             box = multi_scale_box(shape, self.size, generator)
+            flip = self.flip and torch.rand(1, generator=generator) < 0.5
         else:
-            box = data.random_box(shape, self.size, self.min_crop, generator)
-        flip = self.train and self.flip and torch.rand(1, generator=generator) < 0.5
+            box, flip = self.draw_crop(shape, generator)
         return data.make_crop(clip, self.size, box, flip)
 
 
@@ -516,7 +511,7 @@ class ClipConfig(RunConfig):
     """What every script that reads clips can be told, in addition."""
 
     # data
-    fold: int = 1  # of the official lists: 1, 2 or 3
+    fold: typing.Literal[1, 2, 3] = 1  # of the official lists
     frames: int = 8  # frames per clip; the papers have 16
     stride: int = 2  # frames from one to the next (Kinetics, UCF101: 4; SSv2, HMDB51: 2)
     sampling: typing.Literal["segments", "dense", "linspace"] = "segments"  # whole video or window
@@ -532,7 +527,7 @@ class Config(ClipConfig):
 
     # data
     data: str = "toy"  # UCF101, HMDB51, folder of videos or list file; the toy world is made
-    crop: typing.Literal["random", "multiscale", "center"] = "random"  # multiscale: VideoMAE's
+    crop: typing.Literal["random", "multiscale"] = "random"  # multiscale: VideoMAE's
     min_crop: float = 0.5  # smallest share of the frame that a random crop takes
     flip: bool = True  # mirror half of the clips; --no-flip where left and right are classes
     picture: str = ""  # no training: paint the hidden parts of this one clip, with --init
@@ -559,7 +554,7 @@ _paper = dict(_video, img_size="224", patch=16, size="base", decoder="384x4x6", 
               batch=192, min_lr=1e-5, warmup=40, workers=16)
 PRESETS = {
     # some hundred clips of your own, on a CPU or one GPU
-    "small": dict(frames=16, tubelet=2, size="96x4x3", decoder="64x1x2", mask_ratio=0.85,
+    "small": dict(tubelet=2, size="96x4x3", decoder="64x1x2", mask_ratio=0.85,
                   norm_pix=True, batch=32, lr=2e-2, epochs=300, warmup=15, out="runs/small"),
     "gpu": dict(_gpu, out="runs/video_gpu"),
     "ucf101": dict(_gpu, out="runs/ucf101"),
@@ -597,19 +592,18 @@ def main(argv=None):
                            cfg.min_crop, cfg.flip, cfg.repeat, train)
 
     if cfg.picture:
-        return show_one(model, open_clips(data.one_file(cfg.picture), False), draw_mask, cfg)
+        one = open_clips(data.one_file(cfg.picture, data.VIDEO), False)
+        return show_one(model, one, draw_mask, draw_clips, cfg)
     fetch(cfg.data)
     train_files, val_files = (data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
                               for split in ("train", "val"))
     report(data.describe(train_files, val_files))
     val = open_clips(val_files, False)
-    batch, mask, paths = held_out(val, draw_mask, cfg.seed, 64)
+    sample = held_out(val, draw_mask, cfg.seed)
 
     def look(path):
-        loss, baseline, pictures, hole = reconstruct(model, model.normalize(batch.to(device)), mask)
-        draw_clips(pictures, path, LEAK_NOTE * cfg.norm_pix)
-        objects = explained_objects(pictures, hole, paths, lambda n: val.choose(n)[0][painted])
-        return {"val_loss": loss, "baseline": baseline, **objects}
+        return paint_held_out(model, sample, draw_clips, path,
+                              lambda n: val.choose(n)[0][painted])
 
     pretrain(model, open_clips(train_files, True), draw_mask, look, cfg)
 
@@ -636,11 +630,10 @@ def public_videomae(state):
     names = {r"^(encoder|backbone)\.": "", "^encoder_to_decoder": "decoder_embed",
              r"^decoder\.blocks": "decoder_blocks", r"^decoder\.norm": "decoder_norm",
              r"^decoder\.head": "decoder_pred"}
-    state = rename(from_huggingface(state), names)
+    state = rename(state, names)
     kernel = state.get("patch_embed.proj.weight", torch.empty(0))
     if kernel.ndim != 5 or any("pos_embed" in k or k.startswith("trunk.") for k in state):
         return None
-    state = fuse_qkv(state)
     huge = len(state.get("decoder_embed.weight", ())) > 512
     sizes, guesses = sizes_in(state, decoder_heads=8 if huge else None)
     sizes |= {"frames": 16, "stride": 4, "sampling": "dense", "img_size": str(14 * sizes["patch"])}
@@ -655,7 +648,6 @@ def public_maest(state):
     if any(k.startswith(("dec_pos_embed", "pred_head")) for k in state):  # SlowFast's own decoder
         theirs = ("dec_pos_embed", "pred_head", "decoder_embed", "mask_token")
         state = {k: v for k, v in state.items() if not k.startswith(theirs)}
-    state = fuse_qkv(state)
     sizes, guesses = sizes_in(state)
     sizes |= {"frames": 16, "stride": 4, "sampling": "linspace"}
     sizes["img_size"] = str(14 * sizes["patch"])

@@ -70,8 +70,8 @@ def hide_largest(noise, count):
     Uniform noise makes it a draw without replacement.   noise (B, N) float -> mask (B, N) bool
     """
     order = noise.argsort(dim=1)  # (B, N)
-    mask = torch.zeros(noise.shape, dtype=torch.bool)  # (B, N)
-    return mask.scatter(1, order[:, noise.shape[1] - count :], True)
+    rank = order.argsort(dim=1)  # (B, N), of each token by its noise
+    return rank >= noise.shape[1] - count
 
 
 def random_mask(batch, grid, ratio, generator, rule="keep"):
@@ -121,18 +121,15 @@ def block_mask(batch, grid, ratio, generator):
 
     rows = []
     for _ in range(batch):
-        hidden = torch.zeros(t, h, w, dtype=torch.bool)
-        while hidden.sum() < count:
-            before = hidden.clone()
+        rank = torch.zeros(t, h, w)  # 0: in no box; 1: in the last one alone; 2, 3: in earlier ones
+        while (rank > 0).sum() < count:
             dt, dh = draw(1, t), draw(max(1, h // 4), max(1, h // 2))
             dw = draw(max(1, w // 4), max(1, w // 2))
             s, r, c = draw(0, t - dt), draw(0, h - dh), draw(0, w - dw)
-            hidden[s : s + dt, r : r + dh, c : c + dw] = True
-        if count:  # the last box may hide too much: ranks are 3 to 4 in earlier boxes, 1 to 2 in it
-            rank = before.float() * 2 + hidden.float() + torch.rand(t, h, w, generator=generator)
-            hidden = hide_largest(rank.reshape(1, -1), count)
-        rows.append(hidden.reshape(-1))
-    return torch.stack(rows)
+            rank = 2 * rank.sign()
+            rank[s : s + dt, r : r + dh, c : c + dw] += 1
+        rows.append(rank + torch.rand(t, h, w, generator=generator))
+    return hide_largest(torch.stack(rows).flatten(1), count)
 
 
 def grid_mask(batch, grid, ratio=0.75, generator=None):
@@ -274,19 +271,19 @@ def picture_table(cells, columns=(), rows=(), note="", side=96, apart=1000):
     cells = cells.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)  # (R, C, 3, zoom*H, zoom*W)
     H, W, gap, line, font = zoom * H, zoom * W, 3, 22, ImageFont.load_default(size=14)
     left = gap + max([0, *(8 + int(font.getlength(title)) for title in rows)])
+    lefts = [left + c * (W + gap) for c in range(C + 1)]  # where columns begin and the last ends
     tops = [line + r * (H + gap) + r // apart * 5 * gap for r in range(R)]
-    ends = [left + c * (W + gap) + font.getlength(title) for c, title in enumerate(columns)]
-    width = int(max(left + C * (W + gap), gap + font.getlength(note) + 8, *ends))
+    ends = [x + font.getlength(title) for x, title in zip(lefts, columns)]
+    width = int(max(lefts[C], gap + font.getlength(note) + 8, *ends))
     table = Image.new("RGB", (width, tops[-1] + H + gap + line * bool(note)), "white")
     pen = ImageDraw.Draw(table)
-    for c, title in enumerate(columns):
-        pen.text((left + c * (W + gap), 2), title, "black", font)
-    for r, title in enumerate(rows):
-        pen.text((gap, tops[r] + 4), title, "black", font)
-    for r in range(R):
-        for c in range(C):
-            picture = Image.fromarray(cells[r, c].permute(1, 2, 0).numpy())
-            table.paste(picture, (left + c * (W + gap), tops[r]))
+    for x, title in zip(lefts, columns):
+        pen.text((x, 2), title, "black", font)
+    for y, title in zip(tops, rows):
+        pen.text((gap, y + 4), title, "black", font)
+    for y, row in zip(tops, cells):
+        for x, cell in zip(lefts, row):
+            table.paste(Image.fromarray(cell.permute(1, 2, 0).numpy()), (x, y))
     pen.text((gap, table.height - line + 2), note, "black", font)
     return table
 
@@ -361,8 +358,7 @@ def settings(Config, presets, doc, argv=None):
     for line in "".join(inspect.getsource(cls) for cls in Config.__mro__[:-1]).splitlines():
         title, found = re.fullmatch(r"    # (.*)", line), re.match(r"    (\w+): .*?  # (.*)", line)
         if title:
-            group = groups.get(title[1]) or parser.add_argument_group(title[1])
-            groups[title[1]] = group
+            group = groups.setdefault(title[1], parser.add_argument_group(title[1]))
         elif found:
             add_flag(group, fields[found[1]], found[2])
     given = vars(parser.parse_args(argv))
@@ -375,13 +371,12 @@ def settings(Config, presets, doc, argv=None):
 
 def add_flag(group, field, text):
     """One flag: on and off for a bool, one of several words for a Literal, else a value."""
-    default = f"{field.default:.4g}" if field.type is float else field.default
-    text += f" (default: {default})" if default != "" else ""
+    text += f" (default: {field.default})" * (field.default != "")
     options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if field.type is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif words := getattr(field.type, "__args__", None):
-        options["choices"] = words
+        options |= {"choices": words, "type": type(words[0])}
     else:
         options |= {"type": field.type, "metavar": field.type.__name__.upper()}
     group.add_argument("--" + field.name.replace("_", "-"), **options)
@@ -408,9 +403,9 @@ def main(argv=None):
 
     # a row for each kind of mask, a column for each time slot
     rows = [f"{name}: {int(mask.sum())} of {n} hidden" for name, mask in masks.items()]
-    where = torch.stack(list(masks.values())).reshape(-1, t, 1, h, w)
+    where = as_pixels(torch.stack(list(masks.values())), t, 9 * h, 9 * w, h, w)
     hole, seen = (torch.tensor(color)[:, None, None] for color in (HOLE, (0.24, 0.26, 0.32)))
-    cells = torch.where(where, hole, seen).repeat_interleave(9, 3).repeat_interleave(9, 4)
+    cells = torch.where(where, hole, seen)
     cells[..., ::9, :], cells[..., ::9] = 1, 1  # lines between the tokens
     picture_table(cells, [f"slot {s}" for s in range(t)], rows, apart=1).save(cfg.out)
     print("\n".join(rows) + f"\nwrote {cfg.out}")

@@ -36,6 +36,7 @@ Next    finetune.py: what all this was for.
 """
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -47,7 +48,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from mae_image import (ENCODERS, MLP, Attention, Block, PatchEmbed, RunConfig, begin, blocks_in,
+from mae_image import (ENCODERS, MAE, MLP, Block, PatchEmbed, RunConfig, begin, blocks_in,
                        encoder_size, evenly, fetch, height_width, held_out, init_weights,
                        load_pretrained, mean_and_std, normalize, parts_of, patchify, pretrain,
                        rename, rows_and_columns, save_picture, sincos_2d, sizes_in, to_unit_range,
@@ -62,14 +63,13 @@ STRIDE = 4  # class maps have a quarter of the height and width, and so have the
 
 
 # ==================================================================================================
-#  THE PAPER, part 1: from modalities to tokens           (needs: torch, F, nn; mae_image.py part 1)
+#  THE PAPER, part 1: from modalities to tokens                     (needs: nn; mae_image.py part 1)
 # ==================================================================================================
 
 
 def sincos_rows_first(width, h, w):
     """Fixed positions (1, h*w, width): the first half of the channels is the row (MAE: column)."""
-    cols, rows = sincos_2d(width, h, w).chunk(2, dim=1)  # each (h*w, width / 2)
-    return torch.cat([rows, cols], dim=1)[None]
+    return sincos_2d(width, h, w).roll(width // 2, dims=1)[None]
 
 
 class ClassEmbed(nn.Module):
@@ -86,8 +86,7 @@ class ClassEmbed(nn.Module):
     def forward(self, patches):
         known = patches < self.class_emb.num_embeddings
         x = self.class_emb(patches * known) * known[..., None]
-        x = x.flatten(2)  # (B, N, p*p*width), values (row, col, channel)
-        return F.linear(x, self.proj.weight.movedim(1, -1).flatten(1), self.proj.bias)
+        return PatchEmbed.forward(self, x.flatten(2))  # values of a patch: (row, col, channel)
 
 
 def standardize_depth(depth):
@@ -101,12 +100,6 @@ def standardize_depth(depth):
     middle = values[:, int(0.1 * n) : int(0.9 * n)]
     mean, var = middle.mean(dim=1), middle.var(dim=1)
     return (depth - mean[:, None, None, None]) / (var + 1e-6).sqrt()[:, None, None, None]
-
-
-def channels_first(patches, channels):
-    """Values of each patch from (row, col, channel) to (channel, row, col), the decoders' order."""
-    B, N, P = patches.shape
-    return patches.reshape(B, N, P // channels, channels).transpose(2, 3).flatten(2)
 
 
 # ==================================================================================================
@@ -147,10 +140,8 @@ class Decoder(nn.Module):
         self.task = task  # the modality whose grid is painted
         self.proj_context = nn.Linear(D, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        embeddings = {m: nn.Parameter(torch.zeros(1, 1, width)) for m in modalities}
-        self.task_embeddings = nn.ParameterDict(embeddings)
-        for embedding in embeddings.values():
-            nn.init.trunc_normal_(embedding, std=0.02)
+        drawn = {m: nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02) for m in modalities}
+        self.task_embeddings = nn.ParameterDict(drawn)
         self.query_norm = nn.LayerNorm(width, eps=1e-6)
         self.context_norm = nn.LayerNorm(width, eps=1e-6)
         self.out_norm = nn.LayerNorm(width, eps=1e-6)
@@ -164,7 +155,6 @@ class Decoder(nn.Module):
 
         given  modalities in token order;   mask None: nothing is hidden
         """
-        B, N = len(latent), table.shape[1]
         x = self.proj_context(latent)  # (B, K+1, E)
         vis, glob = x[:, :-1], x[:, -1:]
         # every token gets its position and the embedding of its modality; the global token neither
@@ -173,11 +163,10 @@ class Decoder(nn.Module):
         tokens = tokens + positions  # (B, sum of N, E)
         context = torch.cat([visible(tokens, mask), glob.to(tokens.dtype)], dim=1)  # (B, K+1, E)
         if self.task in given:  # visible tokens of this task are among the queries
-            start = given.index(self.task) * N
-            queries = tokens[:, start : start + N]
+            queries = tokens.chunk(len(given), dim=1)[given.index(self.task)]  # (B, N, E)
         else:
             queries = self.mask_token + table + self.task_embeddings[self.task]
-            queries = queries.expand(B, -1, -1)  # (B, N, E)
+            queries = queries.expand(len(latent), -1, -1)  # (B, N, E)
         # important: no residual around the cross-attention
         x = self.decoder(self.query_norm(queries), self.context_norm(context))  # (B, N, E)
         x = x + self.mlp(self.out_norm(x))
@@ -225,13 +214,11 @@ class MultiMAE(nn.Module):
         self.channels = {"rgb": channels, "norm_rgb": channels, "depth": 1}
         self.modalities = [m for m in MODALITIES if m in modalities]
         self.tasks = [*self.modalities, "norm_rgb"] if "rgb" in modalities else self.modalities
-        if "semseg" in modalities:
-            parts_of(patch, STRIDE, "class maps have a quarter of the size: patch")
-
         self.input_adapters = nn.ModuleDict()
         for m in self.modalities:
             if m == "semseg":
-                self.input_adapters[m] = ClassEmbed(classes, patch // STRIDE, class_width, D)
+                side = parts_of(patch, STRIDE, "class maps have a quarter of the size: patch")
+                self.input_adapters[m] = ClassEmbed(classes, side, class_width, D)
             else:
                 self.input_adapters[m] = PatchEmbed((patch, patch), self.channels[m], D)
         self.global_tokens = nn.Parameter(torch.zeros(1, 1, D))
@@ -250,10 +237,9 @@ class MultiMAE(nn.Module):
         self.register_buffer("decoder_pos_embed", table, persistent=False)
 
         self.apply(init_weights)
-        for module in self.modules():  # q, k and v have the bound of separate matrices
-            if isinstance(module, (Attention, CrossAttention)):
-                fused, parts = (module.qkv, 3) if isinstance(module, Attention) else (module.kv, 2)
-                for part in fused.weight.data.chunk(parts):
+        for name, module in self.named_modules():
+            if name.endswith((".qkv", ".kv")):  # q, k and v have the bound of separate matrices
+                for part in module.weight.data.split(module.in_features):
                     nn.init.xavier_uniform_(part)
             if isinstance(module, (PatchEmbed, ClassEmbed)):
                 nn.init.xavier_uniform_(module.proj.weight.data.flatten(1))
@@ -280,25 +266,19 @@ class MultiMAE(nn.Module):
             return patchify(x[:, None], self.patch // STRIDE)
         return patchify(x, self.patch)
 
-    def resize(self, table, m, x, mode):
-        """Positions for the size of this input."""
-        scale = self.patch // STRIDE if m == "semseg" else self.patch
-        return resize_table(table, self.grid, (1, x.shape[-2] // scale, x.shape[-1] // scale), mode)
-
     def given(self, inputs):
-        """The modalities among the inputs, in token order.
+        """-> the modalities among the inputs, in token order, and their token grid (1, h, w).
 
         Raises ValueError for none, unknown ones, and ones of another size.
         """
-        if not inputs or set(inputs) - set(self.modalities):
-            known = ", ".join(self.modalities)
-            raise ValueError(f"inputs {', '.join(inputs) or 'none'}: this model knows {known}")
+        given = [m for m in self.modalities if m in inputs]
         sizes = {m: tuple(x.shape[-2:]) for m, x in inputs.items()}
         if "semseg" in sizes:
             sizes["semseg"] = tuple(STRIDE * n for n in sizes["semseg"])
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"inputs must agree in size (classes: a quarter), not {sizes}")
-        return [m for m in self.modalities if m in inputs]
+        if len(given) < len(inputs) or len(set(sizes.values())) != 1:
+            takes = f"{', '.join(self.modalities)}, all of one size (classes: a quarter)"
+            raise ValueError(f"inputs {sizes}: this model takes any of {takes}")
+        return given, (1, *rows_and_columns(sizes[given[0]], self.patch))
 
     def forward(self, inputs, mask):
         latent = self.forward_encoder(inputs, mask)  # (B, K+1, D)
@@ -311,10 +291,10 @@ class MultiMAE(nn.Module):
         Patches are embedded before the hidden ones are dropped: how many of a modality stay differs
         from row to row, so only the tokens, all of one width, can be gathered. No final LayerNorm.
         """
-        tokens = []
-        for m in self.given(inputs):
+        (given, grid), tokens = self.given(inputs), []
+        for m in given:
             mode = "bilinear" if m == "semseg" else "bicubic"  # public code
-            table = self.resize(self.pos_embed, m, inputs[m], mode)  # (1, N, D)
+            table = resize_table(self.pos_embed, self.grid, grid, mode)  # (1, N, D)
             patches = self.patches(m, inputs[m])  # (B, N, P)
             tokens.append(self.input_adapters[m](patches) + table)  # (B, N, D)
         x = visible(torch.cat(tokens, dim=1), mask)  # (B, K, D)
@@ -329,8 +309,8 @@ class MultiMAE(nn.Module):
 
         DIFFERS from the official code: there the decoder of the classes always runs in float32.
         """
-        given = self.given(inputs)
-        table = self.resize(self.decoder_pos_embed, given[0], inputs[given[0]], "bilinear")
+        given, grid = self.given(inputs)
+        table = resize_table(self.decoder_pos_embed, self.grid, grid, "bilinear")
         decoders = self.output_adapters.items()
         return {task: decoder(latent, mask, given, table) for task, decoder in decoders}
 
@@ -339,10 +319,10 @@ class MultiMAE(nn.Module):
         patches = self.patches(task.removeprefix("norm_"), x)
         if task == "semseg":
             return patches
-        if task == "norm_rgb":  # as MAE: each patch by its own mean and variance over all channels
-            mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
-            patches = (patches - mean) / (var + 1e-6).sqrt()
-        return channels_first(patches, self.channels[task])
+        if task == "norm_rgb":  # each patch by its own mean and variance over all channels
+            patches = MAE.normalize_patches(self, patches)[0]
+        # from (row, col, channel) to (channel, row, col), the order of the decoders
+        return patches.unflatten(2, (-1, self.channels[task])).transpose(2, 3).flatten(2)
 
     def task_losses(self, preds, targets, inputs, mask=None):
         """{task: loss}: squared error of RGB, absolute error of depth, cross-entropy of classes.
@@ -350,7 +330,7 @@ class MultiMAE(nn.Module):
         targets: dict as inputs, may have more modalities. Loss on hidden patches only; a task that
         was not an input has no mask, and its whole map counts.
         """
-        given, losses = self.given(inputs), {}
+        (given, _), losses = self.given(inputs), {}
         hide = {} if mask is None else dict(zip(given, mask.chunk(len(given), dim=1)))
         for task, pred in preds.items():
             m, pred = task.removeprefix("norm_"), pred.float()
@@ -399,8 +379,6 @@ class DenseHead(nn.Module):
         super().__init__()
         self.encoder, self.norm, self.inputs, self.task = encoder, norm, inputs, task
         self.WARMUP_INCLUSIVE = encoder.WARMUP_INCLUSIVE
-        if task in encoder.input_adapters:
-            del encoder.input_adapters[task]  # read from the files, but not for the encoder
         classes, side = encoder.classes, encoder.patch // STRIDE
         values = classes * side**2 if task == "semseg" else encoder.patch**2
         self.head = nn.Linear(norm.normalized_shape[0], values)
@@ -445,16 +423,8 @@ def mean_iou(guess, truth, classes):
 
 # ==================================================================================================
 #  THE PAPER, part 4: aligned files
-#  (needs: Path, np, torch, InterpolationMode, TF; data.py IMAGE, parts 1, 2, 4)
+#  (needs: Path, np, torch, InterpolationMode, TF; data.py IMAGE, parts 2, 4)
 # ==================================================================================================
-
-
-def list_aligned(root, split, modalities):
-    """The files of the first modality of one split, see data.list_images."""
-    first = Path(root) / modalities[0]
-    if not first.is_dir():
-        raise ValueError(f"{root} needs the folders {', '.join(f'{m}/' for m in modalities)}")
-    return data.list_images(first, split)
 
 
 class AlignedDataset(data.FileDataset):
@@ -478,8 +448,8 @@ class AlignedDataset(data.FileDataset):
         """The file of modality m that belongs to file i."""
         inside = Path(self.paths[i]).relative_to(self.root / self.modalities[0])
         path = self.root / m / inside
-        suffixes = [path.suffix, *data.IMAGE, *(s.upper() for s in data.IMAGE)]
-        found = next((p for s in suffixes if (p := path.with_suffix(s)).is_file()), None)
+        places = [path.with_suffix(suffix) for suffix in (path.suffix, *data.IMAGE)]
+        found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise ValueError(f"{self.paths[i]} has no counterpart in {self.root / m}")
         return found
@@ -500,10 +470,11 @@ class AlignedDataset(data.FileDataset):
         for m, x in maps.items():
             how = {"rgb": InterpolationMode.BICUBIC, "depth": InterpolationMode.BILINEAR,
                    "semseg": InterpolationMode.NEAREST}[m]
-            x = TF.resized_crop(x, *box, list(self.size), how, antialias=m != "semseg")
-            x = TF.horizontal_flip(x) if flip else x
+            x = TF.resized_crop(x, *box, list(self.size), how)
+            if flip:
+                x = TF.horizontal_flip(x)
             if m == "depth":
-                x = x.round().clamp(0, 65535).int()
+                x = x.round().int()
                 x = torch.cat([x // 256, x % 256])
             planes.append(x.to(torch.uint8))
         return torch.cat(planes).permute(1, 2, 0)[None].contiguous(), ""  # (1, H, W, planes)
@@ -569,8 +540,8 @@ PRESETS = {
 
 def parse_modalities(text):
     """ "rgb,depth" -> ["rgb", "depth"], in the order of MODALITIES."""
-    names = [m.strip() for m in text.split(",") if m.strip()]
-    if not names or set(names) - set(MODALITIES):
+    names = set(text.replace(" ", "").split(","))
+    if names - set(MODALITIES):
         raise ValueError(f"modalities {text or 'none'}: use any of {','.join(MODALITIES)}")
     return [m for m in MODALITIES if m in names]
 
@@ -634,7 +605,7 @@ def to_pictures(model, task, values):
     if task == "semseg":  # numbers (B, N, p*p)
         ids = unpatchify(values, model.patch // STRIDE, h, w)[:, 0]
         x = PALETTE[ids.cpu() % len(PALETTE)].movedim(-1, 1) / 255
-        return x.repeat_interleave(STRIDE, 2).repeat_interleave(STRIDE, 3)
+        return F.interpolate(x, scale_factor=STRIDE)
     values = values.unflatten(2, (model.channels[task], -1)).transpose(2, 3).flatten(2).cpu()
     x = unpatchify(values, model.patch, h, w)
     if task == "depth":  # near is bright
@@ -657,14 +628,13 @@ def draw(model, inputs, mask, preds, path):
         hole = as_pixels(hide, 1, *original.shape[2:], *model.grid[1:])[:, 0]  # (B, 1, H, W)
         columns += [original, *(torch.where(hole, x, original) for x in (pink, painted))]
         titles += [m, "visible", "painted"]
-    pairs = [("rgb", "depth"), ("rgb", "semseg"), ("depth", "rgb"), ("semseg", "rgb")]
-    for source, goal in [pair for pair in pairs if set(pair) <= set(inputs)][:3]:
+    for source, goal in list(itertools.permutations(inputs, 2))[:3]:
         columns.append(picture(goal, paint_from(model, source, inputs[source])[goal]))
         titles.append(f"{source} > {goal}")
     some = evenly(len(mask), 6)  # over all classes
     cells = torch.stack([c[some] for c in columns], dim=1)  # (6, columns, 3, H, W)
     note = "the last columns are painted from one whole other map alone"
-    save_picture(picture_table(cells, titles, note=note if len(inputs) > 1 else ""), path)
+    save_picture(picture_table(cells, titles, note=note * (len(inputs) > 1)), path)
 
 
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
@@ -685,9 +655,10 @@ def main(argv=None):
                               cfg.min_crop, cfg.flip, train)
 
     fetch(cfg.data)
-    train_files, val_files = (list_aligned(cfg.data, x, modalities) for x in ("train", "val"))
+    root = Path(cfg.data, modalities[0])  # whose files have counterparts in the other folders
+    train_files, val_files = (data.list_images(root, split) for split in ("train", "val"))
     report(data.describe(train_files, val_files))
-    batch, mask, _ = held_out(open_files(val_files, False), draw_mask, cfg.seed, 64)
+    batch, mask, _ = held_out(open_files(val_files, False), draw_mask, cfg.seed)
     reference, _, _ = held_out(open_files(train_files, False), draw_mask, cfg.seed, 128)
 
     def look(path):

@@ -6,7 +6,7 @@ Trains one network on a folder of images and a folder of videos, in turn or both
 Paper   OmniMAE: Single Model Masked Pretraining on Images and Videos. Girdhar, El-Nouby, Singh,
         Alwala, Joulin, Misra, 2022, arXiv 2206.08356
 Covers  abstract, "90 % of image and 95 % of video patches"   --mask-ratio-image, --mask-ratio
-        public code, images as clips one cube long            OmniMAE.as_clip, positions
+        public code, images as clips one cube long            OmniMAE.as_clip
         public code, the decoder                              OmniMAE.forward_decoder
         public code, the target                               OmniMAE.patches, normalize_patches
         public code, every update images or clips             JointDataset, joint_plan
@@ -36,7 +36,6 @@ Next    multimae.py: several modalities of one image instead of two kinds of inp
 
 import dataclasses
 import math
-import re
 import typing
 from pathlib import Path
 
@@ -45,10 +44,9 @@ import torch
 from torch import nn
 
 import data
-from mae_image import (ENCODERS, LEAK_NOTE, MAE, Block, PatchEmbed, begin, draw_images,
-                       encoder_size, explained_objects, fetch, height_width, held_out, init_weights,
-                       load_pretrained, mean_and_std, pretrain, rank_and_world, reconstruct, rename,
-                       show_one, sizes_in, square, to_unit_range)
+from mae_image import (ENCODERS, MAE, Block, PatchEmbed, begin, draw_images, encoder_size, fetch,
+                       height_width, held_out, init_weights, load_pretrained, mean_and_std,
+                       paint_held_out, pretrain, rank_and_world, rename, show_one, sizes_in, square)
 from mae_video import (ClipConfig, ClipDataset, VideoMAE, draw_clips, grid_of, normalize_channels,
                        patchify_clips, sinusoid, unpatchify_clips)
 from masking import MASKS, hidden, numbers, report, restore, run_script, visible
@@ -111,15 +109,11 @@ class OmniMAE(nn.Module):
         """An image is repeated to the length of a cube: (B, C, H, W) -> (B, C, u, H, W)."""
         return x[:, :, None].expand(-1, -1, self.tubelet, -1, -1) if x.ndim == 4 else x
 
-    def positions(self, N):
-        """-> (1, N, D). An image, N = h*w, has the rows of the first time slot."""
-        return self.pos_embed[:, :N]
-
     def forward_encoder(self, x, mask=None):
         """Visible patches only.   -> (B, K, D)"""
         patches = self.cubes(x)  # (B, N, P)
         B, N, P = patches.shape
-        pos = self.positions(N).expand(B, -1, -1)  # (B, N, D)
+        pos = self.pos_embed[:, :N].expand(B, -1, -1)  # (B, N, D), of an image the first slot's
         x = self.patch_embed(visible(patches, mask)) + visible(pos, mask)  # (B, K, D)
         for block in self.blocks:
             x = block(x)
@@ -127,7 +121,7 @@ class OmniMAE(nn.Module):
 
     def decoder_input(self, latent, mask):
         """Mask tokens and positions, at encoder width: visible tokens get positions twice."""
-        return restore(latent, mask, self.mask_token) + self.positions(mask.shape[1])
+        return restore(latent, mask, self.mask_token) + self.pos_embed[:, : mask.shape[1]]
 
     def forward_decoder(self, latent, mask):
         """All tokens in raster order.   (B, K, D) -> (B, M, P)"""
@@ -147,8 +141,7 @@ class OmniMAE(nn.Module):
 
     def patches(self, x):
         """Cubes of pixels in [0, 1]; of an image both copies are to be painted.   -> (B, N, P)"""
-        pixels = to_unit_range(self.as_clip(x).float(), self.mean, self.std)
-        return patchify_clips(pixels, self.tubelet, self.patch)
+        return VideoMAE.patches(self, self.as_clip(x))
 
     def normalize_patches(self, patches):
         """Each channel of a cube by itself; epsilon inside the root."""
@@ -295,8 +288,11 @@ def main(argv=None):
                            cfg.min_crop, cfg.flip, cfg.repeat, train)
 
     if cfg.picture:
-        kind = open_videos if Path(cfg.picture).suffix.lower() in data.VIDEO else open_images
-        return show_one(model, kind(data.one_file(cfg.picture), False), draw_mask, cfg)
+        kind, draw = open_images, draw_images
+        if Path(cfg.picture).suffix.lower() in data.VIDEO:
+            kind, draw = open_videos, draw_clips
+        file = data.one_file(cfg.picture, data.IMAGE + data.VIDEO)
+        return show_one(model, kind(file, False), draw_mask, draw, cfg)
     fetch(cfg.data, cfg.images)
     images = [data.list_images(cfg.images, split, cfg.allow_missing) for split in ("train", "val")]
     videos = [data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
@@ -305,17 +301,16 @@ def main(argv=None):
     report(f"videos, {data.describe(*videos)}")
     dataset = JointDataset(open_images(images[0], True), open_videos(videos[0], True))
     val_images, val_videos = open_images(images[1], False), open_videos(videos[1], False)
-    samples = {"images": held_out(val_images, draw_mask, cfg.seed, 64),
-               "videos": held_out(val_videos, draw_mask, cfg.seed, 64)}
+    samples = {"images": held_out(val_images, draw_mask, cfg.seed),
+               "videos": held_out(val_videos, draw_mask, cfg.seed)}
     counts, shares = (len(dataset.images), len(dataset.videos)), (cfg.image_share, cfg.video_share)
-    if cfg.joint == "mixed":
-        world = rank_and_world()[1]
-        cfg.accum *= 1 + world * cfg.accum % 2  # at least a piece of images and one of clips
-        pieces = world * cfg.accum
+    world = rank_and_world()[1]
+    if cfg.joint == "mixed" and world * cfg.accum % 2:
+        cfg.accum *= 2  # at least a piece of images and one of clips
 
     def plan(epoch):
         if cfg.joint == "mixed":
-            return mixed_plan(epoch, *counts, cfg.batch, cfg.repeat, pieces, cfg.seed)
+            return mixed_plan(epoch, *counts, cfg.batch, cfg.repeat, world * cfg.accum, cfg.seed)
         return joint_plan(epoch, *counts, cfg.batch, cfg.repeat, shares, cfg.seed)
 
     def middle(n):
@@ -324,18 +319,18 @@ def main(argv=None):
     def look(path):
         """Losses and pictures of both."""
         # the weight of images in the loss of an epoch: what is shown beside it must have the same
-        pure = [] if cfg.joint == "mixed" else [update[0] < counts[0] for update in plan(0)]
-        weight = sum(pure) / len(pure) if pure else 0.5
-        scores = {}
-        for name, draw, choose in (("images", draw_images, None), ("videos", draw_clips, middle)):
-            batch, mask, paths = samples[name]
-            x = model.normalize(batch.to(device))
-            loss, baseline, pictures, hole = reconstruct(model, x, mask)
+        weight, updates, scores = 0.5, plan(0), {}
+        if cfg.joint == "interleaved" and updates:
+            weight = sum(update[0] < counts[0] for update in updates) / len(updates)
+        kinds = ("images", draw_images, np.arange), ("videos", draw_clips, middle)
+        for name, draw, choose in kinds:
+            place = path.with_name(f"{path.name}_{name}")
+            found = paint_held_out(model, samples[name], draw, place, choose)
+            loss, baseline = found["val_loss"], found["baseline"]
             report(f"held-out {name} {loss:.4f} ({cfg.BASELINE} {baseline:.4f})")
             scores |= {f"{name}_loss": loss, f"{name}_baseline": baseline}
-            if objects := explained_objects(pictures, hole, paths, choose):
-                scores[f"object in {name}"] = objects["object"]
-            draw(pictures, path.with_name(f"{path.name}_{name}"), LEAK_NOTE * cfg.norm_pix)
+            if "object" in found:
+                scores[f"object in {name}"] = found["object"]
         for key, part in (("val_loss", "loss"), ("baseline", "baseline")):
             images, clips = scores[f"images_{part}"], scores[f"videos_{part}"]
             scores[key] = weight * images + (1 - weight) * clips
@@ -360,9 +355,8 @@ def public_omni(state):
     size, guess = square(N // (16 // sizes["tubelet"]), sizes["patch"])
     sizes |= {"frames": 16, "stride": 4, "sampling": "dense", "img_size": size}
     if "decoder" in sizes:
-        for kind in ("weight", "bias"):
-            renamed[f"decoder_pred.{kind}"] = renamed.pop(f"head.{kind}")  # the pixel head
-    for key in [k for k in renamed if re.fullmatch(r"decoder_blocks.*qkv\.weight", k)]:
+        renamed = rename(renamed, {r"^head\.": "decoder_pred."})  # the pixel head
+    for key in [k for k in renamed if k.endswith("qkv.weight")]:
         renamed.setdefault(key.replace("weight", "bias"), torch.zeros(len(renamed[key])))
     return sizes, renamed, guesses + ["frames"] + guess
 

@@ -153,7 +153,7 @@ def in_order_of(ids_keep, x):
 
 def load(model, kind, weights):
     """Official weights -> our model, through the same code as a user's --init FILE."""
-    _, state, _ = finetune.READERS[kind](dict(weights))
+    _, state, _ = finetune.READERS[kind](mae_image.fuse_qkv(weights))
     mae_image.load_into(model, state)
 
 
@@ -370,7 +370,7 @@ def load_classifier(r, model):
 
     Of so small a model no file tells the heads, and VideoMAE's not the clip: they are flags, as for a user."""
     c = r.config
-    said, state, _ = finetune.READERS[model](dict(r.weights))
+    said, state, _ = finetune.READERS[model](mae_image.fuse_qkv(r.weights))
     found = mae_image.Found(r.name, model, said | {"model": model}, state)
     h, w = c["img_size"]
     flags = {"frames": c.get("num_frames", 8), "img_size": f"{h}x{w}", "size": f"{c['embed_dim']}x{c['depth']}x{c['num_heads']}"}

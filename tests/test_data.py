@@ -321,7 +321,7 @@ def test_training_names_such_a_file_once_and_goes_on(tmp_path, run, how, word):
     how(good, tmp_path / "in/a/1.mkv")
     text = run(mae_video, *TINY_VIDEO, "--data", "in", "--batch", 2)
     assert text.count(f"a/1.mkv: {word}: ") == 1
-    assert re.search("1 files with problems, met [12] times: in/a/1.mkv", text)
+    assert re.search("1 files with problems: in/a/1.mkv", text)
 
 
 def break_file(path, how):
@@ -363,9 +363,9 @@ def break_file(path, how):
 
 BROKEN = {"folder": "no such file", "pipe": "no such file", "gone": "No such file",
           "text": "Invalid data", "empty": "Invalid data", "noise": "Invalid data",
-          "cut off": "Invalid data", "sound only": "no video stream in it",
+          "cut off": "Invalid data", "sound only": "no video stream in it that FFmpeg",
           "another size": r"its picture changes from \(64, 48\) to \(96, 48\)",
-          "no decoder": "FFmpeg has no decoder for its codec",
+          "no decoder": "no video stream in it that FFmpeg has a decoder for",
           "list of files": "Invalid|denied|not permitted", "playlist": "Invalid|denied|not permitted"}
 
 

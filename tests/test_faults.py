@@ -220,7 +220,7 @@ def test_files_that_vanish_during_a_run_are_named_and_replaced(tmp_path):
         (tmp_path / "videos" / "a" / f"{i:02d}.mp4").unlink()
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "No such file" in text, text
-    assert "files with problems, met" in text
+    assert "files with problems: " in text
 
 
 def test_a_run_whose_folder_is_removed_makes_it_again(toy, tmp_path):

@@ -87,8 +87,7 @@ def test_drop_path_skips_whole_samples_and_keeps_the_mean():
 def test_frozen_means_frozen(toy, tmp_path, monkeypatch):
     """In linear mode no parameter and no statistic of the encoder changes, and the probe learns."""
     monkeypatch.chdir(tmp_path)
-    model = tiny(VideoMAE, classes=6, frozen=True, fresh_norm=False, drop_path=0.3)
-    assert torch.equal(model.train().features(clips()), model.features(clips()))  # no drop path in it
+    model = tiny(VideoMAE, classes=6, frozen=True, fresh_norm=False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     cfg = of_views(mode="linear", stride=2, batch=12, epochs=1, lr=10.0, warmup=0, pictures=0)
     files = data.list_videos(toy, "train")
@@ -196,7 +195,7 @@ def test_a_share_is_taken_of_each_class_and_at_least_one_file_always_the_same():
     assert (labels[numbers] == few.labels).all() and (few.pixels[:, 0] == numbers).all()
     assert (few.paths == finetune.take_share(files, 0.3, 0).paths).all()
     assert (few.paths != finetune.take_share(files, 0.3, 1).paths).any()
-    assert finetune.take_share(files, 1, 3) is files
+    assert len(finetune.take_share(files, 1, 3).paths) == 51
 
 
 # ---- testing -------------------------------------------------------------------------------------
@@ -424,13 +423,13 @@ def test_nothing_is_half_loaded(tmp_path, refused, toy, damage, message):
 def test_a_classifier_of_other_classes_is_not_tested(built):
     state, _ = tuned_state(filled(VideoMAE(16, 112, 2, 8, WIDE, (16, 1, 2))))
     state["module"] |= {"head.weight": torch.randn(4, 64), "head.bias": torch.randn(4)}
-    with pytest.raises(ValueError, match="knows 4 classes, .*toy has 6"):
+    with pytest.raises(ValueError, match=r"head.weight \(4, 64\), here \(6, 64\)"):
         built(state, "--eval-only")
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--model", "multimae", "--mixup", 0.8], "--model multimae takes no"),
-    (["--dense", "depth"], "--dense takes --model multimae")])
+    (["--dense", "depth"], "--dense depth takes --model multimae")])
 def test_what_multimae_cannot_do_is_refused(refused, toy, flags, message):
     assert message in refused(finetune, "--data", toy, "--mode", "scratch", *flags)
 
@@ -606,7 +605,7 @@ def test_a_full_disk_leaves_the_older_results(pretrained, toy, run, refused):
     (["--mode", "tune"], "invalid choice"),
     (["--mixupp", 1], "unrecognized arguments: --mixupp"),
     (["--mode", "scratch", "--model", "multimae", "--inputs", "rgb,flow"], "use any of rgb,depth,semseg"),
-    (["--mode", "scratch", "--model", "multimae", "--inputs", "depth", "--dense", "depth"], "is an input"),
+    (["--mode", "scratch", "--model", "multimae", "--inputs", "depth", "--dense", "depth"], "and other --inputs"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
     assert message in refused(finetune, "--data", toy, "--workers", 0, *flags)
@@ -619,8 +618,8 @@ def test_files_that_are_no_classifier_or_of_another_shape_are_refused(pretrained
     assert "--model mae_st: " in refused(finetune, *init, "--model", "mae_st")
     assert "holds an encoder, no classifier" in refused(finetune, *init, "--eval-only")
     assert "holds a run" in refused(finetune, "--data", toy, "--mode", "knn", "--out", "tuned", *init[2:])
-    assert "takes a file that ends in .avi" in refused(finetune, "--predict", "toy", "--out", "tuned")
-    assert "takes a file that ends in .avi" in refused(finetune, "--predict", "no.mp4", "--out", "tuned")
+    assert "is no file that ends in .avi" in refused(finetune, "--predict", "toy", "--out", "tuned")
+    assert "is no file that ends in .avi" in refused(finetune, "--predict", "no.mp4", "--out", "tuned")
 
 
 @pytest.mark.parametrize("train, val, message", [

@@ -315,7 +315,7 @@ def test_explained_is_the_share_of_the_variance_as_in_a_loop():
 def test_of_objects_their_hidden_pixels_count_and_no_others(toy, size, part):
     """Held-out samples are cropped in the middle; so are the maps that say where objects are."""
     if part == "images":
-        val, choose = data.ImageDataset(data.list_images(toy, "val"), size, 0, train=False), None
+        val, choose = data.ImageDataset(data.list_images(toy, "val"), size, 0, train=False), np.arange
     else:
         val = mae_video.ClipDataset(data.list_videos(toy, "val"), 4, 2, size, 0, train=False)
         choose = lambda n: val.choose(n)[0]  # noqa: E731
@@ -325,7 +325,7 @@ def test_of_objects_their_hidden_pixels_count_and_no_others(toy, size, part):
     for i in range(4):
         path = Path(re.sub("/(rgb|videos)/", "/object/", str(val.paths[i]))).with_suffix(".png")
         maps = torch.from_numpy(np.array(Image.open(path))).reshape(-1, 48, 48).bool()
-        where[i] = (maps[choose(len(maps))] if choose else maps)[:, None, top : top + size[0]]
+        where[i] = maps[choose(len(maps))][:, None, top : top + size[0]]
     hole = torch.rand(original[:, :, :1].shape) < 0.5
     painted = torch.where(where & hole, original, 0.123)  # wrong everywhere else
     pictures = {"original": original, "pasted in": painted}
@@ -359,7 +359,7 @@ def test_one_picture_is_painted_by_a_trained_model(toy, run, refused, tmp_path, 
     run(mae_image, *TINY_IMAGE, "--data", toy, "--smoke", *flags)
     text = run(mae_image, "--picture", image)
     assert re.search(rf"loss \d\.\d+ \(mean prediction \d\.\d+\)\nwrote {image.stem}_painted", text)
-    assert Image.open(tmp_path / f"{image.stem}_painted.png").height > 4 * 128 / 2
+    assert Image.open(tmp_path / f"{image.stem}_painted.png").width > 4 * 96
 
 
 @pytest.mark.parametrize("name", ["gone.jpg", "x.jpg"])
@@ -402,8 +402,8 @@ def test_separate_q_k_and_v_are_fused_and_a_missing_key_bias_is_zero():
     assert torch.equal(found["b.attn.qkv.weight"], torch.cat([parts[x] for x in "qkv"]))
     assert found["b.attn.qkv.bias"].tolist() == [1] * 4 + [0] * 4 + [2] * 4
     for lost in ("b.attn.k.weight", "b.attn.v.weight", "b.attn.v_bias"):
-        with pytest.raises(ValueError, match="but not its k and v"):
-            mae_image.fuse_qkv({k: v for k, v in state.items() if k != lost})
+        fused = mae_image.fuse_qkv({k: v for k, v in state.items() if k != lost})
+        assert f"b.attn.qkv.{lost.replace('_', '.').split('.')[-1]}" not in fused
 
 
 @pytest.mark.parametrize("place", ["", "model", "module", "model_state", "state_dict",
@@ -422,8 +422,8 @@ def test_weights_are_copied_by_name_or_not_at_all():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for more, fresh, message in (
             ({"0.weight": torch.ones(2, 2)}, ["1."], r"0.weight \(2, 2\), here \(3, 2\)$"),
-            ({"x": torch.ones(1), "y": torch.ones(1)}, ["1."], "unknown x and 1 more"),
-            ({}, [], "no 1.weight and 1 more")):
+            ({"x": torch.ones(1), "y": torch.ones(1)}, ["1."], "unknown x; unknown y"),
+            ({}, [], "no 1.weight; no 1.bias")):
         with pytest.raises(ValueError, match=message):
             mae_image.load_into(model, state | more, fresh)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -480,7 +480,7 @@ class Evil:
 @pytest.mark.parametrize("content, message", [
     ("cut off", "damaged, cut off"), ("hello", "or no checkpoint"), ("", "or no checkpoint at all"),
     (None, "there is no checkpoint"), ("folder", "did you mean x.pth/checkpoint.pt?"),
-    ([1], "holds a list"), ({"evil": Evil()}, "Python code"), ({"stranger": 1}, "unknown stranger"),
+    ([1], "or no checkpoint at all"), ({"evil": Evil()}, "Python code"), ({"stranger": 1}, "unknown stranger"),
     ({"norm.bias": None}, "no norm.bias"), ({"decoder_norm.bias": None}, "no decoder_norm.bias"),
     ({"script": "mae_video", "config": {"model": "videomae"}, "model": {}},
      "a videomae model, written by mae_video.py"),
@@ -593,7 +593,7 @@ def test_the_picture_of_the_losses_has_a_line_for_each_kind(tmp_path):
     log = [{"step": 0, "val_loss": 1.0, "baseline": 0.8}, {"step": 5, "loss": 0.8},
            {"step": 10, "loss": 0.4}, {"step": 10, "val_loss": 0.5, "baseline": 0.8}]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
-    mae_image.draw_losses(tmp_path / "log.jsonl", tmp_path / "loss.png", "nothing")
+    mae_image.draw_losses(tmp_path, "nothing")
     picture = np.asarray(Image.open(tmp_path / "loss.png"))
     for step, loss, color in ((6, 0.72, "8899cc"), (2, 0.9, "cc4433"), (2, 0.8, "777777"),
                               (2, 0.7, "ffffff"), (8, 0.9, "ffffff")):
@@ -601,7 +601,7 @@ def test_the_picture_of_the_losses_has_a_line_for_each_kind(tmp_path):
         assert bytes(pixel.tolist()).hex() == color
     log[0]["val_loss"] = 90.0  # an untrained network: the scale ends at 1.5 baselines
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
-    mae_image.draw_losses(tmp_path / "log.jsonl", tmp_path / "loss.png", "nothing")
+    mae_image.draw_losses(tmp_path, "nothing")
     pixel = np.asarray(Image.open(tmp_path / "loss.png"))[320 - round(290 / 1.5), 60 + 56 * 8]
     assert bytes(pixel.tolist()).hex() == "777777"
 
@@ -667,7 +667,7 @@ def test_a_full_disk_is_reported_and_the_previous_checkpoint_stays(toy, run, tmp
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     # the system's words, not torch's
-    assert "warning: cannot write y/checkpoint.pt: [Errno 27] File too large; there is none" in text
+    assert "warning: cannot write y/checkpoint.pt: [Errno 27] File too large; the last one" in text
     assert (tmp_path / "x/checkpoint.pt").read_bytes() == before
     assert sorted(os.listdir(tmp_path / "y")) == [".lock", "log.jsonl"]
 
@@ -686,7 +686,7 @@ def test_a_run_needs_the_same_files_but_they_may_have_moved(toy, run, refused, t
     shutil.copytree(toy / "rgb", tmp_path / "here")
     run(mae_image, *TINY_IMAGE, "--data", "here", "--epochs", 1)
     (tmp_path / "here").rename(tmp_path / "there")
-    assert "here does not exist" in refused(mae_image, "--resume")
+    assert "No such file or directory: 'here'" in refused(mae_image, "--resume")
     assert "done: " in run(mae_image, "--resume", "--data", "there")
     next((tmp_path / "there/train").rglob("*.jpg")).unlink()
     said = refused(mae_image, "--resume", "--data", "there")
@@ -781,7 +781,7 @@ def test_settings_of_another_version_are_refused(straight, refused, tmp_path, na
     (tmp_path / "old").mkdir()
     torch.save(state, tmp_path / "old/checkpoint.pt")
     said = refused(mae_image, "--resume", "--out", "old")
-    assert f"old says {name} = {value!r}, which this version does not know" in said
+    assert f"old says {name} = {value!r}, unknown to mae_image.py" in said
 
 
 def test_a_smoke_test_makes_three_updates_and_may_be_overwritten(toy, run, refused, tmp_path):
@@ -824,11 +824,11 @@ def test_broken_files_are_named_and_counted(toy, run, tmp_path):
     name = held_out.relative_to(tmp_path)
     assert f"held-out file {name}: broken, another file is used: Unidentified" in text
     assert len(re.findall(r"^images/train/\w+/\d+.jpg: broken, another", text, re.M)) == 16
-    assert re.search(r"16 files with problems, met \d\d times: images/train/Ball/00000.jpg", text)
+    assert re.search(r"16 files with problems: images/train/Ball/00000.jpg", text)
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--data", "nowhere"], "nowhere does not exist"), (["--data", "."], "has no .jpg"),
+    (["--data", "nowhere"], "No such file or directory: 'nowhere'"), (["--data", "."], "has no .jpg"),
     (["--img-size", 60], "image height 60 is not a multiple of 8: 56 and 64 are"),
     (["--img-size", "48x60"], "image width 60"), (["--img-size", "a"], "1 numbers are needed"),
     (["--decoder", "64x2x5"], "equal slices: width 64 is not a multiple of 5"),

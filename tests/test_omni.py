@@ -231,7 +231,7 @@ def test_an_epoch_without_updates_of_either_kind_draws_both(toy, run, tmp_path):
     (["--img-size", 60], "not a multiple of 8"), (["--frames", 5], "clip length 5"),
     (["--mask-ratio", 0], "hides nothing"), (["--mask-ratio-image", 1], "outside [0, 1)"),
     (["--image-share", 0, "--video-share", 0], "do not fill one update"),
-    (["--images", "nowhere"], "nowhere does not exist"), (["--batch", 100], "do not fill one"),
+    (["--images", "nowhere"], "No such file or directory: 'nowhere'"), (["--batch", 100], "do not fill one"),
     (["--batch", 2, "--repeat", 4], "must be a multiple of 4"), (["--joint", "both"], "choice"),
     (["--joint", "mixed", "--batch", 9], "must be a multiple of 2"),
     (["--decoder", "64x1x5"], "not a multiple of 5"), (["--init", "no.pth"], "no checkpoint")])

@@ -129,8 +129,8 @@ def started(monkeypatch, module, path, *flags):
 def tuned(path, *flags):
     """The classifier that finetune.py makes of a file."""
     flags = ["--init", str(path), *map(str, flags)]
-    cfg, found = mae_image.read_config(finetune.Config, finetune.PRESETS, finetune.__doc__,
-                                       finetune.READERS, flags, finetune.default_file)
+    cfg, found, _ = mae_image.begin(finetune.Config, finetune.PRESETS, finetune.__doc__,
+                                    finetune.READERS, flags, finetune.default_file)
     cfg = finetune.as_it_was_built(cfg, found) if cfg.eval_only else cfg
     return finetune.build(cfg, 5, found)[0].eval()
 
@@ -150,7 +150,7 @@ def test_a_public_file_of_rectangles_is_read_if_flags_say_so(kind, tmp_path, mon
     model.norm = torch.nn.Identity()  # a classifier's comes after the pooling
     assert torch.allclose(tuned(path, *flags).encoder.encode(x), model.encode(x), atol=1e-6)
     if kind == "mae":
-        with pytest.raises(ValueError, match="9 positions, which is not --img-size 16x40"):
+        with pytest.raises(ValueError, match=r"pos_embed \(1, 9, 24\), here \(1, 10, 24\)"):
             tuned(path, "--img-size", "16x40", *flags[2:])
 
 
