@@ -1,8 +1,5 @@
 """data.py - from a file on disk to a batch of uint8 pixels.
 
-Lists the files of a data set, decodes what is needed of them, crops, and hands out batches. It also
-checks a data set, makes smaller copies of its videos, and writes a toy world.
-
     which files       UCF101, HMDB51, class folders, "path label" lists, CIFAR-10     list_videos
     decoding          PyAV: exact frames, only those that are kept are converted      read_clips
     one crop          random resized or centre; the same for all frames of a clip     make_crop
@@ -87,6 +84,9 @@ class Files:
     how: str = ""  # where the split comes from, in words
     pixels: np.ndarray = None  # (N, H, W, 3) uint8 where the images are in memory (CIFAR-10)
 
+    def __post_init__(self):
+        self.paths, self.labels = np.array(self.paths, str), np.array(self.labels, int)
+
     def select(self, keep):
         """Some of the files.   keep: their numbers, or a bool for each"""
         pixels = None if self.pixels is None else self.pixels[keep]
@@ -97,7 +97,7 @@ def one_file(path, kinds, classes=()):
     """A single file, of no known class.   Raises ValueError if it does not end in one of `kinds`"""
     if not os.path.isfile(path) or Path(path).suffix.lower() not in kinds:
         raise ValueError(f"{path} is no file that ends in {', '.join(kinds)}")
-    return Files(np.array([path]), np.array([-1]), classes)
+    return Files([path], [-1], classes)
 
 
 def list_videos(root, split="train", fold=1, allow_missing=False):
@@ -125,8 +125,8 @@ def list_images(root, split="train", allow_missing=False):
     """The images of one split, as in list_videos; "cifar10": torchvision's, downloaded to data/."""
     if str(root) == "cifar10" and not Path(root).exists():
         found = datasets.CIFAR10("data/cifar10", train=split == "train", download=True)
-        names = np.array([f"cifar10/{split}/{i}" for i in range(len(found.data))])
-        return Files(names, np.array(found.targets), found.classes, "torchvision", found.data)
+        names = [f"cifar10/{split}/{i}" for i in range(len(found.data))]
+        return Files(names, found.targets, found.classes, "torchvision", found.data)
     return list_plain(find_root(root, "rgb"), split, IMAGE, allow_missing)
 
 
@@ -135,17 +135,12 @@ def find_root(root, part):
     return Path(root, part) if Path(root, part).is_dir() else Path(root)
 
 
-OFFICIAL = {  # folder of lists, folder of videos
-    "UCF101": ("ucfTrainTestlist", "UCF-101"),
-    "HMDB51": ("testTrainMulti_7030_splits", "hmdb51_org"),
-}
-
-
 def find_official(root):
     """-> (name, folder of lists, folder of videos) of UCF101 or HMDB51 as they were unpacked."""
     if (root / "classInd.txt").is_file():
         return "UCF101", root, root
-    for name, folders in OFFICIAL.items():
+    for name, *folders in (("UCF101", "ucfTrainTestlist", "UCF-101"),
+                           ("HMDB51", "testTrainMulti_7030_splits", "hmdb51_org")):
         given = root.name == folders[1]  # the folder of videos itself
         found = [find_folder(root.parent if given else root, folder) for folder in folders]
         if all(found):
@@ -183,7 +178,7 @@ def read_official(name, lists, videos, split, fold, allow_missing):
             for video, use in read_lines(path, r"(.+)\s([012])"):  # 1 train, 2 test, 0 neither
                 if use == ("1" if train else "2"):
                     wanted.append((f"{classes[label]}/{video}", label))
-    return resolve(wanted, classes, videos, lists, VIDEO, allow_missing, f"{name}'s {table}")
+    return resolve(wanted, classes, videos, VIDEO, allow_missing, f"{name}'s {table}")
 
 
 def read_lines(path, pattern="(.*)"):
@@ -195,7 +190,7 @@ def read_lines(path, pattern="(.*)"):
     return [re.fullmatch(pattern, line).groups() for line in lines]
 
 
-def resolve(wanted, classes, folder, source, kinds, allow_missing, how):
+def resolve(wanted, classes, folder, kinds, allow_missing, how):
     """Listed (path, label) -> Files that exist.
 
     A file is where the list says or, wherever it lies, of the same name in a folder of the same
@@ -222,46 +217,48 @@ def resolve(wanted, classes, folder, source, kinds, allow_missing, how):
         elif ending in (*kinds, ""):
             found = by_key()[key(path)]
         if len(found) == 1:
-            paths.append(str(found[0]))
+            paths.append(found[0])
             labels.append(label)
         else:
             missing.append(listed)
     if not paths or (missing and not allow_missing):
-        few = f"{len(missing)} of {len(wanted)} files listed in {source} are not in {folder}"
+        few = f"{len(missing)} of {len(wanted)} files of {how} are not in {folder}"
         hint = "; --allow-missing uses the others" * bool(paths)
         raise ValueError(f"{few}, e.g. {', '.join(missing[:3])}{hint}")
-    return Files(np.array(paths), np.array(labels), classes, how)
+    return Files(paths, labels, classes, how)
 
 
 def walk(folder, kinds):
-    """All files below folder -> (those that end in `kinds`, sorted; how many others, by ending)."""
+    """All files below folder -> those that end in `kinds`, sorted; the others, counted in words."""
     found, others, seen = [], collections.Counter(), set()
 
     def fail(error):
         raise error  # a folder that may not be listed
 
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = sorted(set(folders) - {"lost+found", "__MACOSX"})
-        folders[:] = [f for f in folders if f[0] != "."]
-        if os.path.realpath(parent) in seen:  # links to folders are followed, but not in circles
-            folders[:], names = [], []
-        seen.add(os.path.realpath(parent))
+        hidden = ("lost+found", "__MACOSX")
+        folders[:] = sorted(f for f in folders if f[0] != "." and f not in hidden)
+        real = os.path.realpath(parent)
+        if real in seen:  # links to folders are followed, but not in circles
+            folders.clear()
+            continue
+        seen.add(real)
         for path in (Path(parent, name) for name in sorted(names) if name[0] != "."):
             if path.suffix.lower() not in kinds:
                 others[path.suffix.lower() or path.name] += 1
             elif path.is_file():
                 found.append(path)
-    return found, others
+    return found, [f"{n} {ending}" for ending, n in others.most_common(9)]
 
 
 def list_plain(root, split, kinds, allow_missing):
     """Class folders, a folder of files, or a list file; see list_videos."""
     if root.is_file():
-        siblings = [root.with_name(name + root.suffix) for name in ("val", "test")]
-        other = next((path for path in siblings if path.is_file() and path != root), None)
-        if not other:
-            return hold_out(read_list(root, kinds, allow_missing), split)
-        return read_list(root if split == "train" else other, kinds, allow_missing)
+        for name in ("val", "test"):
+            other = root.with_name(name + root.suffix)
+            if other.is_file() and other != root:
+                return read_list(root if split == "train" else other, kinds, allow_missing)
+        return hold_out(read_list(root, kinds, allow_missing), split)
     inside = subfolders(root)
     while len(inside) == 1 and not any(path.suffix.lower() in kinds for path in root.iterdir()):
         root, inside = inside[0], subfolders(inside[0])  # a wrapper, as archives leave it
@@ -292,7 +289,7 @@ def find_files(folder, kinds):
     """walk(), but a ValueError that says what is there instead if nothing is found."""
     found, others = walk(folder, kinds)
     if not found:
-        there = ", ".join(f"{n} {ending}" for ending, n in others.most_common(3)) or "nothing"
+        there = ", ".join(others) or "nothing"
         hint = "mae_image.py takes images, mae_video.py videos"
         raise ValueError(f"{folder} has no {' '.join(kinds[:4])} ..., but {there}: {hint}")
     return found, others
@@ -301,19 +298,20 @@ def find_files(folder, kinds):
 def list_folder(folder, kinds, classes=None):
     """Files of class folders, or of a folder without any.   classes: those of another split"""
     found, others = find_files(folder, kinds)
-    own = sorted({path.relative_to(folder).parts[0] for path in found if path.parent != folder})
+    inside = [path for path in found if path.parent != folder]
+    own = sorted({path.relative_to(folder).parts[0] for path in inside})
     if classes and set(own) - set(classes):
         raise ValueError(f"{folder} has classes that training lacks: {set(own) - set(classes)}")
     classes = own if classes is None else classes
-    if own:
-        others["beside the class folders"] = sum(path.parent == folder for path in found)
-        found = [path for path in found if path.parent != folder]
+    if inside and len(inside) < len(found):
+        others.append(f"{len(found) - len(inside)} beside the class folders")
+        found = inside
     label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of.get(path.relative_to(folder).parts[0], -1) for path in found]
     how = f"folder {folder.name}"
-    if passed := ", ".join(f"{n} {ending}" for ending, n in others.most_common(5) if n):
-        how += f", passed over: {passed}"
-    return Files(np.array([str(path) for path in found]), np.array(labels), classes, how)
+    if others:
+        how += f", passed over: {', '.join(others)}"
+    return Files(found, labels, classes, how)
 
 
 def read_list(path, kinds, allow_missing):
@@ -324,14 +322,14 @@ def read_list(path, kinds, allow_missing):
     wanted = []
     for (line,) in read_lines(path):
         found = re.fullmatch(r"(.*[^\s,;])[\s,;]+[\"']?(-?\d{1,6})(\.0*)?[\"']?", line)
-        if os.path.exists(path.parent / line) or not found:
-            wanted.append((line.strip("\"'"), -1))
-        else:
-            wanted.append((found[1].strip("\"'"), int(found[2])))
+        label = -1
+        if found and not os.path.exists(path.parent / line):
+            line, label = found[1], int(found[2])
+        wanted.append((line.strip("\"'"), label))
     if len(wanted) > 1 and wanted[0][1] < 0 and Path(wanted[0][0]).suffix.lower() not in kinds:
         del wanted[0]  # a header
     classes = [str(i) for i in range(max((label for _, label in wanted), default=-1) + 1)]
-    return resolve(wanted, classes, path.parent, path, kinds, allow_missing, f"list {path.name}")
+    return resolve(wanted, classes, path.parent, kinds, allow_missing, f"list {path.name}")
 
 
 def hold_out(files, split):
@@ -381,10 +379,11 @@ LARGEST = 2**29  # bytes of pixels that a clip may have: 16 frames of 4K
 
 
 def reason(error):
-    """Why a file cannot be read. A lack of memory or descriptors is not its fault and is raised."""
-    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+    """Why a file cannot be read. What is not its fault is raised: no memory, descriptors, disk."""
+    number = getattr(error, "errno", None)
+    if number in (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         raise error
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
         bytearray(LARGEST)  # fails if memory is short; else the damaged file asked for too much
         return "it asks for more memory than there is"
     if isinstance(error, BrokenFile):
@@ -429,7 +428,7 @@ def cached_times(path, size, changed):
             if packet.size and not packet.is_discard:
                 times.append(packet.pts if reordered else packet.dts)
                 end = max(end, (packet.dts or 0) + (packet.duration or 0))
-        known = times and None not in times and len(set(times)) == len(times)
+        known = None not in times and len(set(times)) == len(times)
         name = container.format.name
         if name in ("mpeg", "asf") or (name == "avi" and reordered):
             known = False  # these do not store the time of every frame: some are made up
@@ -455,24 +454,20 @@ def shown(container, stream):
         yield frame
 
 
-def to_rgb(convert, frame, **size):
-    """Frame -> uint8 (H, W, 3), turned as the file says: a phone only notes how it was held.
-
-    convert  a VideoReformatter; without threads of its own it takes a third of the time
-    """
-    rgb = convert.reformat(frame, format="rgb24", threads=1, **size).to_ndarray()
+def to_rgb(frame, **size):
+    """Frame -> uint8 (H, W, 3), turned as the file says: a phone only notes how it was held."""
+    rgb = frame.to_ndarray(format="rgb24", threads=1, **size)  # more threads take longer
     return np.rot90(rgb, round(frame.rotation / 90))
 
 
-def grab(path, wanted, times):
-    """Decode the set of frames `wanted` -> {number: (H, W, 3) uint8}, how many were met, damaged.
+def grab(path, clips, times):
+    """Decode the frames of clips -> {number: (H, W, 3) uint8}, how many were met, damaged.
 
     Where `times` tells the time of every frame, a clip that begins after frame 24 is reached by a
     jump to the key frame before it, whose time tells its number. Otherwise, as in an AVI with
     B-frames, all are decoded and counted.
     """
-    found, damaged, first, last = {}, 0, min(wanted), max(wanted)
-    convert = av.video.reformatter.VideoReformatter()
+    found, damaged, wanted, first = {}, 0, set(clips.flat), clips.min()
     with open_video(path) as (container, stream):
         context, frames, i = stream.codec_context, shown(container, stream), 0
         if len(wanted) * context.width * context.height * 3 > LARGEST:
@@ -482,16 +477,15 @@ def grab(path, wanted, times):
             # frames before the key frame may miss what they refer to
             key = next((frame for frame in frames if frame.key_frame), None)
             when = key and (key.pts if context.has_b_frames else key.dts)
-            place = np.flatnonzero(times == when)
-            if len(place) == 0 or place[0] > first:
-                return grab(path, wanted, None)
-            i, frames = int(place[0]), itertools.chain([key], frames)
+            if when not in times[: first + 1]:
+                return grab(path, clips, None)
+            i, frames = int(np.searchsorted(times, when)), itertools.chain([key], frames)
         for frame in frames:
             if i in wanted:
-                found[i] = to_rgb(convert, frame)
+                found[i] = to_rgb(frame)
                 damaged += frame.is_corrupt
             i += 1
-            if i > last:
+            if i > clips.max():
                 break
     return found, i, damaged
 
@@ -505,10 +499,10 @@ def read_clips(path, choose):
     with broken():
         count, times, problem = frame_times(path)
         clips = choose(max(count, 1))
-        found, n, damaged = grab(path, set(clips.flat), times)
-        if n and not found.keys() >= set(clips.flat):  # fewer frames than packets: draw again
+        found, n, damaged = grab(path, clips, times)
+        if 0 < n <= clips.max():  # fewer frames than packets: draw again
             clips = choose(n)
-            found, n, damaged = grab(path, set(clips.flat), times)
+            found, n, damaged = grab(path, clips, times)
         if n == 0:
             raise BrokenFile("no frame can be decoded")
         frames = np.stack([found[f] for f in clips.flat])  # one copy: two cost as much as the crop
@@ -520,11 +514,11 @@ def read_clips(path, choose):
 def every_frame(path, problems, **size):
     """All frames of a video, one by one, as to_rgb(). What is wrong is added to `problems`."""
     _, _, problem = frame_times(path)
-    met, damaged, convert = 0, 0, av.video.reformatter.VideoReformatter()
+    met, damaged = 0, 0
     with open_video(path) as (container, stream):
         for frame in shown(container, stream):
             met, damaged = met + 1, damaged + frame.is_corrupt
-            yield to_rgb(convert, frame, **size)
+            yield to_rgb(frame, **size)
         if not met:
             raise BrokenFile("no frame can be decoded")
         if damaged:
@@ -559,7 +553,7 @@ def read_image(path):
             x = np.asarray(image, dtype=np.float64)
             if not np.isfinite(x).all():
                 raise BrokenFile("pixels that are no numbers")
-            x = (x - x.min()) / max(x.max() - x.min(), 1e-12) * 255
+            x = (x - x.min()) / max(np.ptp(x), 1e-12) * 255
             image = Image.fromarray(x.round().astype(np.uint8))
         return np.array(image.convert("RGB"))
 
@@ -572,11 +566,11 @@ def read_image(path):
 def make_crop(pixels, size, box, flip=False, how=v2.InterpolationMode.BILINEAR):
     """Cut out a box, resize it, perhaps mirror it: all frames alike.
 
-    pixels  uint8 (T, H, W, 3) -> uint8 (T, *size, 3);   size (height, width)
+    pixels  array (T, H, W, C), mostly uint8 -> tensor (T, *size, C);   size (height, width)
     box     top, left, height, width
     """
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (T, 3, H, W), channels last in memory: fast
-    x = TF.resized_crop(x, *box, list(size), interpolation=how, antialias=True)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (T, C, H, W), channels last in memory: fast
+    x = TF.resized_crop(x, *box, list(size), how)
     if flip:
         x = TF.horizontal_flip(x)
     return x.permute(0, 2, 3, 1).contiguous()
@@ -608,8 +602,8 @@ def torchvision_draws_from(generator):
 
 # ==================================================================================================
 #  PART 4: from files to batches
-#  (needs: os, signal, sys, time, torch, DataLoader, Dataset, v2, seeded, parts 2, 3; masking.py
-#  printable)
+#  (needs: os, signal, time, np, torch, DataLoader, Dataset, v2, seeded, parts 2, 3;
+#  masking.py is_first, printable, rank_and_world, report)
 # ==================================================================================================
 
 
@@ -618,12 +612,14 @@ class FileDataset(Dataset):
 
     A kind of data adds read(i, generator) -> pixels, problem or "". In place of a broken file
     another one is used; after ten broken ones in a row a ValueError.
+    size (H, W); min_crop: see random_box; train False: centre crop
     """
 
     repeat = 1  # R, samples of one file
 
-    def __init__(self, files, seed):
-        self.files, self.seed = files, seed
+    def __init__(self, files, size, seed, min_crop=0.2, flip=True, train=True):
+        self.files, self.size, self.seed = files, size, seed
+        self.min_crop, self.flip, self.train = min_crop, flip, train
         self.paths, self.labels, self.classes = files.paths, files.labels, files.classes
 
     def __len__(self):
@@ -645,6 +641,10 @@ class FileDataset(Dataset):
         hint = "python data.py check lists them"
         raise ValueError(f"10 files in a row cannot be read, e.g. {names}: {hint}")
 
+    def choose(self, n):
+        """Of a file of n frames those of a test sample (1, T): of an image all."""
+        return np.arange(n)[None]
+
     def draw_crop(self, shape, generator):
         """-> box, whether to mirror: by chance in training, else the centre, not mirrored."""
         if not self.train:
@@ -654,11 +654,7 @@ class FileDataset(Dataset):
 
 
 class ImageDataset(FileDataset):
-    """Items uint8 (1, H, W, 3).   size (H, W); min_crop: random_box; train False: centre crop."""
-
-    def __init__(self, files, size, seed, min_crop=0.2, flip=True, train=True):
-        super().__init__(files, seed)
-        self.size, self.min_crop, self.flip, self.train = size, min_crop, flip, train
+    """Items uint8 (1, H, W, 3)."""
 
     def read(self, i, generator):
         stored = self.files.pixels
@@ -672,8 +668,8 @@ def shuffled(seed, epoch, n, size):
 
     A rest that does not fill an update is left out; another epoch leaves out others.
     """
-    order = torch.randperm(n, generator=seeded(seed, epoch)).tolist()
-    return [order[i : i + size] for i in range(0, n - size + 1, size)]
+    order = torch.randperm(n, generator=seeded(seed, epoch))
+    return order[: n // size * size].view(-1, size).tolist()
 
 
 def batches(plan, start, stop, rank, world, accum):
@@ -699,18 +695,14 @@ def batches(plan, start, stop, rank, world, accum):
 def collate(items):
     """-> uint8 (sum of R, ...), file numbers, problems."""
     pixels, numbers, problems = zip(*items)
-    return share(torch.cat(pixels)), list(numbers), sum(problems, [])
-
-
-def share(pixels):
-    """Into shared memory, in a worker. torch would do it later, and hang if /dev/shm is full."""
-    if torch.utils.data.get_worker_info():
-        pixels.share_memory_()
-    return pixels
+    batch = torch.cat(pixels)
+    if torch.utils.data.get_worker_info():  # torch would do it later, and hang if /dev/shm is full
+        batch.share_memory_()
+    return batch, list(numbers), sum(problems, [])
 
 
 def start_loader(dataset, workers, **options):
-    """torch's DataLoader as an iterator whose workers are running, see take()."""
+    """torch's DataLoader as an iterator whose workers are running, see take() and take_all()."""
     loader = DataLoader(dataset, num_workers=workers, worker_init_fn=begin_worker, **options)
     if os.name != "posix":
         return iter(loader)
@@ -742,22 +734,25 @@ def take(loader):
         return next(loader)
     except Exception as error:  # arrives as a whole traceback, and ends with the message
         message = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        short = "No space left" in message or "/torch_" in message
-        hint = "; try --workers 0, or a larger /dev/shm (docker run --shm-size)" if short else ""
-        raise ValueError(f"the loader failed: {message}{hint}") from None
+        hint = "; try --workers 0, or a larger /dev/shm (docker run --shm-size)"
+        raise ValueError(f"the loader failed: {message}{hint * ('/torch_' in message)}") from None
+
+
+def take_all(loader, what):
+    """Yield everything that the loader has; a line now and then says how long it will take."""
+    begin = shown_at = time.monotonic()
+    for i in range(1, len(loader) + 1):
+        yield take(loader)
+        now = time.monotonic()
+        if now - shown_at > 10:
+            shown_at, left = now, (now - begin) / i * (len(loader) - i)
+            report(f"{what}: {i} of {len(loader)}, {left:.0f} s left")
 
 
 def in_parallel(work, jobs, what):
-    """Yield work(job) of each job in order; on all CPU cores, as torch's collate_fn."""
-    results = start_loader(jobs, os.cpu_count(), batch_size=None, collate_fn=work)
-    begin, shown_at = time.monotonic(), 0.0
-    for i in range(1, len(jobs) + 1):
-        yield take(results)
-        spent = time.monotonic() - begin
-        if i == len(jobs) or spent - shown_at > 5:
-            shown_at, left = spent, spent / i * (len(jobs) - i)
-            text = f"{what}: {i} of {len(jobs)}, {left:.0f} s left"
-            print(text, file=sys.stderr, flush=True)
+    """work(job) of each job in order; on all CPU cores, as torch's collate_fn."""
+    loader = start_loader(jobs, os.cpu_count(), batch_size=None, collate_fn=work)
+    return take_all(loader, what)
 
 
 # ==================================================================================================
@@ -773,9 +768,8 @@ def write_whole(path, save):
     try:
         save(part)
         os.replace(part, path)
-    except OSError as error:
-        error.filename = str(path)  # the system names none when a disk is full
-        raise
+    except OSError as error:  # the system names no file when a disk is full
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -821,7 +815,7 @@ def load_file(path):
 
 
 # ==================================================================================================
-#  PART 6: the toy world           (needs: functools, os, Fraction, Path, av, np, Image, parts 4, 5)
+#  PART 6: the toy world                     (needs: functools, os, Path, av, np, Image, parts 4, 5)
 #
 #  A room, a large object that matters, and two small ones by the wall. They are flat sprites,
 #  painted from far to near, so depth and class maps are exact. Metres: x right, y up, z away.
@@ -872,7 +866,7 @@ def render(objects):
     floor, wall = FLOOR * (0.55 + 0.45 * far), WALL * (0.8 + 0.36 * up[..., None])
     paint, frames = np.where(is_floor[..., None], floor, wall), []
     for t in range(len(objects[0]["place"])):
-        color, depth, classes = paint.copy(), room.copy(), np.where(is_floor, 0, 1)
+        color, depth, classes = paint.copy(), room.copy(), 1 - is_floor
         for o in objects:
             x, y, z = o["place"][t]
             u, v = (right * z - x) / o["radius"], (up * z + EYE - y) / o["radius"]
@@ -881,7 +875,7 @@ def render(objects):
             depth[inside], classes[inside] = z, MAPS.index(o["kind"])
         color = color.reshape(SIDE, 2, SIDE, 2, 3).mean((1, 3)) * 255
         maps = (m[::2, ::2] for m in (depth, classes, inside))  # inside: of the last one
-        frames.append((color.clip(0, 255).astype(np.uint8), *maps))
+        frames.append((color.astype(np.uint8), *maps))
     return [np.stack(part) for part in zip(*frames)]
 
 
@@ -898,8 +892,8 @@ def draw_scene(rng, kind, turns):
 
 def write_toy(job):
     """A clip with a map of its object, or an image with its maps. Its randomness is in `seed`."""
-    folder, name, kind, seed = job
-    rng = np.random.default_rng(seed)
+    folder, name, seed = job
+    kind, rng = Path(name).parent.name, np.random.default_rng(seed)
     turns, motion = rng.uniform(size=(1, 3)), MOTIONS.get(kind)
     if motion:
         turns = turns + np.array(motion) * np.arange(LENGTH)[:, None] / LENGTH  # (T, 3)
@@ -907,15 +901,14 @@ def write_toy(job):
     pixels, depth, classes, first = render(draw_scene(rng, kind, turns))
     maps = {"object": first}  # frames of a clip below each other
     if motion:
-        save = functools.partial(write_video, pixels, Fraction(12))
-        write_whole(folder / "videos" / f"{name}.mp4", save)
+        write_whole(folder / f"videos/{name}.mp4", functools.partial(write_video, pixels, 12))
     else:
         save = functools.partial(Image.fromarray(pixels[0]).save, quality=95)
-        write_whole(folder / "rgb" / f"{name}.jpg", save)
+        write_whole(folder / f"rgb/{name}.jpg", save)
         maps["depth"] = (depth / 16 * 65535).astype(np.uint16)
         maps["semseg"] = classes.astype(np.uint8)
     for part, x in maps.items():
-        write_whole(folder / part / f"{name}.png", Image.fromarray(x.reshape(-1, SIDE)).save)
+        write_whole(folder / f"{part}/{name}.png", Image.fromarray(x.reshape(-1, SIDE)).save)
 
 
 def make_toy(folder, groups=25, images=(1600, 400), labelled=7):
@@ -933,13 +926,13 @@ def make_toy(folder, groups=25, images=(1600, 400), labelled=7):
     if folder.exists() and not begun.exists():
         raise ValueError(f"{folder} exists and is no toy world: name a new folder")
     begun.mkdir(parents=True, exist_ok=True)
-    clips = [(f"{m}/v_{m}_g{g:02d}_c{c:02d}", m, g) for m in MOTIONS
+    clips = [(f"{m}/v_{m}_g{g:02d}_c{c:02d}", label, g) for label, m in enumerate(MOTIONS, 1)
              for g in range(1, groups + 1) for c in range(1, 5)]
-    jobs = [(folder, name, motion, [1, i]) for i, (name, motion, _) in enumerate(clips)]
+    jobs = [(folder, name, [1, i]) for i, (name, _, _) in enumerate(clips)]
     for split, count in zip(("train", "val"), images):
         for i in range(count):
-            kind = KINDS[i % len(KINDS)]
-            jobs.append((folder, f"{split}/{kind}/{i:05d}", kind, [2, split == "val", i]))
+            name = f"{split}/{KINDS[i % len(KINDS)]}/{i:05d}"
+            jobs.append((folder, name, [2, split == "val", i]))
     for _ in in_parallel(write_toy, jobs, f"rendering the toy world into {folder}"):
         pass
     width = max(1, groups * 7 // 25)
@@ -947,11 +940,11 @@ def make_toy(folder, groups=25, images=(1600, 400), labelled=7):
         start = 1 + fold % 3 * width
         tested, train, test = range(start, start + width), "", ""
         known = [g for g in range(1, groups + 1) if g not in tested][:labelled]
-        for name, motion, g in clips:
+        for name, label, g in clips:
             if g in tested:
                 test += f"{name}.mp4\n"
             else:  # 0: unknown
-                train += f"{name}.mp4 {(list(MOTIONS).index(motion) + 1) * (g in known)}\n"
+                train += f"{name}.mp4 {label * (g in known)}\n"
         (lists / f"trainlist0{fold}.txt").write_text(train)
         (lists / f"testlist0{fold}.txt").write_text(test)
     (lists / "classInd.txt").write_text("".join(f"{i} {m}\n" for i, m in enumerate(MOTIONS, 1)))
@@ -963,15 +956,13 @@ def write_video(frames, rate, path):
     Nearly lossless, without B-frames: on clips this small it decodes several times faster than
     H.264, and the same frames give the same bytes (libx264's vary with the load of the machine).
     """
+    options = {"qmin": "2", "qmax": "4", "g": "12", "threads": "1"}
     with av.open(os.path.abspath(path), "w") as container:
         stream = None
         for frame in frames:
             if stream is None:
-                stream = container.add_stream("mpeg4", rate=rate)
+                stream = container.add_stream("mpeg4", rate=rate, options=options)
                 stream.height, stream.width = frame.shape[:2]
-                stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
-                stream.codec_context.qmin, stream.codec_context.qmax = 2, 4
-                stream.codec_context.gop_size = 12
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -983,12 +974,13 @@ def write_video(frames, rate, path):
 
 
 def count_bad(paths, results):
-    """Print what is wrong with which file.   -> how many have more than a note"""
+    """Print what is wrong with which file, and how many have more than a note.   -> how many"""
     bad = 0
     for path, problems in zip(paths, results):
         for problem in problems:
             report(f"{path}: {problem}")
         bad += any(not problem.startswith("note") for problem in problems)
+    report(f"{len(paths)} files decoded, {bad} broken or damaged")
     return bad
 
 
@@ -1013,19 +1005,17 @@ def check(root):
     root = Path(root)
     paths, others = find_files(root, VIDEO + IMAGE)
     official = find_official(root)  # now: half a download should be named before hours of decoding
+    if others:
+        report(f"passed over: {', '.join(others)}")
     bad = count_bad(paths, in_parallel(check_file, paths, f"checking {root}"))
-    absent = 0
     for fold, split in itertools.product((1, 2, 3), ("train", "val")) if official else ():
         try:
             count = len(read_official(*official, split, fold, allow_missing=False).paths)
             report(f"fold {fold} {split}: {count} files listed, all there")
         except ValueError as error:
-            absent += 1
+            bad += 1
             report(f"fold {fold} {split}: {str(error).partition('; --allow')[0]}")
-    if others:
-        report("passed over: " + ", ".join(f"{n} {ending}" for ending, n in others.most_common()))
-    report(f"{len(paths)} files decoded, {bad} broken or damaged")
-    sys.exit(bad + absent > 0)
+    sys.exit(bad > 0)
 
 
 def shrink_file(job):
@@ -1038,14 +1028,11 @@ def shrink_file(job):
             rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
         rate = rate.limit_denominator(65535 // math.ceil(rate))  # MPEG-4 holds two bytes of it
         scale = min(1, short / min(W, H)) / 2
-        size = {"width": 2 * max(1, round(W * scale)), "height": 2 * max(1, round(H * scale))}
-        frames = every_frame(source, problems, interpolation="AREA", **size)
+        W, H = (2 * max(1, round(side * scale)) for side in (W, H))
+        frames = every_frame(source, problems, width=W, height=H, interpolation="AREA")
         if not target.exists():
             write_whole(target, functools.partial(write_video, frames, rate))
     except Exception as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            hint = "call again when there is room"
-            raise ValueError(f"cannot write {target}: {error.strerror}; {hint}") from None
         return [f"broken, left out: {reason(error)}"]
     return problems
 
@@ -1067,18 +1054,13 @@ def shrink(source, target, short):
         copy = target / path.relative_to(source)
         takes_mpeg4 = copy.suffix.lower() in (".avi", ".mp4", ".mkv", ".mov", ".m4v")
         jobs.append((path, copy if takes_mpeg4 else copy.with_suffix(".mp4"), short))
-    bad = count_bad(videos, in_parallel(shrink_file, jobs, f"shrinking into {target}"))
-    report(f"{len(videos)} videos, {bad} broken or damaged; the copies are in {target}")
-    sys.exit(bad > 0)
+    results = in_parallel(shrink_file, jobs, f"shrinking into {target}")
+    sys.exit(count_bad(videos, results) > 0)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="toy FOLDER: write the toy world, videos, and images with maps.\n"
-        "check FOLDER: decode everything, list what is broken.\n"
-        "shrink SOURCE TARGET: re-encode videos once, so that decoding does not starve the GPU.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("command", choices=("toy", "check", "shrink"))
     parser.add_argument("folder", help="new folder, data set, or folder of videos")
     parser.add_argument("target", nargs="?", help="folder for the smaller copies")

@@ -32,7 +32,6 @@ import io
 import json
 import math
 import re
-import time
 import typing
 from pathlib import Path
 
@@ -46,10 +45,10 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 from mae_image import (DECODER, MAE, begin, choose_precision, encoder_size, evenly, fetch,
-                       height_width, load_into, public_mae, rank_and_world, save_picture, train)
-from mae_video import (MAEST, ClipConfig, ClipDataset, VideoMAE, grid_of, public_maest,
+                       height_width, list_both, load_into, public_mae, rename, save_picture, train)
+from mae_video import (MAEST, ClipConfig, VideoMAE, grid_of, open_clips, public_maest,
                        public_videomae, resize_table, views_of)
-from masking import is_first, picture_table, report, run_script
+from masking import is_first, picture_table, rank_and_world, report, run_script
 from multimae import (MODALITIES, AlignedDataset, DenseHead, MultiMAE, parse_modalities,
                       public_multimae)
 from omni import OmniMAE, public_omni
@@ -71,7 +70,7 @@ class TunedBlock(nn.Module):
 
     drop_path    chance that a sample skips each half of the block in training (stochastic depth,
                  arXiv 1603.09382)
-    layer_scale  0: none; else a learned factor per channel that begins here (VideoMAE's code)
+    layer_scale  whether each half has a learned factor per channel (VideoMAE's code)
     """
 
     def __init__(self, block, drop_path, layer_scale):
@@ -80,8 +79,7 @@ class TunedBlock(nn.Module):
         self.norm2, self.mlp = block.norm2, block.mlp
         self.drop_path, width = drop_path, block.norm1.normalized_shape[0]
         for name in ("gamma_1", "gamma_2"):
-            scale = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale else None
-            self.register_parameter(name, scale)
+            self.register_parameter(name, nn.Parameter(torch.ones(width)) if layer_scale else None)
 
     def branch(self, x, gamma):
         """What a half of the block adds: for some samples nothing, for the others as much more."""
@@ -111,9 +109,11 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, encoder, classes, pool="mean", fresh_norm=True, drop_path=0.0, dropout=0.0,
-                 layer_scale=0.0, frozen=False):
+                 layer_scale=False, frozen=False):
         super().__init__()
-        drop_decoder(encoder)
+        for parts in (encoder._modules, encoder._parameters, encoder._buffers):
+            for name in [n for n in parts if n.startswith(DECODER)]:
+                del parts[name]  # it has done its work: MAE Sec. 3 "MAE decoder"
         D, depth = encoder.blocks[0].norm1.normalized_shape[0], len(encoder.blocks)
         self.pool, self.WARMUP_INCLUSIVE = pool, encoder.WARMUP_INCLUSIVE
         # important: MAE-ST's code leaves token 0 out even without a class token, and loses a cube
@@ -122,7 +122,7 @@ class Classifier(nn.Module):
         encoder.norm = nn.Identity()
         rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are skipped more often
         blocks = [TunedBlock(block, r, layer_scale) for block, r in zip(encoder.blocks, rates)]
-        encoder.blocks = nn.ModuleList(blocks)
+        encoder.blocks = nn.Sequential(*blocks)
         # fixed positions enter the state dict: they may be resized, and MAE's code trains them
         if not isinstance(encoder, MAEST):
             encoder.pos_embed = nn.Parameter(encoder.pos_embed, isinstance(encoder, MAE))
@@ -153,13 +153,6 @@ class Classifier(nn.Module):
     def answers(self, x):
         """-> (B, classes): probabilities."""
         return self(x).float().softmax(dim=-1)
-
-
-def drop_decoder(model):
-    """The decoder has done its work: MAE Sec. 3 "MAE decoder"."""
-    for parts in (model._modules, model._parameters, model._buffers):
-        for name in [n for n in parts if n.startswith(DECODER)]:
-            del parts[name]
 
 
 def change_grid(encoder, new):
@@ -313,66 +306,56 @@ class ViewDataset(Dataset):
     """dataset[i] -> uint8 (clips * crops, T, H, W, 3), i, [(path, problem)]: all views of a file.
 
     Images have one view, the whole centre (DIFFERS from MAE's public code: resized to 256, cropped
-    to 224). A broken file gives None. It is not replaced by another one, as in training, or that
-    one would count twice.
+    to 224). A broken file gives no view, and None as its number. It is not replaced by another one,
+    as in training, or that one would count twice.
     """
 
-    def __init__(self, files, cfg, clips, crops):
-        self.files, self.cfg, self.clips, self.crops = files, cfg, clips, crops
+    def __init__(self, files, cfg):
+        self.files, self.cfg = files, cfg
         self.size, self.images = height_width(cfg.img_size), open_images(files, cfg, train=False)
 
     def __len__(self):
         return len(self.files.paths)
 
     def choose(self, n):
-        return views_of(self.cfg.sampling, n, self.cfg.frames, self.cfg.stride, self.clips)
+        return views_of(self.cfg.sampling, n, self.cfg.frames, self.cfg.stride, self.cfg.clips)
 
     def __getitem__(self, i):
         path = self.files.paths[i]
         try:
             if is_video(self.cfg):
                 clips, problem = data.read_clips(path, self.choose)
-                pixels = torch.cat([spatial_views(clip, self.size, self.crops) for clip in clips])
+                views = [spatial_views(clip, self.size, self.cfg.crops) for clip in clips]
+                pixels = torch.cat(views)
             else:
                 pixels, problem = self.images.read(i, None)
             return pixels, i, [(path, problem)] * bool(problem)
         except data.BrokenFile as error:
-            return None, i, [(path, f"broken, left out: {error}")]
+            nothing = torch.empty(0, dtype=torch.uint8)  # torch.cat takes it beside any shape
+            return nothing, None, [(path, f"broken, left out: {error}")]
 
 
-def collate_views(items):
-    """-> views of all files that could be read, or None; the numbers of these files; problems."""
-    good = [(pixels, i) for pixels, i, _ in items if pixels is not None]
-    pixels = data.share(torch.cat([x for x, _ in good])) if good else None
-    return pixels, [i for _, i in good], sum((problems for _, _, problems in items), [])
-
-
-def run_views(model, files, cfg, clips, crops, output):
+def run_views(model, files, cfg, output):
     """output(x), a method of the model, of every view of every file -> (files, views, width).
 
     NaN for files that cannot be read. Each process takes every world-th file: each is done once.
     """
     (rank, world), device = rank_and_world(), next(model.parameters()).device
-    dtype, views = choose_precision(cfg, device), clips * crops if is_video(cfg) else 1
+    dtype, views = choose_precision(cfg, device), cfg.clips * cfg.crops if is_video(cfg) else 1
     size = max(cfg.batch // (world * cfg.accum), 1)  # of a forward pass, as in training
     loader = data.start_loader(
-        ViewDataset(files, cfg, clips, crops), cfg.workers, batch_size=-(-size // views),
-        sampler=range(rank, len(files.paths), world), collate_fn=collate_views)
-    outputs, problems, begin = {}, [], time.monotonic()
-    shown = begin
+        ViewDataset(files, cfg), cfg.workers, batch_size=-(-size // views),
+        sampler=range(rank, len(files.paths), world), collate_fn=data.collate)
+    outputs, problems = {}, []
     model.eval()
-    for done in range(1, len(loader) + 1):
-        pixels, numbers, found = data.take(loader)
+    for pixels, numbers, found in data.take_all(loader, "testing"):
         problems += found
+        numbers = [i for i in numbers if i is not None]
         if numbers:
             with torch.inference_mode(), torch.autocast(device.type, dtype, dtype != torch.float32):
                 answers = [output(model.encoder.normalize(part.to(device))).float().cpu()
                            for part in pixels.split(size)]
             outputs |= zip(numbers, torch.cat(answers).unflatten(0, (len(numbers), views)))
-        if time.monotonic() - shown > 20:
-            shown = time.monotonic()
-            left = (shown - begin) / done * (len(loader) - done)
-            report(f"testing: {done} of {len(loader)} batches, {left:.0f} s left")
     parts = [(outputs, problems)] * world
     if world > 1:
         torch.distributed.all_gather_object(parts, (outputs, problems))
@@ -434,7 +417,6 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
 # ==================================================================================================
 #  THE RUN, part 1: settings
 # ==================================================================================================
-
 
 Mode = typing.Literal["finetune", "scratch", "linear", "knn", "features"]
 
@@ -567,9 +549,8 @@ def build(cfg, classes, found=None):
     frozen = cfg.mode in FROZEN
     keeps_norm = frozen or cfg.model == "mae_st" or cfg.pool == "first"
     fresh_norm = cfg.model == "multimae" or not keeps_norm
-    layer_scale = float("blocks.0.gamma_1" in state)  # its values are in the file
     model = Classifier(encoder, classes, cfg.pool, fresh_norm, cfg.drop_path, cfg.dropout,
-                       layer_scale, frozen)
+                       "blocks.0.gamma_1" in state, frozen)
     text = load_encoder(model, state, cfg, found.path, fresh_norm) if found else "random weights"
     # built for the size in the file; now for the size that is wanted
     frames, tubelet = (cfg.frames, cfg.tubelet) if hasattr(encoder, "tubelet") else (1, 1)
@@ -587,24 +568,19 @@ def load_encoder(model, state, cfg, path, fresh_norm):
         if table.shape[1] == math.prod(model.encoder.grid) + 1:  # public: one for the class token
             state["pos_embed"] = table[:, 1:]
             state["cls_token"] = state["cls_token"] + table[:, :1]
-    keeps_norm, mapped = tested or not fresh_norm, {}
-    for key, value in state.items():
-        if keeps_norm and key.startswith(("norm.", "fc_norm.")):
-            key = key.removeprefix("fc_")
-        elif key.startswith(("head.", "fc_norm.")):
-            if not tested:  # one that is tuned gets a new head
-                key = f"old.{key}"
-        else:
-            key = f"encoder.{key}"
-        mapped[key] = value
-    fresh = []
-    if not tested:
+    names, fresh = {r"^(?!norm\.|fc_norm\.|head\.)": "encoder."}, []  # all but norm and head
+    if tested or not fresh_norm:
+        names[r"^fc_norm\."] = "norm."
+    else:
+        names[r"^norm\."] = "encoder.norm."
+    if not tested:  # one that is tuned gets a new head
+        names[r"^(fc_norm|head)\."] = r"old.\1."
         fresh = ["head."] + ["norm."] * fresh_norm
     if not isinstance(model.encoder, MAEST):
         fresh.append("encoder.pos_embed")  # a fixed table
     unused = ["old.", "encoder.norm.", "encoder.input_adapters."]  # of maps that are not seen
     unused += [f"encoder.{name}" for name in DECODER]
-    count, missing, left = load_into(model, mapped, fresh, unused)
+    count, missing, left = load_into(model, rename(state, names), fresh, unused)
 
     def parts(names):
         names = {re.sub(r"^(encoder|old)\.", "", name).split(".")[0] for name in names}
@@ -639,26 +615,18 @@ def open_images(files, cfg, train):
 
 def open_data(cfg):
     """-> dataset for training, files for training, files for testing."""
-
-    def open_files(split):
-        if cfg.model == "multimae":
-            return data.list_images(Path(cfg.data, planes_of(cfg)[0]), split)
-        if is_video(cfg):
-            return data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
-        return data.list_images(cfg.data, split, cfg.allow_missing)
-
-    train, test = open_files("train"), open_files("val")
-    report(data.describe(train, test))
+    if is_video(cfg):
+        train, test = list_both(data.list_videos, cfg.data, cfg.fold, cfg.allow_missing)
+    else:
+        root = Path(cfg.data, planes_of(cfg)[0]) if cfg.model == "multimae" else cfg.data
+        train, test = list_both(data.list_images, root, cfg.allow_missing)
     if not cfg.dense and cfg.mode != "features":
         train, test = train.select(train.labels >= 0), test.select(test.labels >= 0)
         report(f"of known class: {len(train.paths)} training files, {len(test.paths)} held out")
         check_classes(train, test, cfg)
     train = take_share(train, cfg.share, cfg.seed)
-    if is_video(cfg):
-        dataset = ClipDataset(train, cfg.frames, cfg.stride, height_width(cfg.img_size), cfg.seed,
-                              cfg.sampling, "random", cfg.min_crop, cfg.flip, cfg.repeat)
-    else:
-        dataset = open_images(train, cfg, train=True)
+    open_files = open_clips if is_video(cfg) else open_images
+    dataset = open_files(train, cfg, True)
     if cfg.rand_augment:
         dataset = Augmented(dataset, cfg.rand_ops, cfg.rand_augment)
     return dataset, train, test
@@ -691,8 +659,9 @@ def take_share(files, share, seed):
 
 
 def write(cfg, name, content):
-    """A file in --out, whole or not at all."""
-    data.write_whole(Path(cfg.out, name), lambda part: part.write_bytes(content))
+    """A file in --out, whole or not at all, by the first process."""
+    if is_first():
+        data.write_whole(Path(cfg.out, name), lambda part: part.write_bytes(content))
 
 
 def write_results(probabilities, files, cfg):
@@ -705,23 +674,22 @@ def write_results(probabilities, files, cfg):
              "  always the most frequent class: {most_frequent:.1%}"]
     for line in lines:
         report(line.format(**scores))
-    if is_first():
-        table = csv.writer(text := io.StringIO())
-        best = [f"{x}{k}" for k in range(1, 6) for x in ("class", "score")]
-        table.writerow(["path", "label", *best])
-        for path, label, p in zip(files.paths, files.labels, probabilities.mean(dim=1)):
-            row = [str(path), classes[label]]
-            for name, share in top5(p, classes) if p.isfinite().all() else [("unreadable", 0)]:
-                row += [name, f"{share:.4f}"]
-            # a spreadsheet must not take a name for a formula
-            table.writerow([re.sub("^([=+@-])", r"'\1", cell) for cell in row])
-        # surrogateescape: a name on a disk need not be valid text, and is written as it is
-        write(cfg, "predictions.csv", text.getvalue().encode("utf-8", "surrogateescape"))
-        draw_confusion(torch.tensor(scores["confusion"]), classes, Path(cfg.out, "confusion.png"))
-        per_class = zip(classes, scores["per_class"])
-        scores["per_class"] = {name: x for name, x in per_class if x == x}  # JSON has no NaN
-        scores |= {"mode": cfg.mode, "init": cfg.init or default_file(cfg)}
-        write(cfg, "results.json", json.dumps(scores, indent=1).encode())
+    table = csv.writer(text := io.StringIO())
+    best = [f"{x}{k}" for k in range(1, 6) for x in ("class", "score")]
+    table.writerow(["path", "label", *best])
+    for path, label, p in zip(files.paths, files.labels, probabilities.mean(dim=1)):
+        row = [str(path), classes[label]]
+        for name, share in top5(p, classes) if p.isfinite().all() else [("unreadable", 0)]:
+            row += [name, f"{share:.4f}"]
+        # a spreadsheet must not take a name for a formula
+        table.writerow([re.sub("^([=+@-])", r"'\1", cell) for cell in row])
+    # surrogateescape: a name on a disk need not be valid text, and is written as it is
+    write(cfg, "predictions.csv", text.getvalue().encode("utf-8", "surrogateescape"))
+    draw_confusion(torch.tensor(scores["confusion"]), classes, Path(cfg.out, "confusion.png"))
+    per_class = zip(classes, scores["per_class"])
+    scores["per_class"] = {name: x for name, x in per_class if x == x}  # JSON has no NaN
+    scores |= {"mode": cfg.mode, "init": cfg.init or default_file(cfg)}
+    write(cfg, "results.json", json.dumps(scores, indent=1).encode())
     return "top-1 {top1:.1%} (most frequent class {most_frequent:.1%})".format(**scores)
 
 
@@ -743,7 +711,7 @@ def draw_confusion(confusion, classes, path):
 
 def draw_neighbours(test_files, train_files, neighbours, cfg):
     """neighbours.png: some test files, each beside the training files that are most like it."""
-    test, train = (ViewDataset(files, cfg, 1, 1) for files in (test_files, train_files))
+    test, train = (ViewDataset(files, cfg) for files in (test_files, train_files))
     some, rows = evenly(len(test)).tolist(), []
     for i in some:
         views = [test[i][0], *(train[k][0] for k in neighbours[i, :5].tolist())]
@@ -792,7 +760,7 @@ def main(argv=None):
     if cfg.mode in ("knn", "features"):
         result = use_features(model, train_files, test_files, cfg)
     elif cfg.eval_only:
-        answers = run_views(model, test_files, cfg, cfg.clips, cfg.crops, model.answers)
+        answers = run_views(model, test_files, cfg, model.answers)
         result = write_results(answers, test_files, cfg)
     else:
         return train_classifier(model, dataset, test_files, cfg)
@@ -801,7 +769,7 @@ def main(argv=None):
 
 def train_classifier(model, dataset, test_files, cfg):
     """Supervised training, then the test."""
-    device, classes = next(model.parameters()).device, len(dataset.classes)
+    classes, one_view = len(dataset.classes), dataclasses.replace(cfg, clips=1, crops=1)
     decay = 1.0 if cfg.mode == "scratch" else cfg.layer_decay
     if cfg.mode == "linear":  # without weight decay: MAE Table 10
         optimizer = LARS(model.head.parameters())
@@ -810,7 +778,7 @@ def train_classifier(model, dataset, test_files, cfg):
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
     def loss_of(net, batch, items, step, piece):
-        labels = torch.from_numpy(dataset.labels[items]).to(device)
+        labels = torch.from_numpy(dataset.labels[items]).to(batch.device)
         labels = labels.repeat_interleave(dataset.repeat)  # clips of one video stand together
         x = erase(model.encoder.normalize(batch), cfg.erase)
         x, labels = mix(x, labels, classes, cfg.mixup, cfg.cutmix)
@@ -818,7 +786,7 @@ def train_classifier(model, dataset, test_files, cfg):
 
     def look(path):
         """One view of every test file, for the log only; what is reported is the final test."""
-        answers = run_views(model, test_files, cfg, 1, 1, model.answers)[:, 0]
+        answers = run_views(model, test_files, one_view, model.answers)[:, 0]
         good = answers[:, 0].isfinite()
         if cfg.dense:
             return model.score(answers[good])
@@ -830,21 +798,20 @@ def train_classifier(model, dataset, test_files, cfg):
     run, result = train(model, dataset, loss_of, optimizer, look, cfg), ""
     if cfg.dense and not run.stopping:
         scores = look(None)
-        if is_first():
-            write(cfg, "results.json", json.dumps({"task": cfg.dense, **scores}).encode())
+        write(cfg, "results.json", json.dumps({"task": cfg.dense, **scores}).encode())
         (name, ours), (_, constant) = scores.items()
         result = f"{cfg.dense}: {name} {ours:.3f} (the same map for all: {constant:.3f})"
     elif not run.stopping:
-        answers = run_views(model, test_files, cfg, cfg.clips, cfg.crops, model.answers)
+        answers = run_views(model, test_files, cfg, model.answers)
         result = f"{cfg.mode}: " + write_results(answers, test_files, cfg)
     run.finish(result)
 
 
 def use_features(model, train_files, test_files, cfg):
     """--mode knn: classify by the nearest training files; features: save a vector of every file."""
-    arrays, kept = {}, []
+    cfg, arrays, kept = dataclasses.replace(cfg, clips=1, crops=1), {}, []
     for name, files in (("train", train_files), ("test", test_files)):
-        x = run_views(model, files, cfg, 1, 1, model.features)[:, 0]  # (files, D)
+        x = run_views(model, files, cfg, model.features)[:, 0]  # (files, D)
         good = x[:, 0].isfinite().numpy()
         kept.append((x[good], files.select(good)))
         arrays |= {f"{name}_features": x[good].numpy(), f"{name}_labels": files.labels[good],
@@ -857,9 +824,8 @@ def use_features(model, train_files, test_files, cfg):
         if is_first() and planes_of(cfg)[0] == "rgb":
             draw_neighbours(asked, known, neighbours, cfg)
         return result
-    if is_first():
-        np.savez(file := io.BytesIO(), **arrays)
-        write(cfg, "features.npz", file.getvalue())
+    np.savez(file := io.BytesIO(), **arrays)
+    write(cfg, "features.npz", file.getvalue())
     return ", ".join(f"{k} {v.shape}" for k, v in arrays.items())
 
 
@@ -872,7 +838,7 @@ def predict(cfg, found, device):
     model = build(cfg, len(classes), found)[0].to(device)
     kinds = data.VIDEO if is_video(cfg) else data.IMAGE
     one, cfg.workers = data.one_file(cfg.predict, kinds, classes), 0
-    answers = run_views(model, one, cfg, cfg.clips, cfg.crops, model.answers)
+    answers = run_views(model, one, cfg, model.answers)
     for name, p in top5(answers[0].mean(dim=0), classes):
         report(f"{p:6.1%}  {name}")
 

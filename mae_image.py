@@ -42,8 +42,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import data
-from masking import (HOLE, MASKS, as_pixels, hidden, is_first, numbers, picture_table, report,
-                     restore, run_script, settings, visible)
+from masking import (HOLE, MASKS, as_pixels, hidden, is_first, numbers, picture_table,
+                     rank_and_world, report, restore, run_script, settings, visible)
 
 # Published encoders: width D, blocks, heads. tiny is DeiT's (arXiv 2012.12877), small that of
 # VideoMAE's code, the others MAE's (huge: patches of 14 in MAE, of 16 in VideoMAE); nano is ours.
@@ -185,6 +185,11 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def transformer(width, depth, heads):
+    """So many blocks, one after the other."""
+    return nn.Sequential(*[Block(width, heads) for _ in range(depth)])
+
+
 def init_weights(module):
     """Xavier-uniform linears, zero bias: App. A.1 "Pre-training". The fused qkv is one matrix."""
     if isinstance(module, nn.Linear):
@@ -222,18 +227,18 @@ class MAE(nn.Module):
         self.patch, self.norm_pix = patch, norm_pix
         self.mean, self.std = mean_and_std(channels, mean, std)
         D, depth, heads = ENCODERS.get(size, size)
-        E, decoder_depth, decoder_heads = decoder
+        E = decoder[0]
 
         # encoder: sees the visible patches alone
         self.patch_embed = PatchEmbed((patch, patch), channels, D)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.blocks = nn.ModuleList([Block(D, heads) for _ in range(depth)])
+        self.blocks = transformer(D, depth, heads)
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
         # decoder: sees all patches, hidden ones as one learned vector; dropped after pretraining
         self.decoder_embed = nn.Linear(D, E)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
-        self.decoder_blocks = nn.ModuleList([Block(E, decoder_heads) for _ in range(decoder_depth)])
+        self.decoder_blocks = transformer(*decoder)
         self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
         self.decoder_pred = nn.Linear(E, patch * patch * channels)
 
@@ -265,9 +270,7 @@ class MAE(nn.Module):
         x = x + visible(self.pos_embed.expand(B, -1, -1), mask)  # (B, K, D)
         # App. A.1: the class token is a dummy for later use. Its position is zero: nothing is added
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # (B, 1+K, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(x))
 
     def forward_decoder(self, latent, mask):
         """All tokens, the hidden ones as one learned vector: Sec. 3 "MAE decoder" -> (B, M, P)"""
@@ -275,11 +278,9 @@ class MAE(nn.Module):
         cls, vis = x[:, :1], x[:, 1:]
         x = restore(vis, mask, self.mask_token) + self.decoder_pos_embed  # (B, N, E)
         x = torch.cat([cls, x], dim=1)  # (B, 1+N, E)
-        for block in self.decoder_blocks:
-            x = block(x)
         # important: drop the class token before applying the mask. A public re-implementation
         # computed its loss on patches shifted by one for 19 months.
-        x = self.decoder_norm(x)[:, 1:]  # (B, N, E)
+        x = self.decoder_norm(self.decoder_blocks(x))[:, 1:]  # (B, N, E)
         return self.decoder_pred(hidden(x, mask))
 
     def patches(self, imgs):
@@ -373,7 +374,7 @@ def train(model, dataset, loss_of, optimizer, look, cfg, plan=None):
 
     dataset  dataset[epoch, i] -> (uint8 (R, ...), i, problems), see data.FileDataset
     loss_of  (net, batch, items, step, piece) -> scalar; items: indices of the files in the batch
-    look     (path) -> {"val_loss": ...}: held-out numbers; draws pictures under this name
+    look     (path of a PNG) -> {"val_loss": ...}: held-out numbers; draws pictures
     plan     epoch -> list of updates, each a list of items; None: all items in random order
     returns  the Run, which is `stopping` if it was asked to
 
@@ -413,7 +414,7 @@ def train(model, dataset, loss_of, optimizer, look, cfg, plan=None):
                 batch, items = run.next(loader)
                 if world > 1:  # gradients are averaged once, after the update's last piece
                     net.require_backward_grad_sync = a + 1 == cfg.accum
-                with run.autocast():
+                with run.autocast:
                     part = loss_of(net, batch, items, step, a * world + rank)
                 run.scaler.scale(part / cfg.accum).backward()
                 loss = loss + part.detach() / cfg.accum
@@ -483,9 +484,6 @@ def reconstruct(model, imgs, mask):
     return loss.item(), target.var(correction=0).item(), pictures, hole
 
 
-LEAK_NOTE = "* mean and deviation of each hidden patch are taken from the original"
-
-
 def explained(painted, original, where):
     """R2, the share of some pixels' variance that is explained: 1 perfect, 0 their mean colour.
 
@@ -495,28 +493,26 @@ def explained(painted, original, where):
     return 1 - ((a - b).square().sum() / (b - b.mean(dim=0)).square().sum()).item()
 
 
-def explained_objects(pictures, hole, paths, choose):
-    """{"object": explained() of objects' hidden pixels}, {} where no maps tell where objects are.
-
-    The toy world has such maps.   choose: n -> the frame numbers that were taken of n frames
-    """
+def object_maps(val, items):
+    """Where objects are in held-out files, (B, T, 1, H, W) bool; None without the toy's maps."""
     maps = []
-    for path in paths:
-        path = re.sub(r"/(videos|rgb)/", "/object/", os.path.abspath(path))
+    for i in items:
+        path = re.sub(r"/(videos|rgb)/", "/object/", os.path.abspath(val.paths[i]))
         path = Path(path).with_suffix(".png")
         if not path.exists():
-            return {}
-        x = torch.from_numpy(np.array(Image.open(path), dtype=np.float32))
-        x = x.reshape(-1, 1, x.shape[1], x.shape[1])  # (n, 1, S, S): frames lie below each other
-        top, left, h, w = data.center_box(x.shape[-2:], hole.shape[-2:])
-        x = x[choose(len(x)), :, top : top + h, left : left + w]  # (frames, 1, h, w)
-        maps.append(F.interpolate(x, hole.shape[-2:]))
-    where = hole & (torch.stack(maps) > 0).to(hole.device)  # (B, frames, 1, H, W)
-    return {"object": explained(list(pictures.values())[-1], pictures["original"], where)}
+            return None
+        x = np.array(Image.open(path), dtype=np.uint8)
+        x = x.reshape(-1, x.shape[1], x.shape[1], 1)  # (n, S, S, 1): frames lie below each other
+        box, how = data.center_box(x.shape[1:3], val.size), data.v2.InterpolationMode.NEAREST
+        maps.append(data.make_crop(x[val.choose(len(x))[0]], val.size, box, how=how))
+    return torch.stack(maps).movedim(-1, 2) > 0
 
 
 def held_out(val, draw_mask, seed, count=64):
-    """The same few samples under the same masks every time.   -> uint8 batch, mask (B, N), paths"""
+    """The same few samples under the same masks every time.
+
+    -> uint8 batch, mask (B, N), see object_maps
+    """
     count = min(count, len(val), max(6, 2**25 // val[0, 0][0].numel()))  # 64 large clips: 5 GB
     chosen = np.linspace(0, len(val) - 1, count).astype(int)  # over all classes
     batch, used, problems = data.collate([val[0, int(i)] for i in chosen])
@@ -525,17 +521,22 @@ def held_out(val, draw_mask, seed, count=64):
     mask = draw_mask(batch, len(batch), data.seeded(seed, 2))
     if not mask.any():
         raise ValueError("this mask hides nothing: raise the mask ratio, or use a smaller --patch")
-    return batch, mask, [val.paths[i] for i in used]
+    return batch, mask, object_maps(val, used)
 
 
-def paint_held_out(model, sample, draw, path, choose=np.arange):
-    """Draw what a model makes of held_out().   -> numbers; choose: see explained_objects"""
-    batch, mask, paths = sample
+def paint_held_out(model, sample, draw, path):
+    """Draw what a model makes of held_out().   -> numbers; "object": see explained"""
+    batch, mask, objects = sample
     x = model.normalize(batch.to(next(model.parameters()).device))
     loss, baseline, pictures, hole = reconstruct(model, x, mask)
-    draw(pictures, path, LEAK_NOTE * model.norm_pix)
-    objects = explained_objects(pictures, hole, paths, choose)
-    return {"val_loss": loss, "baseline": baseline, **objects}
+    note = "* mean and deviation of each hidden patch are taken from the original"
+    draw(pictures, path, note * model.norm_pix)
+    scores = {"val_loss": loss, "baseline": baseline}
+    if objects is not None:
+        frames = getattr(model, "frame_index", slice(None))  # MAE-ST paints some of them
+        where = hole & objects.to(hole.device)[:, frames]
+        scores["object"] = explained(list(pictures.values())[-1], pictures["original"], where)
+    return scores
 
 
 def draw_losses(folder, baseline):
@@ -647,8 +648,8 @@ PRESETS = {
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def main(argv=None):
     cfg, found, device = begin(Config, PRESETS, __doc__, {"mae": public_mae}, argv)
-    size, decoder = height_width(cfg.img_size), numbers(cfg.decoder, 3)
-    model = MAE(size, cfg.patch, encoder_size(cfg.size), decoder, cfg.norm_pix)
+    size, encoder, decoder = shapes(cfg)
+    model = MAE(size, cfg.patch, encoder, decoder, cfg.norm_pix)
     load_pretrained(model.to(device), found, cfg.resume)
 
     def draw_mask(batch, rows, generator):  # batch: omni.py draws other masks for images
@@ -659,9 +660,7 @@ def main(argv=None):
         one = data.ImageDataset(file, size, cfg.seed, train=False)
         return show_one(model, one, draw_mask, draw_images, cfg)
     fetch(cfg.data)
-    train_files, val_files = (data.list_images(cfg.data, split, cfg.allow_missing)
-                              for split in ("train", "val"))
-    report(data.describe(train_files, val_files))
+    train_files, val_files = list_both(data.list_images, cfg.data, cfg.allow_missing)
     dataset = data.ImageDataset(train_files, size, cfg.seed, cfg.min_crop, cfg.flip)
     val = data.ImageDataset(val_files, size, cfg.seed, train=False)
     sample = held_out(val, draw_mask, cfg.seed)
@@ -676,7 +675,7 @@ def draw_images(pictures, path, note):
     """Some images as a PNG with a row for each, a column for each kind of picture."""
     cells = torch.cat(list(pictures.values()), dim=1)  # (images, kinds, 3, H, W)
     table = picture_table(cells[evenly(len(cells), 6)], list(pictures), note=note)
-    save_picture(table, path.with_suffix(".png"))
+    save_picture(table, path)
 
 
 def show_one(model, dataset, draw_mask, draw, cfg):
@@ -685,20 +684,11 @@ def show_one(model, dataset, draw_mask, draw, cfg):
         batch, _ = dataset.read(0, None)
     except data.BrokenFile as error:
         raise ValueError(f"{cfg.picture}: {error}") from None
-    mask = draw_mask(batch, 1, data.seeded(cfg.seed, 2))
-    x = model.eval().normalize(batch.to(next(model.parameters()).device))
-    loss, baseline, pictures, _ = reconstruct(model, x, mask)
+    sample = batch, draw_mask(batch, 1, data.seeded(cfg.seed, 2)), None
     path = Path(f"{Path(cfg.picture).stem}_painted.png")
-    report(f"loss {loss:.4f} (mean prediction {baseline:.4f})")
-    draw(pictures, path, LEAK_NOTE * model.norm_pix)
+    found = paint_held_out(model.eval(), sample, draw, path)
+    report(f"loss {found['val_loss']:.4f} ({cfg.BASELINE} {found['baseline']:.4f})")
     report(f"wrote {path}")
-
-
-def save_film(clips, titles, note, path):
-    """A GIF: a row for each kind, a column for each clip.  clips (clips, kinds, frames, 3, H, W)"""
-    cells = clips.permute(2, 1, 0, 3, 4, 5)  # (frames, kinds, clips, 3, H, W)
-    tables = [picture_table(frame, (), titles, note, 128) for frame in cells]
-    save_picture(tables[0], path, save_all=True, append_images=tables[1:], duration=150, loop=0)
 
 
 def evenly(count, most=8):
@@ -716,9 +706,15 @@ def fetch(*names):
         torch.distributed.barrier()
 
 
+def list_both(list_files, root, *options):
+    """-> training and held-out files, reported.   list_files: data.list_images or list_videos"""
+    train, val = (list_files(root, split, *options) for split in ("train", "val"))
+    report(data.describe(train, val))
+    return train, val
+
+
 # --------------------------------------------------------------------------------------------------
-#  Below this line nothing is about how MAE works: the settings, the processes and the folder of a
-#  run, and files of weights. To understand the paper it is not needed.
+#  Below nothing is about how MAE works: settings, processes, the folder of a run, files of weights.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -730,6 +726,11 @@ def height_width(text):
 def encoder_size(text):
     """--size, a name in ENCODERS or numbers as in 128x4x4 -> (width, blocks, heads)."""
     return ENCODERS.get(text) or numbers(text, 3)
+
+
+def shapes(cfg):
+    """--img-size, --size and --decoder in numbers."""
+    return height_width(cfg.img_size), encoder_size(cfg.size), numbers(cfg.decoder, 3)
 
 
 # What may change when a run is resumed. All else would make it another run.
@@ -756,18 +757,18 @@ def begin(Config, presets, doc, readers, argv, default_file=file_to_show):
     path, stored, fixed = cfg.init or default_file(cfg), {}, set()
     if cfg.resume:
         path, found = cfg.out, read_file(f"{cfg.out}/checkpoint.pt", readers)
-        stored, fixed = found.config, set(flags) - set(MAY_CHANGE)
+        stored, fixed = found.settings, set(flags) - set(MAY_CHANGE)
     elif path:
         found = read_file(path, readers)
-        stored = {k: v for k, v in found.settings.items() if hasattr(cfg, k)}
+        told = found.settings | {"model": found.model}
+        stored = {k: told[k] for k in FROM_FILE if k in told and hasattr(cfg, k)}
         if getattr(cfg, "mode", "") != "scratch":  # which takes sizes from a file, not weights
             fixed = set(FIXED) - set(found.guesses)
     fields = dataclasses.fields(Config)
     known = {f.name: (float, int) if f.type is float else type(f.default) for f in fields}
     for name, value in stored.items():
         if not isinstance(value, known.get(name, ())):
-            what = f"{name} = {value!r}, unknown to {Config.SCRIPT}.py"
-            raise ValueError(f"{path} says {what}")
+            raise ValueError(f"{path} says {name} = {value!r}, unknown to {Config.SCRIPT}.py")
         flag = flags.get(name, value)
         same = flag == value or name == "size" and encoder_size(flag) == encoder_size(value)
         if name in fixed and not same:
@@ -777,13 +778,6 @@ def begin(Config, presets, doc, readers, argv, default_file=file_to_show):
     device = start_processes(cfg)
     torch.manual_seed(cfg.seed)
     return cfg, found, device
-
-
-def rank_and_world():
-    """Number of this process, and how many there are."""
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def start_processes(cfg):
@@ -844,6 +838,8 @@ class Run:
         self.world = rank_and_world()[1]
         self.device = next(model.parameters()).device
         self.dtype = choose_precision(cfg, self.device)
+        low = self.dtype != torch.float32
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=low)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.done = self.saved = 0  # updates
         self.asked = self.stopping = False
@@ -855,8 +851,9 @@ class Run:
 
     def __enter__(self):
         self.open()
-        names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]  # not on Windows
-        self.handlers = {n: signal.signal(getattr(signal, n), self.on_signal) for n in names}
+        stop = {signal.SIGINT, signal.SIGTERM}
+        stop.add(getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has none
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in stop}
         self.threads = torch.get_num_threads()
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, self.threads // 2))  # the loader needs the others
@@ -872,16 +869,13 @@ class Run:
 
     def __exit__(self, *error):
         torch.set_num_threads(self.threads)
-        for name, handler in self.handlers.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def on_signal(self, number, frame):
         self.asked = True
         signal.signal(number, signal.default_int_handler)
         report("stopping after this update (once more: at once)")
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def open(self):
         """Make the folder, or read it to resume."""
@@ -982,8 +976,8 @@ class Run:
 
     def result(self):
         """The held-out numbers; those with a "_" in their name are for the log alone."""
-        shown = {k: v for k, v in self.scores.items() if k != "baseline" and "_" not in k}
-        shown = [f"{k} {v:.3f}" for k, v in shown.items()]
+        names = [name for name in self.scores if name != "baseline" and "_" not in name]
+        shown = [f"{name} {self.scores[name]:.3f}" for name in names]
         if "val_loss" in self.scores:
             shown.insert(0, f"held-out loss {self.scores['val_loss']:.4f}{self.beside()}")
         return ", ".join(shown)
@@ -992,7 +986,7 @@ class Run:
         """Numbers of the held-out data, and pictures."""
         self.model.eval()
         with torch.no_grad():
-            self.scores = look(self.out / "pictures" / f"update_{self.done:06d}")
+            self.scores = look(self.out / "pictures" / f"update_{self.done:06d}.png")
         report(self.result())
         self.log(step=self.done, **self.scores)
         if is_first():
@@ -1006,7 +1000,7 @@ class Run:
             return
         tick, path = time.monotonic(), self.out / "checkpoint.pt"
         lock, log = self.out / ".lock", self.out / "log.jsonl"
-        if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(self.locked.fileno()))):
+        if not (lock.exists() and os.path.samefile(lock, self.locked.fileno())):
             if path.exists():
                 raise ValueError(f"{self.out} was replaced by another run, which is left alone")
             report(f"warning: {self.out} was removed, and is made again")
@@ -1056,12 +1050,10 @@ class Found:
 
     path: str
     model: str  # mae, videomae, mae_st, omni, multimae
-    settings: dict
+    settings: dict  # of a file of ours all that its run had
     state: dict
     guesses: tuple = ()  # names of settings that are guesses
-    script: str = ""  # which of our scripts wrote it; "" for a public file
     classes: tuple = ()  # names of the classes of a classifier of ours
-    config: dict = None  # all settings of a run of ours
 
 
 # How the names of a decoder's parts begin, in all models.
@@ -1073,20 +1065,15 @@ def read_file(path, readers):
     content = data.load_file(path)
     if "script" in content:
         config, script, state = content.get("config"), content["script"], content.get("model")
-        model = {"mae_image": "mae", "omni": "omni", "multimae": "multimae"}.get(script)
-        model = model or (isinstance(config, dict) and config.get("model"))
+        only = {"mae_image": "mae"}.get(script, script)  # a script of one model
+        model = isinstance(config, dict) and config.get("model", only)
         if model not in readers or not isinstance(state, dict):
             raise ValueError(f"{path}: a {model or 'strange'} model, written by {script}.py")
-        sizes = {k: v for k, v in config.items() if k in FROM_FILE} | {"model": model}
-        return Found(str(path), model, sizes, state, (), script, content.get("classes", ()), config)
-    state = unwrap(content)
-    if any("patch_embeddings.projection" in k for k in state):
-        state = rename(state, HUGGINGFACE)
-    state = fuse_qkv(state)
+        return Found(str(path), model, config, state, classes=content.get("classes", ()))
+    state = fuse_qkv(rename(unwrap(content), HUGGINGFACE))
     for model, reader in readers.items():
         if found := reader(state):
-            sizes, state, guesses = found
-            return Found(str(path), model, sizes | {"model": model}, state, guesses)
+            return Found(str(path), model, *found)
     first = ", ".join(map(str, [*state, *content][:3]))
     known = f"{', '.join(readers)}, as their papers' code or HuggingFace wrote it"
     raise ValueError(f"{path} is in no format known here ({known}); its first names are: {first}")
@@ -1183,10 +1170,11 @@ def blocks_in(state, prefix):
     return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
 
 
-def sizes_in(state, decoder_heads=16):
+def sizes_in(state, places=0, decoder_heads=16):
     """What a public file tells of encoder and decoder -> settings, names of those that are guesses.
 
     No file tells its heads: those of the published encoder of that width and depth, or of width 64.
+    places  of the table of positions, if there is one: a guess at their square if they are none
     """
     kernel = state["patch_embed.proj.weight"]  # (D, C, [u,] p, p)
     D, depth = len(kernel), blocks_in(state, "blocks.")
@@ -1195,6 +1183,10 @@ def sizes_in(state, decoder_heads=16):
     sizes, guesses = {"patch": kernel.shape[-1], "size": f"{D}x{depth}x{heads}"}, ["size"]
     if kernel.ndim == 5:
         sizes["tubelet"] = kernel.shape[2]
+    if places:
+        side = math.isqrt(places)
+        sizes["img_size"] = str(side * kernel.shape[-1])
+        guesses += ["img_size"] * (side**2 != places)
     if "decoder_embed.weight" in state:
         E, blocks = len(state["decoder_embed.weight"]), blocks_in(state, "decoder_blocks.")
         sizes |= {"decoder": f"{E}x{blocks}x{decoder_heads or max(E // 64, 1)}", "norm_pix": True}
@@ -1202,21 +1194,13 @@ def sizes_in(state, decoder_heads=16):
     return sizes, guesses
 
 
-def square(places, patch):
-    """-> the size of a square image of so many patches; ["img_size"] if that is but a guess."""
-    side = math.isqrt(places)
-    return str(side * patch), ["img_size"] * (side**2 != places)
-
-
 def public_mae(state):
     """facebookresearch/mae, HuggingFace's ViTMAE, timm's ViT -> settings, our names, guesses."""
     kernel = state.get("patch_embed.proj.weight", torch.empty(0))
     if kernel.ndim != 4 or "cls_token" not in state or not blocks_in(state, "blocks."):
         return None
-    sizes, guesses = sizes_in(state)
-    if "pos_embed" in state:
-        sizes["img_size"], guess = square(state["pos_embed"].shape[1] - 1, sizes["patch"])
-        guesses += guess
+    places = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else 0
+    sizes, guesses = sizes_in(state, places)
     return sizes, state, guesses
 
 

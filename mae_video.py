@@ -46,11 +46,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from mae_image import (ENCODERS, MAE, Block, PatchEmbed, RunConfig, begin, encoder_size, evenly,
-                       fetch, height_width, held_out, init_weights, load_pretrained, mean_and_std,
-                       paint_held_out, parts_of, pretrain, rename, rows_and_columns, save_film,
-                       save_picture, show_one, sizes_in, square, to_unit_range)
-from masking import MASKS, hidden, numbers, picture_table, report, restore, run_script, visible
+from mae_image import (ENCODERS, MAE, PatchEmbed, RunConfig, begin, evenly, fetch, height_width,
+                       held_out, init_weights, list_both, load_pretrained, mean_and_std,
+                       paint_held_out, parts_of, pretrain, rename, rows_and_columns, save_picture,
+                       shapes, show_one, sizes_in, to_unit_range, transformer)
+from masking import MASKS, hidden, picture_table, restore, run_script, visible
 
 # ==================================================================================================
 #  THE PAPERS, part 1: from frames to cubes and back, positions, the target
@@ -135,10 +135,9 @@ class VideoMAE(nn.Module):
     clips  (B, C, T, H, W) float, normalised with mean and std;   mask (B, N) bool, True = hidden
     loss   float32 scalar;   pred (B, M, u*p*p*C) the painted hidden cubes, as the target
 
-    size      name in ENCODERS or (width, blocks, heads)
     decoder   (width, blocks, heads); published: half the encoder's width, heads of 64 (huge 80),
               4 blocks (12 from large on)
-    channels, mean, std, errors: as in MAE
+    size, channels, mean, std, errors: as in MAE
 
     DIFFERS from the official code: its attention has no key bias, ours does. A constant added to
     every key changes no softmax, so the numbers agree; public files load with a key bias of zero.
@@ -154,16 +153,15 @@ class VideoMAE(nn.Module):
         self.tubelet, self.patch, self.norm_pix = tubelet, patch, norm_pix
         self.mean, self.std = mean_and_std(channels, mean, std)
         D, depth, heads = ENCODERS.get(size, size)
-        E, decoder_depth, decoder_heads = decoder
-        N = math.prod(self.grid)
+        E, N = decoder[0], math.prod(self.grid)
 
         self.patch_embed = PatchEmbed((tubelet, patch, patch), channels, D)
-        self.blocks = nn.ModuleList([Block(D, heads) for _ in range(depth)])
+        self.blocks = transformer(D, depth, heads)
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
         self.decoder_embed = nn.Linear(D, E, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
-        self.decoder_blocks = nn.ModuleList([Block(E, decoder_heads) for _ in range(decoder_depth)])
+        self.decoder_blocks = transformer(*decoder)
         self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
         self.decoder_pred = nn.Linear(E, tubelet * patch * patch * channels)
 
@@ -188,9 +186,7 @@ class VideoMAE(nn.Module):
         B, N, P = patches.shape
         x = self.patch_embed(visible(patches, mask))  # (B, K, D)
         x = x + visible(self.pos_embed.expand(B, -1, -1), mask)  # (B, K, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(x))
 
     def forward_decoder(self, latent, mask):
         """Visible tokens, then mask tokens; positions say where each belongs.   -> (B, M, P)"""
@@ -198,9 +194,7 @@ class VideoMAE(nn.Module):
         pos = self.decoder_pos_embed.expand(B, -1, -1)  # (B, N, E)
         vis = self.decoder_embed(latent) + visible(pos, mask)  # (B, K, E)
         hid = self.mask_token + hidden(pos, mask)  # (B, M, E)
-        x = torch.cat([vis, hid.to(vis.dtype)], dim=1)  # (B, N, E)
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = self.decoder_blocks(torch.cat([vis, hid.to(vis.dtype)], dim=1))  # (B, N, E)
         return self.decoder_pred(self.decoder_norm(x[:, K:]))
 
     def cubes(self, clips):
@@ -273,16 +267,16 @@ class MAEST(nn.Module):
         self.tubelet, self.patch, self.norm_pix, self.cls = tubelet, patch, norm_pix, cls
         self.mean, self.std = mean or (0.45,) * channels, std or (0.225,) * channels
         D, depth, heads = ENCODERS.get(size, size)
-        E, decoder_depth, decoder_heads = decoder
+        E = decoder[0]
         P = parts_of(predicted, t, "number of painted frames") * patch * patch * channels
 
         self.patch_embed = PatchEmbed((tubelet, patch, patch), channels, D)
-        self.blocks = nn.ModuleList([Block(D, heads) for _ in range(depth)])
+        self.blocks = transformer(D, depth, heads)
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
         self.decoder_embed = nn.Linear(D, E)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
-        self.decoder_blocks = nn.ModuleList([Block(E, decoder_heads) for _ in range(decoder_depth)])
+        self.decoder_blocks = transformer(*decoder)
         self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
         self.decoder_pred = nn.Linear(E, P)
         self.register_buffer("frame_index", target_frames(frames, predicted), persistent=False)
@@ -327,9 +321,7 @@ class MAEST(nn.Module):
         x = x + visible(table.expand(B, -1, -1), mask)  # (B, K, D)
         if self.cls:
             x = torch.cat([(self.cls_token + cls_row).expand(B, -1, -1), x], dim=1)  # (B, 1+K, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(x))
 
     def forward_decoder(self, latent, mask):
         """All tokens in raster order.   (B, [1+]K, D) -> (B, M, P)"""
@@ -339,9 +331,7 @@ class MAEST(nn.Module):
         if self.cls:  # important: the decoder's own; MAE hands on the encoder's
             cls = (self.decoder_cls_token + cls_row).expand(len(x), -1, -1)
             x = torch.cat([cls.to(x.dtype), x], dim=1)  # (B, 1+N, E)
-        for block in self.decoder_blocks:
-            x = block(x)
-        x = self.decoder_norm(x)[:, self.cls :]  # (B, N, E)
+        x = self.decoder_norm(self.decoder_blocks(x))[:, self.cls :]  # (B, N, E)
         return self.decoder_pred(hidden(x, mask))
 
     def patches(self, clips):
@@ -372,11 +362,6 @@ def dense_clip(n, length, stride, start):
     """`length` frames, `stride` apart: VideoMAE Sec. 3.3 "temporal downsampling" (4, on SSv2 2)."""
     frames = start + stride * np.arange(length)
     return np.minimum(frames, start + (n - 1 - start) // stride * stride)
-
-
-def dense_start(n, length, stride, generator):
-    """A random start for dense_clip, each equally likely if length * stride frames fit; else 0."""
-    return int(torch.randint(max(n - length * stride + 1, 1), (1,), generator=generator))
 
 
 def dense_views(n, length, stride, views):
@@ -416,6 +401,17 @@ def segment_views(n, length, views):
     """
     shifts = np.array([0.5]) if views == 1 else np.arange(views) / views
     return ((np.arange(length) + shifts[:, None]) * n / length).astype(np.int64)
+
+
+def random_clip(sampling, n, length, stride, generator):
+    """A clip for training: frame numbers (T,) anywhere in a video of n frames."""
+    if sampling == "segments":
+        return segment_clip(n, length, generator)
+    room = max(n - length * stride, 0)  # a video that is too short begins at 0
+    if sampling == "dense":  # each start is equally likely
+        start = int(torch.randint(room + 1, (1,), generator=generator))
+        return dense_clip(n, length, stride, start)
+    return linspace_clip(n, length, stride, torch.rand(1, generator=generator).numpy()[0] * room)
 
 
 def views_of(sampling, n, length, stride, views):
@@ -464,10 +460,9 @@ class ClipDataset(data.FileDataset):
 
     def __init__(self, files, frames, stride, size, seed, sampling="dense", crop="random",
                  min_crop=0.5, flip=True, repeat=1, train=True):
-        super().__init__(files, seed)
-        self.frames, self.stride, self.size, self.sampling = frames, stride, size, sampling
-        self.crop, self.min_crop, self.flip = crop, min_crop, flip
-        self.repeat, self.train = repeat, train
+        super().__init__(files, size, seed, min_crop, flip, train)
+        self.frames, self.stride, self.sampling = frames, stride, sampling
+        self.crop, self.repeat = crop, repeat
 
     def read(self, i, generator):
         clips, problem = data.read_clips(self.paths[i], lambda n: self.choose(n, generator))
@@ -475,16 +470,10 @@ class ClipDataset(data.FileDataset):
 
     def choose(self, n, generator=None):
         """Frame numbers (R, T) for a video of n frames."""
-        T, stride, R = self.frames, self.stride, self.repeat
         if not self.train:
-            return views_of(self.sampling, n, T, stride, 1)
-        if self.sampling == "segments":
-            return np.stack([segment_clip(n, T, generator) for _ in range(R)])
-        if self.sampling == "dense":
-            starts = [dense_start(n, T, stride, generator) for _ in range(R)]
-            return np.stack([dense_clip(n, T, stride, s) for s in starts])
-        starts = torch.rand(R, generator=generator).numpy() * max(n - T * stride, 0)
-        return np.stack([linspace_clip(n, T, stride, s) for s in starts])
+            return views_of(self.sampling, n, self.frames, self.stride, 1)
+        return np.stack([random_clip(self.sampling, n, self.frames, self.stride, generator)
+                         for _ in range(self.repeat)])
 
     def cut(self, clip, generator):
         shape = clip.shape[1:3]
@@ -501,8 +490,6 @@ class ClipDataset(data.FileDataset):
 # ==================================================================================================
 
 MODELS = {"videomae": VideoMAE, "mae_st": MAEST}
-
-
 Mask = typing.Literal["paper", "tube", "random", "frame", "block", "causal"]
 
 
@@ -517,6 +504,7 @@ class ClipConfig(RunConfig):
     sampling: typing.Literal["segments", "dense", "linspace"] = "segments"  # whole video or window
     repeat: int = 1  # clips of every decoded video: repeated sampling, augmentation, replication
     allow_missing: bool = False  # a list may name files that are not there: use the others
+    crop: typing.Literal["random", "multiscale"] = "random"  # multiscale: VideoMAE's
     # model
     tubelet: int = 4  # frames in a cube; the papers have 2
 
@@ -527,7 +515,6 @@ class Config(ClipConfig):
 
     # data
     data: str = "toy"  # UCF101, HMDB51, folder of videos or list file; the toy world is made
-    crop: typing.Literal["random", "multiscale"] = "random"  # multiscale: VideoMAE's
     min_crop: float = 0.5  # smallest share of the frame that a random crop takes
     flip: bool = True  # mirror half of the clips; --no-flip where left and right are classes
     picture: str = ""  # no training: paint the hidden parts of this one clip, with --init
@@ -577,47 +564,46 @@ PRESETS = {
 def main(argv=None):
     readers = {"videomae": public_videomae, "mae_st": public_maest}
     cfg, found, device = begin(Config, PRESETS, __doc__, readers, argv)
-    size, decoder = height_width(cfg.img_size), numbers(cfg.decoder, 3)
-    model = MODELS[cfg.model](cfg.frames, size, cfg.tubelet, cfg.patch, encoder_size(cfg.size),
-                              decoder, cfg.norm_pix)
+    size, encoder, decoder = shapes(cfg)
+    model = MODELS[cfg.model](cfg.frames, size, cfg.tubelet, cfg.patch, encoder, decoder,
+                              cfg.norm_pix)
     load_pretrained(model.to(device), found, cfg.resume)
-    painted = getattr(model, "frame_index", torch.arange(cfg.frames)).cpu()
     kind = {"videomae": "tube", "mae_st": "random"}[cfg.model] if cfg.mask == "paper" else cfg.mask
 
     def draw_mask(batch, rows, generator):
         return MASKS[kind](rows, model.grid, cfg.mask_ratio, generator)
 
-    def open_clips(files, train):
-        return ClipDataset(files, cfg.frames, cfg.stride, size, cfg.seed, cfg.sampling, cfg.crop,
-                           cfg.min_crop, cfg.flip, cfg.repeat, train)
-
     if cfg.picture:
-        one = open_clips(data.one_file(cfg.picture, data.VIDEO), False)
+        one = open_clips(data.one_file(cfg.picture, data.VIDEO), cfg, False)
         return show_one(model, one, draw_mask, draw_clips, cfg)
     fetch(cfg.data)
-    train_files, val_files = (data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
-                              for split in ("train", "val"))
-    report(data.describe(train_files, val_files))
-    val = open_clips(val_files, False)
-    sample = held_out(val, draw_mask, cfg.seed)
+    files, val_files = list_both(data.list_videos, cfg.data, cfg.fold, cfg.allow_missing)
+    sample = held_out(open_clips(val_files, cfg, False), draw_mask, cfg.seed)
 
     def look(path):
-        return paint_held_out(model, sample, draw_clips, path,
-                              lambda n: val.choose(n)[0][painted])
+        return paint_held_out(model, sample, draw_clips, path)
 
-    pretrain(model, open_clips(train_files, True), draw_mask, look, cfg)
+    pretrain(model, open_clips(files, cfg, True), draw_mask, look, cfg)
+
+
+def open_clips(files, cfg, train):
+    """The clips of these videos as the settings say."""
+    size = height_width(cfg.img_size)
+    return ClipDataset(files, cfg.frames, cfg.stride, size, cfg.seed, cfg.sampling, cfg.crop,
+                       cfg.min_crop, cfg.flip, cfg.repeat, train)
 
 
 def draw_clips(pictures, path, note):
-    """Some clips as a film, and as a PNG with a row for each kind, a column for each frame."""
-    clips = torch.stack(list(pictures.values()), dim=1)  # (clips, kinds, frames, 3, H, W)
-    clips = clips[evenly(len(clips), 6)]
-    save_film(clips, list(pictures), note, path.with_suffix(".gif"))
+    """Some clips as a film, a column for each, and as a PNG, a column for each frame."""
+    kinds, clips = list(pictures), torch.stack(list(pictures.values()), dim=1)
+    clips = clips[evenly(len(clips), 6)]  # (clips, kinds, frames, 3, H, W)
+    film = [picture_table(cells, (), kinds, note, 128) for cells in clips.transpose(0, 2)]
+    options = dict(save_all=True, append_images=film[1:], duration=150, loop=0)
+    save_picture(film[0], path.with_suffix(".gif"), **options)
     frames = evenly(clips.shape[2])
-    rows, titles = clips[:, :, frames].flatten(0, 1), list(pictures) * len(clips)
-    columns = [f"frame {f}" for f in frames.tolist()]
-    table = picture_table(rows, columns, titles, note, apart=len(pictures))
-    save_picture(table, path.with_suffix(".png"))
+    rows, columns = clips[:, :, frames].flatten(0, 1), [f"frame {f}" for f in frames.tolist()]
+    table = picture_table(rows, columns, kinds * len(clips), note, apart=len(kinds))
+    save_picture(table, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -635,8 +621,8 @@ def public_videomae(state):
     if kernel.ndim != 5 or any("pos_embed" in k or k.startswith("trunk.") for k in state):
         return None
     huge = len(state.get("decoder_embed.weight", ())) > 512
-    sizes, guesses = sizes_in(state, decoder_heads=8 if huge else None)
-    sizes |= {"frames": 16, "stride": 4, "sampling": "dense", "img_size": str(14 * sizes["patch"])}
+    sizes, guesses = sizes_in(state, 14 * 14, decoder_heads=8 if huge else None)
+    sizes |= {"frames": 16, "stride": 4, "sampling": "dense"}
     return sizes, state, guesses + ["frames", "img_size"]
 
 
@@ -648,12 +634,11 @@ def public_maest(state):
     if any(k.startswith(("dec_pos_embed", "pred_head")) for k in state):  # SlowFast's own decoder
         theirs = ("dec_pos_embed", "pred_head", "decoder_embed", "mask_token")
         state = {k: v for k, v in state.items() if not k.startswith(theirs)}
-    sizes, guesses = sizes_in(state)
+    separable = "pos_embed_spatial" in state
+    places = state["pos_embed_spatial"].shape[1] if separable else 14 * 14
+    sizes, guesses = sizes_in(state, places)
     sizes |= {"frames": 16, "stride": 4, "sampling": "linspace"}
-    sizes["img_size"] = str(14 * sizes["patch"])
-    if "pos_embed_spatial" in state:
-        sizes["img_size"], guess = square(state["pos_embed_spatial"].shape[1], sizes["patch"])
-        guesses += guess
+    if separable:
         sizes["frames"] = state["pos_embed_temporal"].shape[1] * sizes["tubelet"]
     return sizes, state, guesses
 

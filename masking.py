@@ -244,9 +244,16 @@ def printable(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def rank_and_world():
+    """Number of this process, and how many there are."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def is_first():
     """Whether this is the only process, or the first of several: the one that prints and writes."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return rank_and_world()[0] == 0
 
 
 def report(text):
@@ -308,8 +315,7 @@ def run_script(main):
     """
     try:
         main()
-    except (ValueError, OSError, MemoryError, FloatingPointError,
-            torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, FloatingPointError, torch.OutOfMemoryError) as error:
         if sys.flags.dev_mode:
             raise
         if isinstance(error, MemoryError):
@@ -353,7 +359,7 @@ def settings(Config, presets, doc, argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", choices=list(presets), help="many settings at once, see below")
+    parser.add_argument("--preset", choices=presets, help="many settings at once, see below")
     fields, groups, group = {f.name: f for f in dataclasses.fields(Config)}, {}, None
     for line in "".join(inspect.getsource(cls) for cls in Config.__mro__[:-1]).splitlines():
         title, found = re.fullmatch(r"    # (.*)", line), re.match(r"    (\w+): .*?  # (.*)", line)
@@ -362,7 +368,7 @@ def settings(Config, presets, doc, argv=None):
         elif found:
             add_flag(group, fields[found[1]], found[2])
     given = vars(parser.parse_args(argv))
-    preset = presets.get(given.pop("preset", None), {})
+    preset = presets.get(given.pop("preset"), {})
     for name, value in given.items():
         if isinstance(value, (int, float)) and value < LEAST.get(name, 0) and name != "ignore":
             parser.error(f"--{name.replace('_', '-')} {value} is too small")

@@ -45,17 +45,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 
 import data
-from mae_image import (ENCODERS, MAE, MLP, Block, PatchEmbed, RunConfig, begin, blocks_in,
-                       encoder_size, evenly, fetch, height_width, held_out, init_weights,
-                       load_pretrained, mean_and_std, normalize, parts_of, patchify, pretrain,
-                       rename, rows_and_columns, save_picture, sincos_2d, sizes_in, to_unit_range,
-                       unpatchify)
+from mae_image import (ENCODERS, MAE, MLP, PatchEmbed, RunConfig, begin, blocks_in, evenly, fetch,
+                       held_out, init_weights, list_both, load_pretrained, mean_and_std, normalize,
+                       parts_of, patchify, pretrain, rename, rows_and_columns, save_picture, shapes,
+                       sincos_2d, sizes_in, to_unit_range, transformer, unpatchify)
 from mae_video import resize_table
-from masking import (HOLE, as_pixels, dirichlet_mask, numbers, picture_table, report, restore,
-                     run_script, visible)
+from masking import (HOLE, as_pixels, dirichlet_mask, picture_table, report, restore, run_script,
+                     visible)
 
 MODALITIES = ("rgb", "depth", "semseg")  # their order is that of the tokens
 PLANES = {"rgb": 3, "depth": 2, "semseg": 1}  # bytes of a pixel in a batch; depth: high and low
@@ -147,7 +145,7 @@ class Decoder(nn.Module):
         self.out_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder = CrossAttention(width, heads)
         self.mlp = MLP(width)
-        self.decoder_transformer = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.decoder_transformer = transformer(width, depth, heads)
         self.out_proj = nn.Linear(width, values)
 
     def forward(self, latent, mask, given, table):
@@ -170,9 +168,7 @@ class Decoder(nn.Module):
         # important: no residual around the cross-attention
         x = self.decoder(self.query_norm(queries), self.context_norm(context))  # (B, N, E)
         x = x + self.mlp(self.out_norm(x))
-        for block in self.decoder_transformer:
-            x = block(x)
-        return self.out_proj(x)
+        return self.out_proj(self.decoder_transformer(x))
 
 
 # ==================================================================================================
@@ -194,10 +190,9 @@ class MultiMAE(nn.Module):
 
     modalities  inputs that the model knows. It paints the same, and with rgb also norm_rgb, patches
                 normalised as MAE's
-    size        name in ENCODERS, or (width, blocks, heads)
     decoder     (width, blocks, heads); published (256, 2, 8)
     ignore      class number that has no part in the loss (void), -1: none
-    channels, mean, std: those of rgb, as in MAE
+    size, channels, mean, std: as in MAE, the last three of rgb
     """
 
     NO_DECAY = None  # important: here even biases, norms and tokens decay (public code)
@@ -222,7 +217,7 @@ class MultiMAE(nn.Module):
             else:
                 self.input_adapters[m] = PatchEmbed((patch, patch), self.channels[m], D)
         self.global_tokens = nn.Parameter(torch.zeros(1, 1, D))
-        self.blocks = nn.ModuleList([Block(D, heads) for _ in range(depth)])
+        self.blocks = transformer(D, depth, heads)
         self.output_adapters = nn.ModuleDict()
         for task in self.tasks:
             m = task.removeprefix("norm_")
@@ -299,10 +294,7 @@ class MultiMAE(nn.Module):
             tokens.append(self.input_adapters[m](patches) + table)  # (B, N, D)
         x = visible(torch.cat(tokens, dim=1), mask)  # (B, K, D)
         token = self.global_tokens.expand(x.shape[0], -1, -1)  # len(x): no export for any batch
-        x = torch.cat([x, token.to(x.dtype)], dim=1)  # (B, K+1, D)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return self.blocks(torch.cat([x, token.to(x.dtype)], dim=1))  # (B, K+1, D)
 
     def forward_decoder(self, latent, inputs, mask=None):
         """Every task from the same latent.   -> {task: (B, N, P)}
@@ -323,6 +315,10 @@ class MultiMAE(nn.Module):
             patches = MAE.normalize_patches(self, patches)[0]
         # from (row, col, channel) to (channel, row, col), the order of the decoders
         return patches.unflatten(2, (-1, self.channels[task])).transpose(2, 3).flatten(2)
+
+    def painted(self, task, pred):
+        """A prediction in the units of the map: of classes the most likely number (B, N, p*p)."""
+        return pred.unflatten(2, (self.classes, -1)).argmax(dim=2) if task == "semseg" else pred
 
     def task_losses(self, preds, targets, inputs, mask=None):
         """{task: loss}: squared error of RGB, absolute error of depth, cross-entropy of classes.
@@ -394,9 +390,8 @@ class DenseHead(nn.Module):
 
     def answers(self, x):
         """-> (B, 2 * values): what is painted (of classes the numbers), and what would be right."""
-        pred, target = self(x), self.encoder.target(self.task, x[self.task])
-        if self.task == "semseg":
-            pred = pred.unflatten(2, (self.encoder.classes, -1)).argmax(dim=2)
+        pred = self.encoder.painted(self.task, self(x))
+        target = self.encoder.target(self.task, x[self.task])
         return torch.cat([pred.flatten(1), target.flatten(1)], dim=1)
 
     def score(self, answers):
@@ -423,7 +418,7 @@ def mean_iou(guess, truth, classes):
 
 # ==================================================================================================
 #  THE PAPER, part 4: aligned files
-#  (needs: Path, np, torch, InterpolationMode, TF; data.py IMAGE, parts 2, 4)
+#  (needs: Path, np, torch, InterpolationMode; data.py IMAGE, parts 2-4)
 # ==================================================================================================
 
 
@@ -439,10 +434,9 @@ class AlignedDataset(data.FileDataset):
 
     def __init__(self, root, files, modalities, size, classes, ignore, seed, min_crop=0.2,
                  flip=True, train=True):
-        super().__init__(files, seed)
-        self.root, self.modalities, self.size = Path(root), modalities, size
+        super().__init__(files, size, seed, min_crop, flip, train)
+        self.root, self.modalities = Path(root), modalities
         self.number, self.ignore = classes, ignore
-        self.min_crop, self.flip, self.train = min_crop, flip, train
 
     def find(self, i, m):
         """The file of modality m that belongs to file i."""
@@ -456,37 +450,34 @@ class AlignedDataset(data.FileDataset):
 
     def read(self, i, generator):
         maps = {m: read_map(self.find(i, m), m) for m in self.modalities}
-        if len({x.shape[-2:] for x in maps.values()}) > 1:
-            sizes = ", ".join(f"{m} {tuple(x.shape[-2:])}" for m, x in maps.items())
+        sizes = {m: x.shape[:2] for m, x in maps.items()}
+        if len(set(sizes.values())) > 1:
             raise ValueError(f"{self.paths[i]}: sizes differ (is one turned by EXIF?): {sizes}")
         if "semseg" in maps:
-            found = max(set(maps["semseg"].unique().tolist()) - {self.ignore}, default=0)
+            found = max(set(np.unique(maps["semseg"]).tolist()) - {self.ignore}, default=0)
             if found >= self.number:
                 hint = f"raise --classes {self.number}, or name a void class with --ignore"
                 raise ValueError(f"{self.find(i, 'semseg')} has class {found}: {hint}")
-        x = next(iter(maps.values()))
-        box, flip = self.draw_crop(x.shape[-2:], generator)
+        box, flip = self.draw_crop(sizes[self.modalities[0]], generator)
         planes = []
         for m, x in maps.items():
             how = {"rgb": InterpolationMode.BICUBIC, "depth": InterpolationMode.BILINEAR,
                    "semseg": InterpolationMode.NEAREST}[m]
-            x = TF.resized_crop(x, *box, list(self.size), how)
-            if flip:
-                x = TF.horizontal_flip(x)
+            x = data.make_crop(x[None], self.size, box, flip, how)  # (1, H, W, C)
             if m == "depth":
                 x = x.round().int()
-                x = torch.cat([x // 256, x % 256])
+                x = torch.cat([x // 256, x % 256], dim=-1)
             planes.append(x.to(torch.uint8))
-        return torch.cat(planes).permute(1, 2, 0)[None].contiguous(), ""  # (1, H, W, planes)
+        return torch.cat(planes, dim=-1), ""  # (1, H, W, planes)
 
 
 def read_map(path, m):
-    """-> uint8 RGB (3, H, W), float32 depth (1, H, W) in 0 .. 65535, or uint8 classes (1, H, W).
+    """-> uint8 RGB (H, W, 3), float32 depth (H, W, 1) in 0 .. 65535, or uint8 classes (H, W, 1).
 
     Raises BrokenFile, and ValueError for something that is no map
     """
     if m == "rgb":
-        return torch.from_numpy(data.read_image(path)).permute(2, 0, 1)
+        return data.read_image(path)
     with data.open_image(path) as image:
         x = np.array(image)  # a palette image gives its numbers
     bits = 8 if m == "semseg" else 16
@@ -494,8 +485,8 @@ def read_map(path, m):
         what = f"{x.ndim}-D {x.dtype} {x.min()} to {x.max()}"
         raise ValueError(f"{path} is no {m} map, one channel of whole numbers < 2^{bits}: {what}")
     if m == "semseg":
-        return torch.from_numpy(x.astype(np.uint8))[None]
-    return torch.from_numpy(x.astype(np.float32) * (257 if x.dtype == np.uint8 else 1))[None]
+        return x.astype(np.uint8)[..., None]
+    return x.astype(np.float32)[..., None] * (257 if x.dtype == np.uint8 else 1)
 
 
 # ==================================================================================================
@@ -589,7 +580,7 @@ def cross_modal(model, inputs, source, constant):
         scores["depth error"] = [(p["depth"] - target).abs().mean().item() for p in contestants]
     if "semseg" in inputs and source != "semseg":
         target = model.target("semseg", inputs["semseg"])
-        found = [p["semseg"].unflatten(2, (model.classes, -1)).argmax(dim=2) for p in contestants]
+        found = [model.painted("semseg", p["semseg"]) for p in contestants]
         hard = (target != found[1]) & (target != model.ignore)  # so the constant map scores 0
         scores["object recall"] = [(f == target)[hard].float().mean().item() for f in found]
     return scores
@@ -616,20 +607,15 @@ def to_pictures(model, task, values):
 def draw(model, inputs, mask, preds, path):
     """One PNG, a row per sample: of each map the original, what is visible, what is painted."""
     columns, titles, pink = [], [], torch.tensor(HOLE)[:, None, None]
-
-    def picture(m, pred):
-        if m == "semseg":
-            pred = pred.unflatten(2, (model.classes, -1)).argmax(dim=2)
-        return to_pictures(model, m, pred)
-
     for m, hide in zip(model.modalities, mask.chunk(len(model.modalities), dim=1)):
         original = to_pictures(model, m, model.target(m, inputs[m]))
-        painted = picture(m, preds[m])
+        painted = to_pictures(model, m, model.painted(m, preds[m]))
         hole = as_pixels(hide, 1, *original.shape[2:], *model.grid[1:])[:, 0]  # (B, 1, H, W)
         columns += [original, *(torch.where(hole, x, original) for x in (pink, painted))]
         titles += [m, "visible", "painted"]
     for source, goal in list(itertools.permutations(inputs, 2))[:3]:
-        columns.append(picture(goal, paint_from(model, source, inputs[source])[goal]))
+        pred = paint_from(model, source, inputs[source])[goal]
+        columns.append(to_pictures(model, goal, model.painted(goal, pred)))
         titles.append(f"{source} > {goal}")
     some = evenly(len(mask), 6)  # over all classes
     cells = torch.stack([c[some] for c in columns], dim=1)  # (6, columns, 3, H, W)
@@ -640,9 +626,10 @@ def draw(model, inputs, mask, preds, path):
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def main(argv=None):
     cfg, found, device = begin(Config, PRESETS, __doc__, {"multimae": public_multimae}, argv)
-    modalities, size = parse_modalities(cfg.modalities), height_width(cfg.img_size)
-    model = MultiMAE(size, cfg.patch, encoder_size(cfg.size), numbers(cfg.decoder, 3), modalities,
-                     cfg.classes, cfg.class_width, cfg.ignore)
+    modalities = parse_modalities(cfg.modalities)
+    size, encoder, decoder = shapes(cfg)
+    model = MultiMAE(size, cfg.patch, encoder, decoder, modalities, cfg.classes, cfg.class_width,
+                     cfg.ignore)
     load_pretrained(model.to(device), found, cfg.resume)
     sizes = [math.prod(model.grid)] * len(modalities)
     count = max(1, round(cfg.visible * sum(sizes)))
@@ -656,15 +643,14 @@ def main(argv=None):
 
     fetch(cfg.data)
     root = Path(cfg.data, modalities[0])  # whose files have counterparts in the other folders
-    train_files, val_files = (data.list_images(root, split) for split in ("train", "val"))
-    report(data.describe(train_files, val_files))
+    train_files, val_files = list_both(data.list_images, root)
     batch, mask, _ = held_out(open_files(val_files, False), draw_mask, cfg.seed)
     reference, _, _ = held_out(open_files(train_files, False), draw_mask, cfg.seed, 128)
 
     def look(path):
         """Losses beside those of a constant map, and what one map alone tells of the others."""
         inputs = model.normalize(batch.to(device))
-        preds = model.forward_decoder(model.forward_encoder(inputs, mask), inputs, mask)
+        preds = model.forward(inputs, mask)[1]
         constant = constant_maps(model, model.normalize(reference.to(device)))
         everywhere = {t: x.expand(len(batch), -1, -1) for t, x in constant.items()}
         losses, baseline = (model.task_losses(x, inputs, inputs, mask) for x in (preds, everywhere))
@@ -678,7 +664,7 @@ def main(argv=None):
             text = f"constant map {fixed:.3f}, from another's {first} {other:.3f}"
             report(f"  from {first} alone: {name} {alone:.3f} ({text})")
             record |= {f"{name}_alone": alone, f"{name}_constant": fixed, f"{name}_other": other}
-        draw(model, inputs, mask, preds, path.with_suffix(".png"))
+        draw(model, inputs, mask, preds, path)
         return record
 
     pretrain(model, open_files(train_files, True), draw_mask, look, cfg)

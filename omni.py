@@ -44,12 +44,12 @@ import torch
 from torch import nn
 
 import data
-from mae_image import (ENCODERS, MAE, Block, PatchEmbed, begin, draw_images, encoder_size, fetch,
-                       height_width, held_out, init_weights, load_pretrained, mean_and_std,
-                       paint_held_out, pretrain, rank_and_world, rename, show_one, sizes_in, square)
-from mae_video import (ClipConfig, ClipDataset, VideoMAE, draw_clips, grid_of, normalize_channels,
+from mae_image import (ENCODERS, MAE, PatchEmbed, begin, draw_images, fetch, held_out, init_weights,
+                       list_both, load_pretrained, mean_and_std, paint_held_out, pretrain, rename,
+                       shapes, show_one, sizes_in, transformer)
+from mae_video import (ClipConfig, VideoMAE, draw_clips, grid_of, normalize_channels, open_clips,
                        patchify_clips, sinusoid, unpatchify_clips)
-from masking import MASKS, hidden, numbers, report, restore, run_script, visible
+from masking import MASKS, hidden, rank_and_world, report, restore, run_script, visible
 
 # ==================================================================================================
 #  THE PAPER, part 1: the model
@@ -64,12 +64,11 @@ class OmniMAE(nn.Module):
     mask  (B, N) bool, True = hidden: N = h*w for images, t*h*w for clips
     loss  float32 scalar;   pred (B, M, u*p*p*C)
 
-    size      name in ENCODERS, or (width, blocks, heads)
     decoder   (width, blocks, heads); published: base (384, 4, 16), large (512, 4, 16), huge
               (512, 8, 16)
     decoder_bias  True: q, k and v of the decoder have a bias, as in the training recipe. False: it
               stays zero, as in the public code that reads the released files (whatever its flag)
-    channels, mean, std, errors: as in MAE
+    size, channels, mean, std, errors: as in MAE
     """
 
     NO_DECAY = ()
@@ -83,15 +82,15 @@ class OmniMAE(nn.Module):
         self.tubelet, self.patch, self.norm_pix = tubelet, patch, norm_pix
         self.mean, self.std = mean_and_std(channels, mean, std)
         D, depth, heads = ENCODERS.get(size, size)
-        E, decoder_depth, decoder_heads = decoder
+        E = decoder[0]
 
         self.patch_embed = PatchEmbed((tubelet, patch, patch), channels, D)
-        self.blocks = nn.ModuleList([Block(D, heads) for _ in range(depth)])
+        self.blocks = transformer(D, depth, heads)
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
         self.mask_token = nn.Parameter(torch.zeros(1, D))  # important: encoder width, begun at zero
         self.decoder_embed = nn.Linear(D, E)
-        self.decoder_blocks = nn.ModuleList([Block(E, decoder_heads) for _ in range(decoder_depth)])
+        self.decoder_blocks = transformer(*decoder)
         self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
         self.decoder_pred = nn.Linear(E, tubelet * patch * patch * channels)
 
@@ -115,9 +114,7 @@ class OmniMAE(nn.Module):
         B, N, P = patches.shape
         pos = self.pos_embed[:, :N].expand(B, -1, -1)  # (B, N, D), of an image the first slot's
         x = self.patch_embed(visible(patches, mask)) + visible(pos, mask)  # (B, K, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(x))
 
     def decoder_input(self, latent, mask):
         """Mask tokens and positions, at encoder width: visible tokens get positions twice."""
@@ -126,9 +123,8 @@ class OmniMAE(nn.Module):
     def forward_decoder(self, latent, mask):
         """All tokens in raster order.   (B, K, D) -> (B, M, P)"""
         x = self.decoder_embed(self.decoder_input(latent, mask))  # (B, N, E)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(hidden(self.decoder_norm(x), mask))
+        x = self.decoder_norm(self.decoder_blocks(x))  # (B, N, E)
+        return self.decoder_pred(hidden(x, mask))
 
     def cubes(self, x):
         """The network's input, cut; an image is one time slot.   -> (B, N, u*p*p*C)"""
@@ -268,9 +264,8 @@ PRESETS = {
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def main(argv=None):
     cfg, found, device = begin(Config, PRESETS, __doc__, {"omni": public_omni}, argv)
-    size = height_width(cfg.img_size)
-    model = OmniMAE(cfg.frames, size, cfg.tubelet, cfg.patch, encoder_size(cfg.size),
-                    numbers(cfg.decoder, 3), cfg.norm_pix)
+    size, encoder, decoder = shapes(cfg)
+    model = OmniMAE(cfg.frames, size, cfg.tubelet, cfg.patch, encoder, decoder, cfg.norm_pix)
     load_pretrained(model.to(device), found, cfg.resume)
     t, h, w = model.grid
 
@@ -280,29 +275,23 @@ def main(argv=None):
         rule = ("hide",) if cfg.mask == "random" else ()
         return MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator, *rule)
 
-    def open_images(files, train):
+    def open_images(files, cfg, train):
         return data.ImageDataset(files, size, cfg.seed, cfg.min_crop_image, cfg.flip_image, train)
-
-    def open_videos(files, train):
-        return ClipDataset(files, cfg.frames, cfg.stride, size, cfg.seed, cfg.sampling, "random",
-                           cfg.min_crop, cfg.flip, cfg.repeat, train)
 
     if cfg.picture:
         kind, draw = open_images, draw_images
         if Path(cfg.picture).suffix.lower() in data.VIDEO:
-            kind, draw = open_videos, draw_clips
+            kind, draw = open_clips, draw_clips
         file = data.one_file(cfg.picture, data.IMAGE + data.VIDEO)
-        return show_one(model, kind(file, False), draw_mask, draw, cfg)
+        return show_one(model, kind(file, cfg, False), draw_mask, draw, cfg)
     fetch(cfg.data, cfg.images)
-    images = [data.list_images(cfg.images, split, cfg.allow_missing) for split in ("train", "val")]
-    videos = [data.list_videos(cfg.data, split, cfg.fold, cfg.allow_missing)
-              for split in ("train", "val")]
-    report(f"images, {data.describe(*images)}")
-    report(f"videos, {data.describe(*videos)}")
-    dataset = JointDataset(open_images(images[0], True), open_videos(videos[0], True))
-    val_images, val_videos = open_images(images[1], False), open_videos(videos[1], False)
-    samples = {"images": held_out(val_images, draw_mask, cfg.seed),
-               "videos": held_out(val_videos, draw_mask, cfg.seed)}
+    report("images, then videos:")
+    images, val_images = list_both(data.list_images, cfg.images, cfg.allow_missing)
+    videos, val_videos = list_both(data.list_videos, cfg.data, cfg.fold, cfg.allow_missing)
+    dataset = JointDataset(open_images(images, cfg, True), open_clips(videos, cfg, True))
+    val_images, val_clips = open_images(val_images, cfg, False), open_clips(val_videos, cfg, False)
+    kinds = [("images", held_out(val_images, draw_mask, cfg.seed), draw_images),
+             ("videos", held_out(val_clips, draw_mask, cfg.seed), draw_clips)]
     counts, shares = (len(dataset.images), len(dataset.videos)), (cfg.image_share, cfg.video_share)
     world = rank_and_world()[1]
     if cfg.joint == "mixed" and world * cfg.accum % 2:
@@ -313,27 +302,22 @@ def main(argv=None):
             return mixed_plan(epoch, *counts, cfg.batch, cfg.repeat, world * cfg.accum, cfg.seed)
         return joint_plan(epoch, *counts, cfg.batch, cfg.repeat, shares, cfg.seed)
 
-    def middle(n):
-        return val_videos.choose(n)[0]
-
     def look(path):
         """Losses and pictures of both."""
-        # the weight of images in the loss of an epoch: what is shown beside it must have the same
-        weight, updates, scores = 0.5, plan(0), {}
+        # the share of image updates in an epoch: both losses are averaged with it, as in the log
+        share, updates = 0.5, plan(0)
         if cfg.joint == "interleaved" and updates:
-            weight = sum(update[0] < counts[0] for update in updates) / len(updates)
-        kinds = ("images", draw_images, np.arange), ("videos", draw_clips, middle)
-        for name, draw, choose in kinds:
-            place = path.with_name(f"{path.name}_{name}")
-            found = paint_held_out(model, samples[name], draw, place, choose)
+            share = sum(update[0] < counts[0] for update in updates) / len(updates)
+        scores = {"val_loss": 0.0, "baseline": 0.0}
+        for (name, sample, draw), weight in zip(kinds, (share, 1 - share)):
+            found = paint_held_out(model, sample, draw, path.with_stem(f"{path.stem}_{name}"))
             loss, baseline = found["val_loss"], found["baseline"]
             report(f"held-out {name} {loss:.4f} ({cfg.BASELINE} {baseline:.4f})")
             scores |= {f"{name}_loss": loss, f"{name}_baseline": baseline}
+            scores["val_loss"] += weight * loss
+            scores["baseline"] += weight * baseline
             if "object" in found:
                 scores[f"object in {name}"] = found["object"]
-        for key, part in (("val_loss", "loss"), ("baseline", "baseline")):
-            images, clips = scores[f"images_{part}"], scores[f"videos_{part}"]
-            scores[key] = weight * images + (1 - weight) * clips
         return scores
 
     pretrain(model, dataset, draw_mask, look, cfg, plan)
@@ -349,16 +333,15 @@ def public_omni(state):
     names = {r"^trunk\.": "", r"proj\.1\.": "proj.", r"^decoder\.decoder_": "decoder_",
              r"^decoder\.norm\.": "decoder_norm.", r"^heads\.0\.projector\.": "head."}
     renamed = {k: v for k, v in rename(state, names).items() if not k.endswith("pos_embed")}
-    sizes, guesses = sizes_in(renamed)
     N = state["trunk.pos_embed"].shape[1] if "trunk.pos_embed" in state else 8 * 14 * 14
-    # huge: patches of 14 pixels, 16 x 16 of them
-    size, guess = square(N // (16 // sizes["tubelet"]), sizes["patch"])
-    sizes |= {"frames": 16, "stride": 4, "sampling": "dense", "img_size": size}
+    slots = 16 // renamed["patch_embed.proj.weight"].shape[2]
+    sizes, guesses = sizes_in(renamed, N // slots)  # huge: 16 x 16 patches of 14 pixels
+    sizes |= {"frames": 16, "stride": 4, "sampling": "dense"}
     if "decoder" in sizes:
         renamed = rename(renamed, {r"^head\.": "decoder_pred."})  # the pixel head
     for key in [k for k in renamed if k.endswith("qkv.weight")]:
         renamed.setdefault(key.replace("weight", "bias"), torch.zeros(len(renamed[key])))
-    return sizes, renamed, guesses + ["frames"] + guess
+    return sizes, renamed, guesses + ["frames"]
 
 
 if __name__ == "__main__":

@@ -457,7 +457,7 @@ def weight_decays(model, names, weight_decay, ours):
     return [of[id(own[ours(name)])] for name in names]
 
 
-def layer_decay(r, encoder, layer_scale=0.0):
+def layer_decay(r, encoder, layer_scale=False):
     """Learning rate and weight decay of every official parameter under our layer_groups."""
     s = r.config["layerdecay"]
     model = finetune.Classifier(encoder, 10, layer_scale=layer_scale, fresh_norm=True)
@@ -550,7 +550,7 @@ def replay_functions_videomae(r):
     r.check(
         "lr_schedule", [mae_image.lr_at(i, s["base"], s["final"], warm, total, inclusive=True) for i in range(total)]
     )
-    layer_decay(r, mae_video.VideoMAE(8, 32, 2, 8, (48, c["layerdecay"]["depth"], 3), (32, 1, 4)), layer_scale=0.1)
+    layer_decay(r, mae_video.VideoMAE(8, 32, 2, 8, (48, c["layerdecay"]["depth"], 3), (32, 1, 4)), layer_scale=True)
     s = c["pretrain"]
     model = mae_video.VideoMAE(8, 32, 2, 8, (48, s["depth"], 3), (32, s["decoder_depth"], 4))
     ours = lambda n: (n.replace("encoder_to_decoder", "decoder_embed").removeprefix("encoder.").replace("decoder.head", "decoder_pred")

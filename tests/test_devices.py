@@ -124,7 +124,7 @@ def test_a_loss_is_computed_on_the_gpu_with_masks_on_the_cpu(gpu, kind, dtype):
 @pytest.mark.parametrize("kind, frozen", [*((kind, False) for kind in MODELS), ("mae", True)])
 def test_a_classifier_is_computed_on_the_gpu(gpu, kind, frozen):
     model, shape, _ = MODELS[kind]()
-    extras = dict(drop_path=0.2, dropout=0.5, layer_scale=0.1, frozen=frozen)
+    extras = dict(drop_path=0.2, dropout=0.5, layer_scale=True, frozen=frozen)
     net = finetune.Classifier(model, 5, **extras).to("cuda")
     batch = torch.zeros(shape, dtype=torch.uint8).to("cuda")
     x, labels = model.normalize(batch), torch.tensor([1, 4]).to("cuda")
@@ -214,7 +214,7 @@ def test_a_script_runs_on_the_gpu(name, gpu, toy, run, tmp_path, monkeypatch):
                 losses.append(loss_of(model, batch.to("cuda"), items, 0, piece))
         gpu.waits = True
         with torch.no_grad():
-            look(tmp_path / "picture")
+            look(tmp_path / "picture.png")
         return types.SimpleNamespace(stopping=False, finish=lambda result="": None)
 
     monkeypatch.setattr(mae_image, "start_processes", lambda cfg: torch.device("cuda"))

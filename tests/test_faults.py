@@ -300,3 +300,17 @@ def test_main_leaves_signals_threads_and_random_numbers_as_they_were(toy, tmp_pa
         assert surroundings() == before
         assert torch.equal(torch.random.get_rng_state(), numbers)
         assert (np.random.get_state()[1] == numpys[0]).all() and random.getstate() == numpys[1]
+
+
+def test_workers_may_be_started_by_a_server(tmp_path):
+    """Then they are no children of the run's process: Python 3.14's default on Linux."""
+    (tmp_path / "x.jpg").write_text("no image")
+    script = tmp_path / "script.py"
+    script.write_text("import pathlib, torch\nimport data\n"
+                      "if __name__ == '__main__':\n"
+                      "    torch.multiprocessing.set_start_method('forkserver')\n"
+                      "    options = {'batch_size': None, 'collate_fn': data.check_file}\n"
+                      "    loader = data.start_loader([pathlib.Path('x.jpg')], 1, **options)\n"
+                      "    assert 'broken' in data.take(loader)[0]\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, script], cwd=tmp_path, env=env).returncode == 0

@@ -38,8 +38,8 @@ def clips(batch=3, seed=0):
 
 
 def of_views(**options):
-    options = dict(frames=8, stride=1, sampling="dense", img_size="32", workers=0, device="cpu") | options
-    return Config(model="videomae", **options)
+    sizes = dict(frames=8, stride=1, sampling="dense", img_size="32", clips=1)
+    return Config(model="videomae", **sizes | dict(workers=0, device="cpu") | options)
 
 
 # ---- the classifier ------------------------------------------------------------------------------
@@ -220,11 +220,11 @@ def test_crops_of_a_rectangle_have_its_height_and_width():
 
 def test_the_mean_over_views_is_that_of_views_done_one_by_one(toy):
     files = data.list_videos(toy, "val")
-    cfg, model = of_views(batch=5), tiny().eval()
+    cfg, model = of_views(batch=5, clips=3, crops=2), tiny().eval()
     torch.nn.init.normal_(model.head.weight)
-    together = finetune.run_views(model, files, cfg, 3, 2, model.answers)
+    together = finetune.run_views(model, files, cfg, model.answers)
     assert together.shape == (len(files.paths), 6, 5)
-    views = finetune.ViewDataset(files, cfg, 3, 2)
+    views = finetune.ViewDataset(files, cfg)
     for i in (0, 5, len(files.paths) - 1):
         singly = [model(model.encoder.normalize(v[None])).softmax(-1)[0] for v in views[i][0]]
         assert torch.allclose(together[i], torch.stack(singly), atol=1e-5)
@@ -235,7 +235,7 @@ def test_a_broken_test_file_is_named_left_out_and_not_replaced(toy, tmp_path, ca
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     files.paths = np.array([*files.paths[:3], str(tmp_path / "broken.mp4"), files.paths[4]])
     model = tiny()
-    answers = finetune.run_views(model, files, of_views(batch=2), 1, 1, model.answers)
+    answers = finetune.run_views(model, files, of_views(batch=2), model.answers)
     assert answers[:, 0].isfinite().all(dim=1).tolist() == [True, True, True, False, True]
     assert "broken.mp4: broken, left out" in capsys.readouterr().out
 
@@ -244,7 +244,7 @@ def test_a_network_that_answers_nan_is_not_a_broken_file(toy):
     model = tiny().eval()
     model.head.bias.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="answers are not finite"):
-        finetune.run_views(model, data.list_videos(toy, "val"), of_views(), 1, 1, model.answers)
+        finetune.run_views(model, data.list_videos(toy, "val"), of_views(), model.answers)
 
 
 def test_a_worker_killed_while_testing_is_one_line(toy, monkeypatch):
@@ -261,7 +261,7 @@ def test_a_worker_killed_while_testing_is_one_line(toy, monkeypatch):
     monkeypatch.setattr(finetune.ViewDataset, "__getitem__", kill)
     model = tiny()
     with pytest.raises(ValueError, match="the loader failed: .*(killed|exited)"):
-        finetune.run_views(model, files, of_views(batch=1, workers=1), 1, 1, answers)
+        finetune.run_views(model, files, of_views(batch=1, workers=1), answers)
 
 
 def test_scores_are_those_of_a_loop_and_unreadable_files_are_left_out():

@@ -200,11 +200,11 @@ def test_testing_switches_to_eval(toy):
     """Drop path would make the answers random; BatchNorm would look at the test batch."""
     files = data.list_videos(toy, "val")
     cfg = finetune.Config(model="videomae", frames=4, stride=1, sampling="dense", img_size="16",
-                          workers=0, device="cpu")
+                          clips=1, workers=0, device="cpu")
     for options in (dict(drop_path=0.9), dict(frozen=True, fresh_norm=False)):
         model = video_classifier(**options)
         torch.nn.init.normal_([p for p in model.head.parameters() if p.ndim > 1][0])
-        answers = [finetune.run_views(mode, files, cfg, 1, 1, model.answers)
+        answers = [finetune.run_views(mode, files, cfg, model.answers)
                    for mode in (model.train(), model.eval())]
         assert torch.equal(*answers)
 

@@ -312,26 +312,30 @@ def test_explained_is_the_share_of_the_variance_as_in_a_loop():
 
 @pytest.mark.parametrize("size", [(48, 48), (24, 48)])
 @pytest.mark.parametrize("part", ["images", "videos"])
-def test_of_objects_their_hidden_pixels_count_and_no_others(toy, size, part):
+def test_of_objects_their_hidden_pixels_count_and_no_others(toy, size, part, monkeypatch):
     """Held-out samples are cropped in the middle; so are the maps that say where objects are."""
     if part == "images":
-        val, choose = data.ImageDataset(data.list_images(toy, "val"), size, 0, train=False), np.arange
+        val = data.ImageDataset(data.list_images(toy, "val"), size, 0, train=False)
     else:
         val = mae_video.ClipDataset(data.list_videos(toy, "val"), 4, 2, size, 0, train=False)
-        choose = lambda n: val.choose(n)[0]  # noqa: E731
     original = torch.cat([val[0, i][0] for i in range(4)]).movedim(-1, -3) / 255
     original = original[:, None] if part == "images" else original
     where, top = torch.zeros(original.shape).bool(), (48 - size[0]) // 2
     for i in range(4):
         path = Path(re.sub("/(rgb|videos)/", "/object/", str(val.paths[i]))).with_suffix(".png")
         maps = torch.from_numpy(np.array(Image.open(path))).reshape(-1, 48, 48).bool()
-        where[i] = maps[choose(len(maps))][:, None, top : top + size[0]]
-    hole = torch.rand(original[:, :, :1].shape) < 0.5
+        where[i] = maps[val.choose(len(maps))[0]][:, None, top : top + size[0]]
+    objects = mae_image.object_maps(val, range(4))
+    assert torch.equal(objects, where[:, :, :1])
+    hole = torch.rand(objects.shape) < 0.5
     painted = torch.where(where & hole, original, 0.123)  # wrong everywhere else
     pictures = {"original": original, "pasted in": painted}
-    found = mae_image.explained_objects(pictures, hole, val.paths[:4], choose)
-    assert found == {"object": 1.0}
-    assert mae_image.explained_objects(pictures, hole, ["elsewhere/x.jpg"], choose) == {}
+    monkeypatch.setattr(mae_image, "reconstruct", lambda *_: (0.5, 1.0, pictures, hole))
+    sample = torch.zeros(4, *SIZE, 3, dtype=torch.uint8), None, objects
+    found = mae_image.paint_held_out(build("mae"), sample, lambda *_: None, None)
+    assert found == {"val_loss": 0.5, "baseline": 1.0, "object": 1.0}
+    val.paths = np.array(["elsewhere/x.jpg"])
+    assert mae_image.object_maps(val, [0]) is None
 
 
 def test_held_out_samples_and_masks_are_always_the_same_and_some_are_hidden(toy):
@@ -342,13 +346,13 @@ def test_held_out_samples_and_masks_are_always_the_same_and_some_are_hidden(toy)
         return random_mask(rows, (1, 2, 4), 0.5, generator)
 
     a, b = (mae_image.held_out(val, draw_mask, 3, 5) for _ in range(2))
-    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
-    assert draws[0] == (5, *SIZE, 3) and a[2] == [val.paths[i] for i in (0, 3, 7, 11, 15)]
+    assert all(torch.equal(x, y) for x, y in zip(a, b)) and draws[0] == (5, *SIZE, 3)
+    assert torch.equal(a[0], torch.cat([val[0, i][0] for i in (0, 3, 7, 11, 15)]))
     assert not torch.equal(a[1], mae_image.held_out(val, draw_mask, 4, 5)[1])
     with pytest.raises(ValueError, match="hides nothing"):
         mae_image.held_out(val, lambda batch, rows, g: random_mask(rows, (1, 2, 4), 0, g), 3, 5)
     val.read = lambda i, generator: (torch.empty(1, 2**24, dtype=torch.uint8), "")
-    assert len(mae_image.held_out(val, draw_mask, 3, 64)[2]) == 6  # large samples: only a few
+    assert len(mae_image.held_out(val, draw_mask, 3, 64)[0]) == 6  # large samples: only a few
 
 
 @pytest.mark.parametrize("flags", [[], ["--norm-pix", "--img-size", "16x32"]])

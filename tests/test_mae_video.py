@@ -174,7 +174,7 @@ def test_a_dense_clip_takes_every_fourth_frame_and_repeats_the_last_one_it_reach
 @pytest.mark.parametrize("n", [20, 64, 70])
 def test_dense_starts_are_all_equally_likely_if_the_clip_fits_and_else_0(n):
     g = torch.Generator().manual_seed(0)
-    starts = [mae_video.dense_start(n, 16, 4, g) for _ in range(700)]
+    starts = [mae_video.random_clip("dense", n, 16, 4, g)[0] for _ in range(700)]
     assert set(starts) == set(range(max(n - 64, 0) + 1))
     assert np.bincount(starts).min() > 60 or n < 65
 

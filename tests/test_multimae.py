@@ -389,7 +389,7 @@ def turned():
 
 
 @pytest.mark.parametrize("name, kind, options, message", [
-    ("depth/train/1.png", "I;16", {"size": (10, 10)}, r"rgb \(40, 48\), depth \(10, 10\)"),
+    ("depth/train/1.png", "I;16", {"size": (10, 10)}, r"'rgb': \(40, 48\), 'depth': \(10, 10\)"),
     ("semseg/train/1.png", "RGB", {}, "is no semseg map, one channel of whole numbers < 2^8: 3-D"),
     ("depth/train/1.png", np.full((40, 48), 70000, np.int32), {"format": "TIFF"}, "70000"),
     ("depth/train/1.png", np.full((40, 48), 2.5, np.float32), {"format": "TIFF"}, "no depth map"),

@@ -311,8 +311,9 @@ def test_resized_depth_does_not_overshoot(tmp_path):
 
 def test_an_image_is_tested_on_its_whole_centre(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    files, cfg = one_file(tmp_path / "x.png", pixels), finetune.Config(model="mae", img_size="20")
-    assert np.array_equal(finetune.ViewDataset(files, cfg, 5, 3)[0][0], pixels[None, :, 5:25])
+    cfg = finetune.Config(model="mae", img_size="20", clips=5, crops=3)
+    views = finetune.ViewDataset(one_file(tmp_path / "x.png", pixels), cfg)
+    assert np.array_equal(views[0][0], pixels[None, :, 5:25])
 
 
 def test_presets_flip_and_hide_as_the_list_says():
