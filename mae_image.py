@@ -674,7 +674,7 @@ def main(argv=None):
 def draw_images(pictures, path, note):
     """Some images as a PNG with a row for each, a column for each kind of picture."""
     cells = torch.cat(list(pictures.values()), dim=1)  # (images, kinds, 3, H, W)
-    table = picture_table(cells[evenly(len(cells), 6)], list(pictures), note=note)
+    table = picture_table(cells[evenly(len(cells), 6)], list(pictures), note=note, side=128)
     save_picture(table, path)
 
 
