@@ -168,8 +168,8 @@ def read_official(name, lists, videos, split, fold, allow_missing):
         label_of = {c.lower(): label for label, c in enumerate(classes)}
         # trainlist has labels (from 1; 0: unknown), testlist none: the folder is the class
         for path, number in read_lines(lists / table, r"(.*?)(?:\s+(\d+))?"):
-            known = number != "0" and path.split("/")[0].lower()
-            wanted.append((path, label_of.get(known, -1)))
+            label = label_of.get(path.split("/")[0].lower(), -1)
+            wanted.append((path, -1 if number == "0" else label))
     else:
         table = f"_test_split{fold}.txt"
         tables = sorted(lists.glob(f"*{table}"))  # climb_stairs before climb, as the files sort
@@ -231,12 +231,12 @@ def resolve(wanted, classes, folder, kinds, allow_missing, how):
 def walk(folder, kinds):
     """All files below folder -> those that end in `kinds`, sorted; the others, counted in words."""
     found, others, seen = [], collections.Counter(), set()
+    hidden = ("lost+found", "__MACOSX")
 
     def fail(error):
         raise error  # a folder that may not be listed
 
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        hidden = ("lost+found", "__MACOSX")
         folders[:] = sorted(f for f in folders if f[0] != "." and f not in hidden)
         real = os.path.realpath(parent)
         if real in seen:  # links to folders are followed, but not in circles
@@ -898,8 +898,8 @@ def write_toy(job):
     if motion:
         turns = turns + np.array(motion) * np.arange(LENGTH)[:, None] / LENGTH  # (T, 3)
         kind = rng.choice(KINDS)
-    pixels, depth, classes, first = render(draw_scene(rng, kind, turns))
-    maps = {"object": first}  # frames of a clip below each other
+    pixels, depth, classes, large = render(draw_scene(rng, kind, turns))
+    maps = {"object": large}  # frames of a clip below each other
     if motion:
         write_whole(folder / f"videos/{name}.mp4", functools.partial(write_video, pixels, 12))
     else:
@@ -974,7 +974,7 @@ def write_video(frames, rate, path):
 
 
 def count_bad(paths, results):
-    """Print what is wrong with which file, and how many have more than a note.   -> how many"""
+    """Print what is wrong with which file, and how many have more than a note.   -> that number"""
     bad = 0
     for path, problems in zip(paths, results):
         for problem in problems:
@@ -1054,8 +1054,9 @@ def shrink(source, target, short):
         copy = target / path.relative_to(source)
         takes_mpeg4 = copy.suffix.lower() in (".avi", ".mp4", ".mkv", ".mov", ".m4v")
         jobs.append((path, copy if takes_mpeg4 else copy.with_suffix(".mp4"), short))
-    results = in_parallel(shrink_file, jobs, f"shrinking into {target}")
-    sys.exit(count_bad(videos, results) > 0)
+    bad = count_bad(videos, in_parallel(shrink_file, jobs, f"shrinking into {target}"))
+    report(f"the copies are in {target}")
+    sys.exit(bad > 0)
 
 
 def main(argv=None):

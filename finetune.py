@@ -120,6 +120,7 @@ class Classifier(nn.Module):
         self.skip = int(isinstance(encoder, (MAE, MAEST)))
         self.norm = nn.LayerNorm(D, eps=1e-6) if fresh_norm else encoder.norm
         encoder.norm = nn.Identity()
+        drop_path = 0.0 if frozen else drop_path
         rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are skipped more often
         blocks = [TunedBlock(block, r, layer_scale) for block, r in zip(encoder.blocks, rates)]
         encoder.blocks = nn.Sequential(*blocks)
@@ -733,7 +734,7 @@ def main(argv=None):
         cfg.pool = "first" if cfg.model == "mae" and cfg.mode in FROZEN else "mean"
     if cfg.mode == "linear":
         cfg.lr, cfg.rand_augment = cfg.probe_lr, 0
-        cfg.erase = cfg.mixup = cfg.cutmix = cfg.dropout = cfg.drop_path = 0.0
+        cfg.erase = cfg.mixup = cfg.cutmix = cfg.dropout = 0.0
     if cfg.dense and (cfg.model != "multimae" or tested or cfg.mode in FROZEN
                       or cfg.dense in parse_modalities(cfg.inputs)):
         what = "--model multimae, --mode finetune or scratch, training, and other --inputs"

@@ -350,7 +350,7 @@ def prepare(name, short, args):
         command = [sys.executable, ROOT / "data.py", "shrink", source, part]
         with open(f"{folder}.log", "w") as log:
             subprocess.run([*command, "--short-side", str(short)], stdout=log)
-        if "files decoded, " not in Path(f"{folder}.log").read_text():  # the last line
+        if "the copies are in" not in Path(f"{folder}.log").read_text():  # the last line
             raise SystemExit(f"{name} could not be shrunk: see {folder}.log")
         part.rename(folder)
     elif source.is_dir():

@@ -87,7 +87,8 @@ def test_drop_path_skips_whole_samples_and_keeps_the_mean():
 def test_frozen_means_frozen(toy, tmp_path, monkeypatch):
     """In linear mode no parameter and no statistic of the encoder changes, and the probe learns."""
     monkeypatch.chdir(tmp_path)
-    model = tiny(VideoMAE, classes=6, frozen=True, fresh_norm=False)
+    model = tiny(VideoMAE, classes=6, frozen=True, fresh_norm=False, drop_path=0.3)
+    assert torch.equal(model.train().features(clips()), model.features(clips()))  # no drop path in it
     before = {k: v.clone() for k, v in model.state_dict().items()}
     cfg = of_views(mode="linear", stride=2, batch=12, epochs=1, lr=10.0, warmup=0, pictures=0)
     files = data.list_videos(toy, "train")
@@ -425,6 +426,16 @@ def test_a_classifier_of_other_classes_is_not_tested(built):
     state["module"] |= {"head.weight": torch.randn(4, 64), "head.bias": torch.randn(4)}
     with pytest.raises(ValueError, match=r"head.weight \(4, 64\), here \(6, 64\)"):
         built(state, "--eval-only")
+
+
+def test_a_public_linear_probe_is_tested(built):
+    state = official_mae(filled(MAE(32, 8, WIDE, (16, 1, 2))))
+    state |= {"head.0.running_mean": torch.randn(64), "head.0.running_var": torch.rand(64),
+              "head.0.num_batches_tracked": torch.tensor(9),
+              "head.1.weight": torch.randn(4, 64), "head.1.bias": torch.randn(4)}
+    got, cfg, _ = built({"model": state}, "--eval-only", "--model", "mae")
+    assert cfg.mode == "linear" and torch.equal(got.head[1].weight, state["head.1.weight"])
+    assert got.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 4)
 
 
 @pytest.mark.parametrize("flags, message", [
