@@ -19,6 +19,7 @@ seen at this size" or, where the paper says "as good as", "no difference can be 
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -30,8 +31,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -50,74 +51,62 @@ MILD = "--batch 16 --lr 5e-2 --layer-decay 0.9 --drop-path 0 --min-crop 0.8"
 
 @dataclass
 class Set:
-    """A data set, and the flags of its pretraining and fine-tuning.
-
-    script  of the pretraining;   folds: its splits
-    short   side to which its videos are shrunk first, 0: as they are
-    images  a second data set, of images, for omni.py
-    scratch flags of training from scratch, which learns best at a rate of its own (see claims.md)
-    long    the same for as many updates as pretraining and fine-tuning together
-    """
+    """A data set, and the flags of its pretraining and fine-tuning."""
 
     data: str
-    pretrain: str
-    finetune: str
-    script: str = "mae_video.py"
-    folds: int = 3
-    short: int = 0
-    images: str = ""
-    scratch: str = ""
-    long: str = ""
+    pretrain: str = ""
+    finetune: str = ""
+    script: str = "mae_video.py"  # of the pretraining
+    folds: int = 3  # splits of the data
+    short: int = 0  # side to which its videos are shrunk first, 0: as they are
+    images: str = ""  # a second data set, of images, for omni.py
+    scratch: str = ""  # from scratch, which learns best at a rate of its own (see claims.md)
+    long: str = ""  # the same for as many updates as pretraining and fine-tuning together
 
 
 SETS = {
-    "toy": Set("toy", "", "", folds=1, scratch="--lr 2e-2", long="--epochs 505 --lr 2e-2"),
-    "lips20": Set("lips20", f"{VIDEO} --batch 32 --epochs 80 --warmup 5",
-                  f"{TUNE} --clips 2", short=64,
-                  scratch="--lr 4e-3 --min-crop 0.8 --smoothing 0 --drop-path 0",
+    "toy": Set("toy", folds=1, scratch="--lr 2e-2", long="--epochs 505 --lr 2e-2"),
+    "lips20": Set("lips20", f"{VIDEO} --batch 32 --epochs 80 --warmup 5", f"{TUNE} --clips 2",
+                  short=64, scratch="--lr 4e-3 --min-crop 0.8 --smoothing 0 --drop-path 0",
                   long="--epochs 95 --min-crop 0.5 --smoothing 0.1 --drop-path 0.1"),
     "gestures10": Set("gestures10",
                       f"{VIDEO} --no-flip --frames 16 --batch 32 --epochs 300 --warmup 15",
-                      f"{MILD} --frames 16 --no-flip --epochs 60 --warmup 3 --clips 2", short=64),
+                      f"{MILD} --frames 16 --no-flip --epochs 60 --warmup 3 --clips 2", short=64,
+                      long="--epochs 210"),
     "sprites5": Set("sprites5", f"{VIDEO} --batch 32 --epochs 80 --warmup 5",
-                    f"{TUNE} --epochs 10 --warmup 1.5 --clips 2", short=64,
-                    scratch="--lr 4e-3"),
+                    f"{TUNE} --epochs 10 --warmup 1.5 --clips 2", short=64, scratch="--lr 4e-3",
+                    long="--epochs 90"),
     "weizmann4": Set("weizmann4", f"{VIDEO} --sampling dense --frames 16 --stride 2 --batch 16 "
                      "--epochs 600 --warmup 30", f"{TUNE} --frames 16 --sampling dense "
-                     "--stride 2 --batch 16 --epochs 60 --warmup 5 --clips 5", scratch="--lr 4e-3"),
+                     "--stride 2 --batch 16 --epochs 60 --warmup 5 --clips 5", scratch="--lr 4e-3",
+                     long="--epochs 660"),
     # the labels of a twentieth of the images: 2,500
     "cifar10": Set("cifar10", "--img-size 32 --patch 4 --size 96x4x3 --decoder 64x1x2 --norm-pix "
-                   "--batch 128 --epochs 12 --warmup 1 --lr 6e-3",
-                   f"{TUNE} --share 0.05 --epochs 30 --warmup 3", "mae_image.py", folds=1,
-                   scratch="--lr 4e-3"),
-    "toy-joint": Set("toy", "", "", "omni.py", folds=1, images="toy"),
-    "toy-joint-short": Set("toy", "--epochs 12 --warmup 1", "", "omni.py", folds=1, images="toy"),
+                   "--batch 128 --epochs 12 --warmup 1 --lr 6e-3", f"{TUNE} --share 0.05 "
+                   "--epochs 30 --warmup 3", "mae_image.py", 1, scratch="--lr 4e-3"),
+    "toy-joint": Set("toy", "", "", "omni.py", 1, images="toy"),
+    "toy-joint-short": Set("toy", "--epochs 12 --warmup 1", "", "omni.py", 1, images="toy"),
     # a fifth of the image updates: as many images as clips
     "lips20+tin20": Set("lips20", "--img-size 48 --patch 12 --size 96x4x3 --tubelet 2 "
                         "--decoder 64x2x4 --norm-pix --sampling segments --batch 32 --epochs 40 "
-                        "--lr 2e-2 --image-share 0.2", f"{TUNE} --clips 1", "omni.py", folds=1,
-                        short=64, images="tin20"),
-    "toy-maps": Set("toy", "", f"{TUNE} --epochs 30 --batch 16 --warmup 3",
-                    "multimae.py", folds=1, scratch="--lr 4e-3"),
-    "toy-images": Set("toy", "", f"{TUNE} --epochs 30 --batch 16 --warmup 3 "
-                      "--share 0.25", "mae_image.py", folds=1, scratch="--lr 4e-3"),
+                        "--lr 2e-2 --image-share 0.2", f"{TUNE} --clips 1", "omni.py", 1, 64,
+                        "tin20"),
+    "toy-maps": Set("toy", "", f"{TUNE} --epochs 30 --batch 16 --warmup 3", "multimae.py", 1,
+                    scratch="--lr 4e-3"),
+    "toy-images": Set("toy", "", f"{TUNE} --epochs 30 --batch 16 --warmup 3 --share 0.25",
+                      "mae_image.py", 1, scratch="--lr 4e-3"),
 }
 SCRATCH = "--mode scratch"
 
 
 @dataclass
 class Arm:
-    """One side of a comparison: flags on top of the set's.
-
-    pretrain, finetune   flags of the two scripts; finetune None: the held-out loss of the
-                         pretraining is what counts; LONG in it: the set's flags of that name
-    source, script       the pretraining of another set; another script with the set's flags
-    """
+    """One side of a comparison: flags on top of the set's."""
 
     pretrain: str = ""
-    finetune: str | None = ""
-    source: str = ""
-    script: str = ""
+    finetune: str | None = ""  # None: held-out loss counts; LONG in it: the set's flags `long`
+    source: str = ""  # the pretraining of another set
+    script: str = ""  # another script of pretraining with the set's flags
 
 
 @dataclass
@@ -141,9 +130,8 @@ IMAGE_SETS = ("toy-images", "cifar10")
 
 
 def probed_and_tuned(name, pretrain="", script=""):
-    """Two arms of one pretraining."""
-    return {f"{name}, linear": Arm(pretrain, PROBE, script=script),
-            f"{name}, tuned": Arm(pretrain, script=script)}
+    return {f"{name}, linear": Arm(pretrain, PROBE, "", script),
+            f"{name}, tuned": Arm(pretrain, "", "", script)}
 
 
 CLAIMS = {
@@ -166,9 +154,8 @@ CLAIMS = {
         probed_and_tuned("raw", "--no-norm-pix") | probed_and_tuned("normalised", "--norm-pix"),
         (("normalised, linear", "raw, linear"), ("normalised, tuned", "raw, tuned"))),
     "M7": Claim(
-        "MAE Sec. 4.1, Table 1(f)",
-        "a grid is easier to fill in than a random mask, a block harder: held-out loss",
-        "order of the losses, no numbers", IMAGE_SETS,
+        "MAE Sec. 4.1, Table 1(f)", "a grid is easier to fill in than a random mask, a block "
+        "harder: held-out loss", "order of the losses, no numbers", IMAGE_SETS,
         {kind: Arm(f"--mask {kind}", None) for kind in ("grid", "random", "block")},
         (("random", "grid"), ("block", "random"))),
     "V1": Claim(
@@ -177,15 +164,14 @@ CLAIMS = {
         ("toy", "lips20", "gestures10", "sprites5", "weizmann4", "cifar10", "toy-images"),
         {"scratch": FROM_SCRATCH, "pretrained": PRETRAINED}, (("pretrained", "scratch"),)),
     "M8": Claim(
-        "MAE Sec. 4, MAE-ST Fig. 5",
-        "... also when scratch trains long (here: as many epochs as both stages together)",
-        "ViT-L 84.9 against 82.5; video 84.4 against 71.4", ("lips20", "toy"),
+        "MAE Sec. 4, MAE-ST Fig. 5", "... also when scratch trains long (here: as many epochs as "
+        "both stages together)", "ViT-L 84.9 against 82.5; video 84.4 against 71.4",
+        ("lips20", "toy", "gestures10", "sprites5", "weizmann4", "cifar10"),
         {"scratch, long": Arm("", f"{SCRATCH} LONG"), "pretrained": PRETRAINED},
         (("pretrained", "scratch, long"),)),
     "V2": Claim(
-        "VideoMAE Table 2, Sec. 4.3",
-        "the gain grows as the set shrinks (here: fewer labels, as many updates)",
-        "from 240k to 3.5k clips: +11.2, 37.0, 39.9, 44.6", ("lips20",),
+        "VideoMAE Table 2, Sec. 4.3", "the gain grows as the set shrinks (here: fewer labels, as "
+        "many updates)", "from 240k to 3.5k clips: +11.2, 37.0, 39.9, 44.6", ("lips20",),
         {"scratch, all": FROM_SCRATCH, "pretrained, all": PRETRAINED,
          "scratch, a quarter": Arm("", f"{SCRATCH} {QUARTER}"),
          "pretrained, a quarter": Arm("", QUARTER)},
@@ -219,16 +205,14 @@ CLAIMS = {
         "+0.5, +0.6", ("lips20",), {"raw": Arm("--no-norm-pix"), "normalised": PRETRAINED},
         (("normalised", "raw"),)),
     "S4": Claim(
-        "MAE-ST Table 2(d)",
-        "several clips of every decoded video: less time at as many samples, no loss",
-        "1.8x, 3.0x faster", ("lips20",),
+        "MAE-ST Table 2(d)", "several clips of every decoded video: less time at as many samples, "
+        "no loss", "1.8x, 3.0x faster", ("lips20",),
         {"1 clip": PRETRAINED, "2 clips": Arm("--repeat 2 --epochs 40 --warmup 2.5"),
          "4 clips": Arm("--repeat 4 --epochs 20 --warmup 1.25")},
         (("4 clips", "1 clip"),), equal=True),
     "V6": Claim(
-        "VideoMAE Sec. 4.3, Table 1(e)",
-        "pretraining on the target's own domain beats pretraining on another's",
-        "42k SSv2 68.7, 240k K400 68.5", ("lips20",),
+        "VideoMAE Sec. 4.3, Table 1(e)", "pretraining on the target's own domain beats pretraining "
+        "on another's", "42k SSv2 68.7, 240k K400 68.5", ("lips20",),
         # 190 epochs of 840 clips are as many updates as 80 of 2,000
         {"scratch": FROM_SCRATCH, "lips20": PRETRAINED,
          "sprites5": Arm("--epochs 190 --warmup 12", source="sprites5")},
@@ -271,29 +255,27 @@ QUICK = "--smoke --batch 8 --workers 0"
 
 
 def run_all(jobs, count, work):
-    """Run [(name, command)] as processes, `count` at a time; stop if one fails.
+    """Run {name: command} as processes, `count` at a time; stop if one fails. Not what is done.
 
     Each has its share of the cores, or OMP_NUM_THREADS threads if that is set."""
-    threads = str(max(1, (os.cpu_count() or 1) // count))
-    env = {"OMP_NUM_THREADS": threads, **os.environ}
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
 
-    def run(job):
-        name, command = job
-        start = time.perf_counter()
-        words = command.split()
+    def run(name):
+        script, *flags = jobs[name].split()
         if (work / name / "checkpoint.pt").exists():  # cut off in an earlier call
-            words = [words[0], "--resume", "--out", name]
+            flags = ["--resume", "--out", name]
+        start = time.perf_counter()
         with open(work / f"{name}.log", "a") as log:
-            line = [sys.executable, ROOT / words[0], *words[1:]]
+            line = [sys.executable, ROOT / script, *flags]
             code = subprocess.run(line, cwd=work, env=env, stdout=log, stderr=log).returncode
-        seconds = time.perf_counter() - start
         if code:
             raise SystemExit(f"{name} ended with code {code}: see {work / name}.log")
-        (work / name / "minutes.json").write_text(json.dumps(seconds / 60))
-        print(f"  {name}: {seconds / 60:.1f} min", flush=True)
+        minutes = (time.perf_counter() - start) / 60
+        (work / name / "minutes.json").write_text(json.dumps(minutes))
+        print(f"  {name}: {minutes:.1f} min", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        list(pool.map(run, jobs))
+        list(pool.map(run, [k for k in jobs if not (work / k / "minutes.json").exists()]))
 
 
 def key(text):
@@ -305,36 +287,39 @@ def key(text):
 def plan(claim, name, args):
     """-> pretrainings {name: command}, what gives scores {(arm, fold, seed): (name, command)}."""
     before, after, quick = {}, {}, QUICK if args.quick else ""
-    for arm, a in claim.arms.items():
-        first, s = SETS[a.source or name], SETS[name]
-        for fold in range(1, min(s.folds, args.folds) + 1):
 
-            def where(of):
-                folder = prepare(of.data, of.short, args)
-                videos = of.script in ("mae_video.py", "omni.py")
-                return f"--data {folder}" + f" --fold {fold}" * videos
+    def where(of, fold):
+        videos = of.script in ("mae_video.py", "omni.py")
+        return f"--data {prepare(of.data, of.short, args)}" + f" --fold {fold}" * videos
 
-            images = prepare(s.images, 0, args) if s.images else ""
-            both = f"--images {images}" if images else ""
-            flags = f"{where(first)} {both} --workers 1 --pictures 1 --log-every 100"
-            pre = f"{a.source or name}-{fold}-pre-{key(f'{Path(a.script).stem} {a.pretrain}')}"
-            pre = f"{'quick-' * args.quick}{pre}"
-            command = f"{a.script or first.script} {flags} {first.pretrain} {a.pretrain} {quick}"
-            for seed in range(args.seeds):
-                source = f"{pre}-{seed}"
-                before[source] = f"{command} --seed {seed} --out {source}"
-                if a.finetune is None:
-                    after[arm, fold, seed] = source, before.pop(source)
-                    continue
-                on_images = f"--data {images}" if images and "images" in a.finetune else ""
-                flags = f"{where(s)} {on_images} --seed {seed} --workers 1 --log-every 100"
-                own = s.scratch if SCRATCH in a.finetune else ""
-                mine = a.finetune.replace("LONG", s.long)
-                run = f"{pre}-ft-{f'{name}-' * bool(a.source)}{key(mine)}-{seed}"
-                flags = f"{flags} --pictures 0 {s.finetune} {own} {mine} {quick}"
-                line = f"finetune.py {flags} --init {source}/checkpoint.pt --out {run}"
-                after[arm, fold, seed] = run, line
+    s, usual = SETS[name], "--workers 1 --log-every 100"
+    images = prepare(s.images, 0, args) if s.images else ""
+    for (arm, a), fold in itertools.product(claim.arms.items(), range(1, folds(s, args) + 1)):
+        origin = a.source or name
+        first = SETS[origin]
+        both = f"--images {images}" if images else ""
+        pre = f"{origin}-{fold}-pre-{key(f'{Path(a.script).stem} {a.pretrain}')}"
+        pre = f"{'quick-' * args.quick}{pre}"
+        command = (f"{a.script or first.script} {where(first, fold)} {both} {usual} --pictures 1 "
+                   f"{first.pretrain} {a.pretrain} {quick}")
+        for seed in range(args.seeds):
+            source = f"{pre}-{seed}"
+            line = f"{command} --seed {seed} --out {source}"
+            if a.finetune is None:
+                after[arm, fold, seed] = source, line
+                continue
+            before[source] = line
+            mine, own = a.finetune.replace("LONG", s.long), s.scratch * (SCRATCH in a.finetune)
+            run = f"{pre}-ft-{f'{name}-' * bool(a.source)}{key(mine)}-{seed}"
+            on_images = f"--data {images}" * ("images" in a.finetune)
+            line = (f"finetune.py {where(s, fold)} {on_images} --seed {seed} {usual} --pictures 0 "
+                    f"{s.finetune} {own} {mine} {quick}")
+            after[arm, fold, seed] = run, f"{line} --init {source}/checkpoint.pt --out {run}"
     return before, after
+
+
+def folds(s, args):
+    return min(s.folds, args.folds)
 
 
 def prepare(name, short, args):
@@ -348,10 +333,11 @@ def prepare(name, short, args):
     elif short:
         shutil.rmtree(part, ignore_errors=True)  # what an earlier call left
         command = [sys.executable, ROOT / "data.py", "shrink", source, part]
-        with open(f"{folder}.log", "w") as log:
-            subprocess.run([*command, "--short-side", str(short)], stdout=log)
-        if "the copies are in" not in Path(f"{folder}.log").read_text():  # the last line
-            raise SystemExit(f"{name} could not be shrunk: see {folder}.log")
+        log = Path(f"{folder}.log")
+        with open(log, "w") as file:
+            subprocess.run([*command, "--short-side", str(short)], stdout=file)
+        if "the copies are in" not in log.read_text():  # the last line
+            raise SystemExit(f"{name} could not be shrunk: see {log}")
         part.rename(folder)
     elif source.is_dir():
         folder.unlink(missing_ok=True)  # a link to where the data were in an earlier call
@@ -384,19 +370,17 @@ def ridge(train, labels, test, classes, strengths=(1, 10, 100, 1000)):
     """
     mean, std = train.mean(0), train.std(0) + 1e-6
     a, b = (train - mean) / std, (test - mean) / std
-    onehot = torch.nn.functional.one_hot(labels, classes).double()
+    onehot, held = F.one_hot(labels, classes).double(), torch.arange(len(a)) % 5 == 4
 
     def fit(x, y, z, strength):
         penalty = strength * x.shape[1] / 100 * torch.eye(len(x), dtype=torch.float64)
         gram = x @ x.T + penalty  # dual form: few files
-        return z @ (x.T @ torch.linalg.solve(gram, y - y.mean(0))) + y.mean(0)
+        return (z @ (x.T @ torch.linalg.solve(gram, y - y.mean(0))) + y.mean(0)).argmax(1)
 
-    held = torch.arange(len(a)) % 5 == 4
-    score = []
-    for strength in strengths:
-        guess = fit(a[~held], onehot[~held], a[held], strength).argmax(1)
-        score.append((guess == labels[held]).double().mean())
-    return fit(a, onehot, b, strengths[int(np.argmax(score))]).argmax(1)
+    def right(strength):
+        return (fit(a[~held], onehot[~held], a[held], strength) == labels[held]).sum().item()
+
+    return fit(a, onehot, b, max(strengths, key=right))
 
 
 @functools.cache
@@ -407,24 +391,23 @@ def trivial_baselines(folder, fold):
     motion energy     ridge on how much each place differs from its median over time, on average
     motion over time  ridge on the same, time by time and coarser: 16 slots of a 4 x 4 map
     """
-    parts = {}
+    parts = []
     for split in ("train", "val"):
-        files, small, energy, motion = data.list_videos(folder, split, fold), [], [], []
+        files = data.list_videos(folder, split, fold)
+        found = {"small clip": [], "motion energy": [], "motion over time": []}
         for path in files.paths:
             clips, _ = data.read_clips(path, lambda n: segment_views(n, 16, 1))
-            clip = clips[0].mean(-1)  # (16, H, W)
-            x = torch.from_numpy(clip)[None].float()
-            small.append(torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten())
+            x = torch.from_numpy(clips[0].mean(-1))[None].float()  # (1, 16, H, W)
             change = (x - x.median(dim=1, keepdim=True).values).abs()
-            energy.append(torch.nn.functional.adaptive_avg_pool2d(change.mean(dim=1), 16).flatten())
-            motion.append(torch.nn.functional.adaptive_avg_pool2d(change, 4).flatten())
-        parts[split] = files, *(torch.stack(x).double() for x in (small, energy, motion))
-    (train, *a), (test, *b) = parts["train"], parts["val"]
+            maps = (x, 8), (change.mean(dim=1), 16), (change, 4)
+            for rows, (values, side) in zip(found.values(), maps):
+                rows.append(F.adaptive_avg_pool2d(values, side).flatten())
+        parts.append((files, {name: torch.stack(x).double() for name, x in found.items()}))
+    (train, a), (test, b) = parts
     labels, truth = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
-    result = {"majority": (truth == labels.bincount().argmax()).double().mean().item()}
-    for name, x, z in zip(("small clip", "motion energy", "motion over time"), a, b):
-        result[name] = (ridge(x, labels, z, len(train.classes)) == truth).double().mean().item()
-    return result
+    guess = {"majority": labels.bincount().argmax()}
+    guess |= {name: ridge(a[name], labels, b[name], len(train.classes)) for name in a}
+    return {name: (truth == x).double().mean().item() for name, x in guess.items()}
 
 
 def spread(values):
@@ -440,47 +423,56 @@ def score(folder):
     return result.get("top1", result.get("mean IoU"))
 
 
+def differences(scores, more, less):
+    """Run by run; of what one has over another, too.   scores {(arm, fold, seed): value}"""
+
+    def value(arm, *run):
+        one, *other = arm.split(" - ")
+        return scores[(one, *run)] - (scores[(other[0], *run)] if other else 0)
+
+    runs = [run for arm, *run in scores if arm == more.split(" - ")[0]]
+    return [value(more, *run) - value(less, *run) for run in runs]
+
+
+def verdict(gaps, equal):
+    """equal: the paper says that there is no difference."""
+    if abs(statistics.mean(gaps)) > spread(gaps):
+        return "holds" if statistics.mean(gaps) > 0 else "does not hold here"
+    nothing = "no difference can" if equal and len(gaps) > 1 else "cannot"
+    return f"{nothing} be seen at this size"
+
+
 def show(name, claim, after, args):
     """Print the lines of one claim on one data set, as rows of a README table."""
-    scores = {k: score(args.work / run) for k, (run, _) in after.items()}
-    minutes = {k: json.loads((args.work / run / "minutes.json").read_text())
-               for k, (run, _) in after.items()}
     of_loss = any(arm.finetune is None for arm in claim.arms.values())
     unit, factor, digits = ("loss", 1, 4) if of_loss else ("%", 100, 1)
-    for arm in claim.arms:
-        values = [factor * v for (a, _, _), v in scores.items() if a == arm]
-        spent = statistics.median(m for (a, _, _), m in minutes.items() if a == arm)
-        run, seed = next((run, seed) for (a, _, seed), (run, _) in after.items() if a == arm)
-        pre = args.work / f"{run.split('-ft-')[0]}-{seed}" / "minutes.json"
-        alone = claim.arms[arm].finetune is None or SCRATCH in claim.arms[arm].finetune
-        before = "" if alone else f"{json.loads(pre.read_text()):.1f} min, then "
+
+    def minutes(run):
+        return json.loads((args.work / run / "minutes.json").read_text())
+
+    scores = {k: factor * score(args.work / run) for k, (run, _) in after.items()}
+    for arm, a in claim.arms.items():
+        values = [v for (one, _, _), v in scores.items() if one == arm]
+        runs = [(run, seed) for (one, _, seed), (run, _) in after.items() if one == arm]
+        spent, before = statistics.median(minutes(run) for run, _ in runs), ""
+        if a.finetune is not None and SCRATCH not in a.finetune:
+            run, seed = runs[0]
+            pretraining = f"{run.split('-ft-')[0]}-{seed}"
+            before = f"{minutes(pretraining):.1f} min, then "
         mean = f"{statistics.mean(values):.{digits}f} ± {spread(values):.{digits}f} {unit}"
         print(f"| {name} | {arm} | {mean} | {before}{len(values)} x {spent:.1f} min |")
     s = SETS[name]
     if s.data != "toy" and s.script == "mae_video.py" and not args.quick:
         folder = args.work / prepare(s.data, s.short, args)
-        rows = [trivial_baselines(folder, fold) for fold in range(1, min(s.folds, args.folds) + 1)]
+        rows = [trivial_baselines(folder, fold) for fold in range(1, folds(s, args) + 1)]
         means = ", ".join(f"{b} {statistics.mean(r[b] for r in rows):.1%}" for b in rows[0])
         print(f"| {name} | without a network | {means} | |")
-
-    def value(arm, *run):
-        """The score of an arm in one run, or what one has over another: "this - that"."""
-        one, *other = arm.split(" - ")
-        return scores[(one, *run)] - (scores[(other[0], *run)] if other else 0)
-
     for more, less in claim.pairs:
-        runs = [run for arm, *run in scores if arm == more.split(" - ")[0]]
-        gaps = [factor * (value(more, *run) - value(less, *run)) for run in runs]
-        mean, sd = statistics.mean(gaps), spread(gaps)
-        verdict = "cannot be seen at this size"
-        if claim.equal and sd == sd:
-            verdict = "no difference can be seen at this size"
-        if abs(mean) > sd:
-            verdict = "holds" if mean > 0 else "does not hold here"
+        gaps = differences(scores, more, less)
+        low, mean, high = (f"{f(gaps):+.{digits}f}" for f in (min, statistics.mean, max))
         subtracted = f"({less})" if " - " in less else less
-        low, high = f"{min(gaps):+.{digits}f}", f"{max(gaps):+.{digits}f}"
-        print(f"| {name} | {more} - {subtracted} | {mean:+.{digits}f} ± {sd:.{digits}f}, {low} to "
-              f"{high} | {verdict} |", flush=True)
+        print(f"| {name} | {more} - {subtracted} | {mean} ± {spread(gaps):.{digits}f}, {low} to "
+              f"{high} | {verdict(gaps, claim.equal)} |", flush=True)
 
 
 def main():
@@ -515,12 +507,11 @@ def main():
                 continue
             before, after = plan(claim, name, args)
             if args.list:
-                for command in [*before.values(), *(c for _, c in after.values())]:
-                    print(f"  python {command}")
+                commands = [*before.values(), *(command for _, command in after.values())]
+                print("".join(f"  python {command}\n" for command in commands), end="")
                 continue
-            done = lambda run: (args.work / run / "minutes.json").exists()
-            run_all([(n, c) for n, c in before.items() if not done(n)], args.jobs, args.work)
-            run_all([(n, c) for n, c in after.values() if not done(n)], args.jobs, args.work)
+            run_all(before, args.jobs, args.work)
+            run_all(dict(after.values()), args.jobs, args.work)
             show(name, claim, after, args)
 
 

@@ -1,8 +1,7 @@
 """Helpers of the tests: a small toy world, and two ways to run a script.
 
-Real data is optional: set MAE_TEST_DATA to a folder with gestures10/, real_clips/ucf101/ and
-real_clips/hmdb51/ (all three in the official layouts), camvid128.tar.gz and, if there, lips20/,
-sprites5/ and weizmann4/; tests that need it are skipped otherwise.
+Tests with real data are skipped unless MAE_TEST_DATA names a folder with gestures10/, lips20/,
+weizmann4/, real_clips/{ucf101,hmdb51}/ and camvid128.tar.gz, in the official layouts.
 """
 
 import functools
@@ -19,14 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import data  # noqa: E402
+from layouts import renamed  # noqa: E402
 from masking import run_script  # noqa: E402
-
 
 inspect.getsource = functools.cache(inspect.getsource)  # 0.1 s for the settings of every main()
 
 
 def pytest_configure(config):
-    for kind in ("DeprecationWarning", "FutureWarning"):  # what a library plans to remove, we do not use
+    for kind in ("DeprecationWarning", "FutureWarning"):  # what libraries plan to remove
         config.addinivalue_line("filterwarnings", f"error::{kind}")
 
 
@@ -47,10 +46,10 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="session")
 def real():
     """Folder of real clips, or skip."""
-    folder = os.environ.get("MAE_TEST_DATA")
-    if not folder or not Path(folder).is_dir():
+    folder = Path(os.environ.get("MAE_TEST_DATA") or "/nowhere")
+    if not folder.is_dir():
         pytest.skip("MAE_TEST_DATA names no folder of real clips")
-    return Path(folder)
+    return folder
 
 
 @pytest.fixture
@@ -59,15 +58,15 @@ def run(tmp_path, monkeypatch, capsys):
 
     def call(module, *flags, code=0):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *[str(x) for x in flags]])
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         status = 0
         try:
             run_script(module.main)
         except SystemExit as stop:
             status = stop.code or 0
-        shown = capsys.readouterr()
-        assert status == code, f"exit code {status}\n{shown.out}\n{shown.err}"
-        return shown.out + shown.err
+        text = "".join(capsys.readouterr())
+        assert status == code, f"exit code {status}\n{text}"
+        return text
 
     return call
 
@@ -87,16 +86,13 @@ def refused(run):
 
 @pytest.fixture
 def script(tmp_path):
-    """script("mae_image.py", "--flag", "value", code=0) -> what it prints. In a process of its own."""
+    """script("mae_image.py", "--flag", "value") -> what it prints. In a process of its own."""
 
-    def call(*command, code=0, cwd=tmp_path, env=None, timeout=300):
-        name, *flags = [str(x) for x in command]
-        command = [sys.executable, ROOT / name, *flags]
-        env = {**os.environ, **(env or {})}
-        options = dict(cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    def call(name, *flags):
+        command = [sys.executable, ROOT / name, *map(str, flags)]
+        options = dict(cwd=tmp_path, capture_output=True, text=True, timeout=300)
         result = subprocess.run(command, **options)
-        shown = f"{result.stdout}\n{result.stderr}"
-        assert result.returncode == code, f"exit code {result.returncode}\n{shown}"
+        assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout + result.stderr
 
     return call
@@ -108,15 +104,11 @@ TINY_IMAGE = ["--img-size", 16, "--patch", 8, "--size", "24x1x2", "--decoder", "
 TINY_VIDEO = ["--frames", 4, "--tubelet", 2, *TINY_IMAGE]
 
 
-@torch.no_grad()
 def copy_encoder(model, encoder):
     """Blocks and final norm of a model of ours -> the encoder of torchvision's VisionTransformer."""
+    names = {"norm": "ln_", "attn.qkv.": "self_attention.in_proj_", "mlp.fc1": "mlp.0",
+             "attn.proj": "self_attention.out_proj", "mlp.fc2": "mlp.3"}
     encoder.ln.load_state_dict(model.norm.state_dict())
     for ours, theirs in zip(model.blocks, encoder.layers):
-        theirs.ln_1.load_state_dict(ours.norm1.state_dict())
-        theirs.ln_2.load_state_dict(ours.norm2.state_dict())
-        theirs.self_attention.in_proj_weight.copy_(ours.attn.qkv.weight)
-        theirs.self_attention.in_proj_bias.copy_(ours.attn.qkv.bias)
-        theirs.self_attention.out_proj.load_state_dict(ours.attn.proj.state_dict())
-        theirs.mlp[0].load_state_dict(ours.mlp.fc1.state_dict())
-        theirs.mlp[3].load_state_dict(ours.mlp.fc2.state_dict())
+        state = ours.state_dict().items()
+        theirs.load_state_dict({renamed(key, names): value for key, value in state})

@@ -1,7 +1,6 @@
 """Open to what people have: export, attention maps, public files, any channels; differences.md."""
 
 import argparse
-import functools
 import re
 from pathlib import Path
 
@@ -19,8 +18,6 @@ import omni
 from conftest import ROOT
 from layouts import official_mae, official_omni, official_videomae
 from masking import hidden, random_mask, tube_mask
-from test_finetune import Caught
-from test_golden import one_thread  # noqa: F401, a fixture
 from test_multimae import official as official_multimae
 
 SCRIPTS = {"mae": mae_image, "videomae": mae_video, "mae_st": mae_video, "omni": omni,
@@ -29,13 +26,11 @@ each_kind = pytest.mark.parametrize("kind", [*SCRIPTS, "omni image"])
 each_model = pytest.mark.parametrize("kind", list(SCRIPTS))
 
 
-def build(kind, size=(16, 32), depth=2, **options):
+def build(kind, size=(16, 32), **options):
     """Patches of 8 pixels, clips of 4 frames, random weights."""
-    Model = finetune.MODELS[kind.split()[0]]
-    if kind == "multimae":
-        options |= {"classes": 6, "class_width": 4}
+    options |= {"classes": 6, "class_width": 4} if kind == "multimae" else {}
     shape = (size, 8) if kind in ("mae", "multimae") else (4, size, 2, 8)
-    return filled(Model(*shape, (24, depth, 2), (16, 1, 2), **options))
+    return filled(finetune.MODELS[kind.split()[0]](*shape, (24, 2, 2), (16, 1, 2), **options))
 
 
 def filled(model):
@@ -52,64 +47,41 @@ def sample(kind, batch=2, channels=3, size=(16, 32), frames=4):
     return torch.randn(batch, channels, *frames, *size, generator=data.seeded(batch))
 
 
-# ---- export, and where the encoder looks ---------------------------------------------------------
-
-
-@functools.cache
-def exported(kind, encoder=False):
-    """-> the model, its program for any number of samples"""
-    model = build(kind, depth=1)
-    model.forward = model.encode
-    model = model if encoder else filled(finetune.Classifier(model, 5))
-    shapes = ({0: torch.export.Dim("batch")},)
-    return model, torch.export.export(model, (sample(kind),), dynamic_shapes=shapes)
-
-
 @each_kind
-@pytest.mark.parametrize("how", ["encoder", "classifier", "classifier in onnx"])
-def test_encoder_and_classifier_are_exported_for_any_batch(kind, how):
-    model, program = exported(kind, how == "encoder")
-    run = program.module()
-    if "onnx" in how:
+@pytest.mark.parametrize("what", ["encoder", "classifier"])
+def test_encoder_and_classifier_are_exported_for_any_batch(kind, what):
+    model = build(kind)
+    model.forward = model.encode
+    model = model if what == "encoder" else filled(finetune.Classifier(model, 5))
+    any_batch = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (sample(kind),), dynamic_shapes=any_batch)
+    inputs = sample(kind, 1), sample(kind, 5)
+    assert all(torch.allclose(program.module()(x), model(x), atol=1e-5) for x in inputs)
+    if what == "classifier":
         pytest.importorskip("onnxscript")
         reference = pytest.importorskip("onnx.reference")
         written = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
         session = reference.ReferenceEvaluator(written.model_proto)
-        run = lambda x: torch.tensor(session.run(None, {session.input_names[0]: x.numpy()})[0])
-    for x in (sample(kind, 1), sample(kind, 5)):
-        assert torch.allclose(run(x), model(x), atol=1e-5)
-
-
-def attention_map(model, x):
-    """Attention of the last block, a share for each patch -> (B, slots, h, w)"""
-    attention, caught = model.blocks[-1].attn, []
-    hook = attention.qkv.register_forward_hook(lambda module, x, output: caught.append(output))
-    with torch.no_grad():
-        model.encode(x)
-    hook.remove()
-    q, k, v = caught[0].unflatten(2, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
-    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)  # (B, tokens, tokens)
-    row = weights[:, 0, 1:] if hasattr(model, "cls_token") else weights.mean(dim=1)  # (B, N)
-    h, w = model.grid[1:]
-    return row[:, : row.shape[1] // (h * w) * h * w].reshape(len(x), -1, h, w)
+        for x in inputs:
+            (logits,) = session.run(None, {session.input_names[0]: x.numpy()})
+            assert torch.allclose(torch.tensor(logits), model(x), atol=1e-5)
 
 
 @each_kind
-def test_attention_as_a_heat_map_is_that_of_torchs_own_module(kind):
+def test_the_readmes_heat_map_of_attention_is_that_of_torchs_own_module(kind):
+    (lines,) = re.findall("# Attention of the.*?\n\n", (ROOT / "README.md").read_text(), re.S)
     model, x, tokens = build(kind), sample(kind), []
-    last, first = model.blocks[-1], kind in ("mae", "mae_st")
+    last = model.blocks[-1]
     last.norm1.register_forward_hook(lambda module, inputs, output: tokens.append(output))
-    heat = attention_map(model, x)
+    scope = {"torch": torch, "model": model, "x": x}
+    exec(lines.replace("model.normalize(clip[None])", "x"), scope)
     attention = torch.nn.MultiheadAttention(24, 2, batch_first=True)
     attention.in_proj_weight, attention.in_proj_bias = last.attn.qkv.weight, last.attn.qkv.bias
     weights = attention(*tokens * 3)[1]  # (B, tokens, tokens), the mean over heads
-    for b, slot, r, c in np.ndindex(heat.shape):
-        rows = weights[b, 0] if first else weights[b].mean(dim=0)
-        assert torch.allclose(heat[b, slot, r, c], rows[first + slot * 8 + r * 4 + c], atol=1e-6)
-    assert heat.shape == (2, 2 if x.ndim == 5 else 1, 2, 4)
-
-
-# ---- public files: of rectangles, wrapped, of HuggingFace's transformers -------------------------
+    row = weights[:, 0, 1:] if kind in ("mae", "mae_st") else weights.mean(dim=1)
+    slots = 2 if x.ndim == 5 else 1
+    want = row[:, : 8 * slots].reshape(2, slots, 2, 4)  # MultiMAE's global token comes last
+    assert torch.allclose(scope["heat"], want, atol=1e-6)
 
 
 def started(monkeypatch, module, path, *flags):
@@ -118,9 +90,9 @@ def started(monkeypatch, module, path, *flags):
 
     def stop(model, found, resume):
         load(model, found, resume)
-        raise Caught(model)
+        raise InterruptedError(model)
 
-    with monkeypatch.context() as patch, pytest.raises(Caught) as caught:
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError) as caught:
         patch.setattr(module, "load_pretrained", stop)
         module.main(["--init", str(path), *map(str, flags)])
     return caught.value.args[0].eval()
@@ -141,38 +113,30 @@ PUBLIC = {"mae": official_mae, "videomae": official_videomae, "mae_st": torch.nn
 
 
 @each_model
-def test_a_public_file_of_rectangles_is_read_if_flags_say_so(kind, tmp_path, monkeypatch):
-    model, x, path = build(kind), sample(kind), tmp_path / "x.pth"
-    torch.save(PUBLIC[kind](model), path)
-    flags = ["--img-size", "16x32", "--size", "24x2x2", *["--frames", 4] * (x.ndim == 5)]
-    found = started(monkeypatch, SCRIPTS[kind], path, *flags, "--decoder", "16x1x2")
-    assert torch.allclose(found.encode(x), model.encode(x), atol=1e-6)
-    model.norm = torch.nn.Identity()  # a classifier's comes after the pooling
-    assert torch.allclose(tuned(path, *flags).encoder.encode(x), model.encode(x), atol=1e-6)
-    if kind == "mae":
-        with pytest.raises(ValueError, match=r"pos_embed \(1, 9, 24\), here \(1, 10, 24\)"):
-            tuned(path, "--img-size", "16x40", *flags[2:])
-
-
-@each_model
 @pytest.mark.parametrize("place, prefix", [
     ("", "module."), ("model", "_orig_mod."), ("module", "module._orig_mod."),
     ("state_dict", "model."), ("model_state_dict", ""), ("model_ema", "")])
-def test_every_script_reads_wrapped_weights(kind, place, prefix, tmp_path, monkeypatch):
-    model, path = build(kind, size=(16, 16)), tmp_path / "x.pth"
-    state = {prefix + name: x for name, x in PUBLIC[kind](model).items()}
+def test_public_files_of_rectangles_are_read_however_wrapped(
+        kind, place, prefix, tmp_path, monkeypatch):
+    model, x, path = build(kind), sample(kind), tmp_path / "x.pth"
+    state = {prefix + name: value for name, value in PUBLIC[kind](model).items()}
     more = {"best": np.float64(0.5), "out": Path("a"), "args": argparse.Namespace(out=Path("b"))}
     torch.save({place: state} | more if place else state | more, path)
-    found, own = started(monkeypatch, SCRIPTS[kind], path).state_dict(), model.state_dict()
+    flags = ["--img-size", "16x32", "--size", "24x2x2", *["--frames", 4] * (x.ndim == 5)]
+    found = started(monkeypatch, SCRIPTS[kind], path, *flags, "--decoder", "16x1x2").state_dict()
+    own = model.state_dict()
     assert found.keys() == own.keys() and all(torch.equal(found[k], own[k]) for k in own)
-    tuned = mae_image.read_file(path, finetune.READERS)  # as finetune.py does
-    assert tuned.model == kind and all(torch.equal(tuned.state[k], own[k]) for k in own)
+    model.norm = torch.nn.Identity()  # a classifier's comes after the pooling
+    assert torch.allclose(tuned(path, *flags).encoder.encode(x), model.encode(x), atol=1e-6)
+    if kind == "mae":
+        with pytest.raises(ValueError, match="pos_embed"):
+            tuned(path, "--img-size", "16x40", *flags[2:])
 
 
-@pytest.mark.parametrize("module", [omni, multimae, finetune])
+@pytest.mark.parametrize("module", [omni, finetune])
 def test_of_an_unknown_file_the_first_names_are_shown(module, tmp_path, refused):
     torch.save({"model": {"a.weight": torch.ones(1), "b": torch.ones(1)}}, tmp_path / "x.pth")
-    assert "its first names are: a.weight, b, model" in refused(module, "--init", "x.pth")
+    assert "a.weight, b, model" in refused(module, "--init", "x.pth")
 
 
 HF = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=256,
@@ -183,8 +147,8 @@ SHAPE, SIZE = dict(size=(32, 32), frames=16), ["--img-size", 32]  # VideoMAE's f
 each_file = pytest.mark.parametrize("ending", [".safetensors", ".bin"])
 
 
-def hugging(name, **options):
-    """A model of transformers, filled.   name: of its class"""
+def hugging(name, folder, ending, **options):
+    """-> a model of transformers, filled, its file: .bin has the names of transformers 5."""
     package = pytest.importorskip("transformers")
     options = HF | {"decoder_num_attention_heads": 1 if "Video" in name else 16} | options
     model = getattr(package, name)(getattr(package, name.split("For")[0] + "Config")(**options))
@@ -194,14 +158,9 @@ def hugging(name, **options):
     for key, x in filled(model).state_dict().items():
         if key.endswith(("position_embeddings", "decoder_pos_embed")):  # zeros in a new model
             x.copy_(torch.nn.functional.pad(mae_image.sincos_2d(64, 4, 4), (0, 0, 1, 0)))
-    return model
-
-
-def saved(model, folder, ending):
-    """Its file: .safetensors under the names of the hub, .bin under those of transformers 5."""
     model.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "model.bin")
-    return folder / f"model{ending}"
+    return model, folder / f"model{ending}"
 
 
 @each_file
@@ -209,10 +168,10 @@ def saved(model, folder, ending):
 def test_huggingfaces_pretraining_gives_the_same_numbers(kind, mean, ending, tmp_path, monkeypatch):
     """mean: VideoMAE's default there, which has no final norm of the encoder."""
     x, clips = sample(kind, **SHAPE), kind == "videomae"
-    theirs = hugging(["ViTMAE", "VideoMAE"][clips] + "ForPreTraining", use_mean_pooling=mean)
-    path, inputs = saved(theirs, tmp_path, ending), x.transpose(1, 2) if clips else x
+    name = ["ViTMAE", "VideoMAE"][clips] + "ForPreTraining"
+    theirs, path = hugging(name, tmp_path, ending, use_mean_pooling=mean)
     ours = started(monkeypatch, SCRIPTS[kind], path, *SIZE)
-    mask = tube_mask(2, ours.grid, 0.75, data.seeded(0))
+    mask, inputs = tube_mask(2, ours.grid, 0.75, data.seeded(0)), x.transpose(1, 2) if clips else x
     chosen = {"bool_masked_pos": mask} if clips else {"noise": mask + torch.arange(16) / 32}
     want, (loss, pred) = theirs(inputs, **chosen), ours(x, mask)
     assert torch.allclose(loss, want.loss, atol=1e-6) and pred.std() > 0.01
@@ -226,30 +185,24 @@ def test_huggingfaces_pretraining_gives_the_same_numbers(kind, mean, ending, tmp
         assert torch.allclose(features, encoder(x).last_hidden_state[:, 0], atol=1e-5)
 
 
-def test_a_pretraining_without_final_norm_resumes_and_is_fine_tuned(tmp_path, toy, run):
-    torch.manual_seed(0)
-    model = mae_video.VideoMAE(4, 16, 2, 8, (24, 1, 2), (16, 1, 2))
-    state = {k: v for k, v in official_videomae(model).items() if not k.startswith("encoder.norm.")}
-    torch.save(state, tmp_path / "x.pth")
-    flags = ["--data", toy, "--smoke", "--workers", 0]
-    sizes = ["--frames", 4, "--img-size", 16, "--size", "24x1x2", "--decoder", "16x1x2"]
-    run(mae_video, *flags, *sizes, "--batch", 8, "--init", "x.pth")
-    assert "resumed runs/mae_video" in run(mae_video, "--resume")
-    assert "top-1" in run(finetune, *flags, "--clips", 1)
-
-
 @each_file
 @pytest.mark.parametrize("kind", ["ViT", "mean", "first"])
 def test_huggingfaces_classifiers_give_the_same_answers(kind, ending, tmp_path):
     name = ["VideoMAEForVideoClassification", "ViTForImageClassification"][kind == "ViT"]
-    theirs = hugging(name, use_mean_pooling=kind == "mean")
+    theirs, path = hugging(name, tmp_path, ending, use_mean_pooling=kind == "mean")
     x = sample("mae" if kind == "ViT" else "videomae", **SHAPE)
     want = theirs(x.transpose(1, 2) if x.ndim == 5 else x).logits
-    logits = tuned(saved(theirs, tmp_path, ending), "--eval-only", *SIZE)(x)
-    assert torch.allclose(logits, want, atol=1e-5) and want.std() > 0.05
+    assert torch.allclose(tuned(path, "--eval-only", *SIZE)(x), want, atol=1e-5)
+    assert want.std() > 0.05
 
 
-# ---- any channels, and what differences.md says --------------------------------------------------
+def test_a_pretraining_without_final_norm_resumes_and_is_fine_tuned(tmp_path, toy, run):
+    state = official_videomae(build("videomae", (16, 16)))
+    torch.save({k: v for k, v in state.items() if "encoder.norm." not in k}, tmp_path / "x.pth")
+    flags, sizes = ["--data", toy, "--smoke", "--workers", 0], ["--frames", 4, "--img-size", 16]
+    run(mae_video, *flags, *sizes, "--size", "24x2x2", "--decoder", "16x1x2", "--init", "x.pth")
+    assert "resumed" in run(mae_video, "--resume")
+    assert "top-1" in run(finetune, *flags, "--clips", 1)
 
 
 @each_kind
@@ -288,32 +241,28 @@ def test_a_random_crop_lies_in_the_image_and_has_the_area_asked_for():
         assert h * w > 0.19 * 120 * 160 and 1.45 < w / h < 2.75  # 2 x 3/4 .. 4/3, rounded
 
 
-def one_file(path, pixels):
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return data.Files(np.array([str(path)]), np.array([0]), ["x"])
-
-
 @pytest.mark.parametrize("sampling", ["dense", "linspace", "segments"])
 def test_repeated_clips_have_frames_of_their_own(sampling):
-    files = data.Files(np.array(["x.avi"]), np.array([0]), ["x"])
+    files = data.Files(["x.avi"], [0], ["x"])
     clips = mae_video.ClipDataset(files, 8, 4, (16, 16), 0, sampling, repeat=4)
     assert len(np.unique(clips.choose(300, data.seeded(0)), axis=0)) == 4
 
 
 def test_resized_depth_does_not_overshoot(tmp_path):
-    step = np.array([[20000] * 6 + [40000] * 6] * 12, np.uint16)
-    options = one_file(tmp_path / "depth/a.png", step), ["depth"], (30, 30), 6, -1, 0
-    maps = multimae.AlignedDataset(tmp_path, *options, train=False)
+    step = Image.fromarray(np.array([[20000] * 6 + [40000] * 6] * 12, np.uint16))
+    data.write_whole(tmp_path / "depth/a.png", lambda p: step.save(p, "png"))
+    files = data.Files([str(tmp_path / "depth/a.png")], [0], ["x"])
+    maps = multimae.AlignedDataset(tmp_path, files, ["depth"], (30, 30), 6, -1, 0, train=False)
     depth = maps[0, 0][0].int() @ torch.tensor([256, 1], dtype=torch.int)
     assert depth.min() == 20000 and depth.max() == 40000 and len(depth.unique()) > 2
 
 
 def test_an_image_is_tested_on_its_whole_centre(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    files = data.Files([str(tmp_path / "x.png")], [0], ["x"])
     cfg = finetune.Config(model="mae", img_size="20", clips=5, crops=3)
-    views = finetune.ViewDataset(one_file(tmp_path / "x.png", pixels), cfg)
-    assert np.array_equal(views[0][0], pixels[None, :, 5:25])
+    assert np.array_equal(finetune.ViewDataset(files, cfg)[0][0], pixels[None, :, 5:25])
 
 
 def test_presets_flip_and_hide_as_the_list_says():

@@ -12,13 +12,12 @@ def scene(motion, i):
     return data.draw_scene(rng, rng.choice(data.KINDS), turns)
 
 
-def test_two_renderings_give_the_same_files(tmp_path):
-    for name in ("a", "b"):
-        data.make_toy(tmp_path / name, groups=3, images=(8, 4))
-    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
-    assert len(files) > 100
+def test_two_renderings_give_the_same_files(toy, tmp_path):
+    data.make_toy(tmp_path / "again", groups=4, images=(64, 16), labelled=3)
+    files = [path.relative_to(toy) for path in toy.rglob("*") if path.is_file()]
+    assert len(files) > 300
     for path in files:
-        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
+        assert (tmp_path / "again" / path).read_bytes() == (toy / path).read_bytes(), path
 
 
 def test_depth_and_classes_agree_with_the_pixels():
@@ -35,33 +34,30 @@ def test_depth_and_classes_agree_with_the_pixels():
             inner &= np.roll(first, 1, axis) & np.roll(first, -1, axis)
         shade = pixels[inner] / 255 / np.maximum(large["color"], 1e-9)  # one light for all channels
         assert inner.any() and np.ptp(shade, axis=1).max() < 0.06
-        free = (classes == 1) & ~first
-        assert (depth[free] == data.BACK).all()
+        assert (depth[(classes == 1) & ~first] == data.BACK).all()
 
 
 def test_a_mirrored_or_reversed_clip_is_one_of_its_class():
-    """x to -x is a shift of the phase by a half for the wave, and so is the end played first."""
+    """It moves along the same axes, within the same swings."""
     for motion, axes in data.MOTIONS.items():
         place = scene(motion, 3)[-1]["place"]
-        moves = np.ptp(place, axis=0) > 1e-9
-        assert moves.tolist() == [bool(axis) for axis in axes]
-        for changed in (place * [-1, 1, 1], place[::-1]):
-            assert (np.ptp(changed, axis=0) > 1e-9).tolist() == moves.tolist()
-            wave = (changed - data.CENTER * [1, 1, 1]) / data.SWING
-            assert np.abs(wave).max() <= 1 + 1e-9  # it stays within the same swings
+        for changed in (place, place * [-1, 1, 1], place[::-1]):
+            assert (np.ptp(changed, axis=0) > 1e-9).tolist() == [bool(axis) for axis in axes]
+            assert np.abs((changed - data.CENTER) / data.SWING).max() <= 1 + 1e-9
 
 
 def test_one_frame_does_not_tell_the_class():
     """A ridge regression on any one frame is at chance, within two standard errors."""
     rng, names = np.random.default_rng(0), list(data.MOTIONS)
-    frames, labels = [], []
-    for i in range(600):
-        pixels = data.render([dict(o, place=o["place"][[12]]) for o in scene(names[i % 6], i)])[0]
+    frames, labels = [], np.arange(600) % 6
+    for i, label in enumerate(labels):
+        objects = scene(names[label], i)
+        pixels = data.render([dict(o, place=o["place"][[12]]) for o in objects])[0]
         frames.append(pixels[0].reshape(12, 4, 12, 4, 3).mean((1, 3)).ravel() / 255)
-        labels.append(i % 6)
     x, y, order = np.stack(frames), np.eye(6)[labels], rng.permutation(600)
     train, test = order[:400], order[400:]
     x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
-    weights = np.linalg.solve(x[train].T @ x[train] + 300 * np.eye(x.shape[1]), x[train].T @ y[train])
-    right = ((x[test] @ weights).argmax(1) == np.array(labels)[test]).mean()
+    square = x[train].T @ x[train] + 300 * np.eye(x.shape[1])
+    weights = np.linalg.solve(square, x[train].T @ y[train])
+    right = ((x[test] @ weights).argmax(1) == labels[test]).mean()
     assert abs(right - 1 / 6) < 2 * np.sqrt(1 / 6 * 5 / 6 / 200), right
