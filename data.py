@@ -23,7 +23,6 @@ import contextlib
 import errno
 import functools
 import itertools
-import math
 import os
 import re
 import shutil
@@ -34,7 +33,6 @@ import unicodedata
 import warnings
 import zlib
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -46,7 +44,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from masking import printable, report, run_script
+from masking import numbers, printable, report, run_script
 
 # Endings of files, and the only formats that are opened, whatever a file claims to be.
 VIDEO = ".avi .mp4 .m4v .mov .3gp .mkv .webm .mpg .mpeg .vob .mts .m2ts .wmv .asf .flv .ogv".split()
@@ -163,11 +161,10 @@ def read_official(name, lists, videos, split, fold, allow_missing):
     train, wanted = split == "train", []  # (path in the list, label)
     if name == "UCF101":
         table = f"{'train' if train else 'test'}list0{fold}.txt"
-        numbered = read_lines(lists / "classInd.txt", r"(\d+)\s+(.+)")
-        classes = [c for _, c in sorted((int(number), c) for number, c in numbered)]
+        classes = [c for (c,) in read_lines(lists / "classInd.txt", r"\d+\s+(.+)")]
         label_of = {c.lower(): label for label, c in enumerate(classes)}
         # trainlist has labels (from 1; 0: unknown), testlist none: the folder is the class
-        for path, number in read_lines(lists / table, r"(.*?)(?:\s+(\d+))?"):
+        for path, number in read_lines(lists / table, r"(.+?)(?:\s+(\d+))?"):
             label = label_of.get(path.split("/")[0].lower(), -1)
             wanted.append((path, -1 if number == "0" else label))
     else:
@@ -181,13 +178,15 @@ def read_official(name, lists, videos, split, fold, allow_missing):
     return resolve(wanted, classes, videos, VIDEO, allow_missing, f"{name}'s {table}")
 
 
-def read_lines(path, pattern="(.*)"):
+def read_lines(path, pattern="(.+)"):
     """The groups of `pattern` in every line that is not empty.   Raises ValueError that shows it"""
-    lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    for line in lines:
-        if not re.fullmatch(pattern, line):
+    rows = []
+    for line in path.read_text("utf-8-sig").splitlines():
+        if found := re.fullmatch(pattern, line.strip()):
+            rows.append(found.groups())
+        elif line.strip():
             raise ValueError(f"{path} has the line {line!r}, which cannot be read")
-    return [re.fullmatch(pattern, line).groups() for line in lines]
+    return rows
 
 
 def resolve(wanted, classes, folder, kinds, allow_missing, how):
@@ -231,13 +230,12 @@ def resolve(wanted, classes, folder, kinds, allow_missing, how):
 def walk(folder, kinds):
     """All files below folder -> those that end in `kinds`, sorted; the others, counted in words."""
     found, others, seen = [], collections.Counter(), set()
-    hidden = ("lost+found", "__MACOSX")
 
     def fail(error):
         raise error  # a folder that may not be listed
 
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = sorted(f for f in folders if f[0] != "." and f not in hidden)
+        folders[:] = sorted(f for f in folders if f[0] not in "._" and f != "lost+found")
         real = os.path.realpath(parent)
         if real in seen:  # links to folders are followed, but not in circles
             folders.clear()
@@ -296,16 +294,12 @@ def find_files(folder, kinds):
 
 
 def list_folder(folder, kinds, classes=None):
-    """Files of class folders, or of a folder without any.   classes: those of another split"""
+    """Files of class folders, or beside them.   classes: those of another split"""
     found, others = find_files(folder, kinds)
-    inside = [path for path in found if path.parent != folder]
-    own = sorted({path.relative_to(folder).parts[0] for path in inside})
+    own = sorted({path.relative_to(folder).parts[0] for path in found if path.parent != folder})
     if classes and set(own) - set(classes):
         raise ValueError(f"{folder} has classes that training lacks: {set(own) - set(classes)}")
     classes = own if classes is None else classes
-    if inside and len(inside) < len(found):
-        others.append(f"{len(found) - len(inside)} beside the class folders")
-        found = inside
     label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of.get(path.relative_to(folder).parts[0], -1) for path in found]
     how = f"folder {folder.name}"
@@ -323,7 +317,7 @@ def read_list(path, kinds, allow_missing):
     for (line,) in read_lines(path):
         found = re.fullmatch(r"(.*[^\s,;])[\s,;]+[\"']?(-?\d{1,6})(\.0*)?[\"']?", line)
         label = -1
-        if found and not os.path.exists(path.parent / line):
+        if found:
             line, label = found[1], int(found[2])
         wanted.append((line.strip("\"'"), label))
     if len(wanted) > 1 and wanted[0][1] < 0 and Path(wanted[0][0]).suffix.lower() not in kinds:
@@ -340,13 +334,6 @@ def hold_out(files, split):
         val[own[1:][::-20]] = True  # of a single file none
     files.how += "; no split found: every 20th file of a class is held out"
     return files.select(val == (split == "val")) if val.any() else files
-
-
-def describe(train, val):
-    """One line that says what was found."""
-    classes = f" of {len(train.classes)} classes" if train.classes else ""
-    found = f"training: {len(train.paths)} files{classes} ({train.how})"
-    return f"{found}; held out: {len(val.paths)} ({val.how})"
 
 
 def fingerprint(files):
@@ -603,8 +590,13 @@ def torchvision_draws_from(generator):
 # ==================================================================================================
 #  PART 4: from files to batches
 #  (needs: os, signal, time, np, torch, DataLoader, Dataset, v2, seeded, parts 2, 3;
-#  masking.py is_first, printable, rank_and_world, report)
+#  masking.py is_first, numbers, printable, rank_and_world, report)
 # ==================================================================================================
+
+
+def height_width(text):
+    """--img-size, "64" or "64x112" -> (height, width)."""
+    return numbers(text, 2) if "x" in text else numbers(text, 1) * 2
 
 
 class FileDataset(Dataset):
@@ -612,14 +604,14 @@ class FileDataset(Dataset):
 
     A kind of data adds read(i, generator) -> pixels, problem or "". In place of a broken file
     another one is used; after ten broken ones in a row a ValueError.
-    size (H, W); min_crop: see random_box; train False: centre crop
+    cfg: settings img_size, seed, min_crop (see random_box), flip; train False: centre crop
     """
 
     repeat = 1  # R, samples of one file
 
-    def __init__(self, files, size, seed, min_crop=0.2, flip=True, train=True):
-        self.files, self.size, self.seed = files, size, seed
-        self.min_crop, self.flip, self.train = min_crop, flip, train
+    def __init__(self, files, cfg, train):
+        self.files, self.cfg, self.train = files, cfg, train
+        self.size = height_width(cfg.img_size)
         self.paths, self.labels, self.classes = files.paths, files.labels, files.classes
 
     def __len__(self):
@@ -628,18 +620,19 @@ class FileDataset(Dataset):
     def __getitem__(self, key):
         (epoch, i), problems = key, []
         for attempt in range(10):
+            path = self.paths[i]
             try:
-                pixels, problem = self.read(i, seeded(self.seed, 0, epoch, i))
+                pixels, problem = self.read(i, seeded(self.cfg.seed, 0, epoch, i))
                 if problem:
-                    problems.append((str(self.paths[i]), problem))
+                    problems.append((path, problem))
                 return pixels, i, problems
             except BrokenFile as error:
-                problems.append((str(self.paths[i]), f"broken, another file is used: {error}"))
-                other = seeded(self.seed, 3, epoch, i, attempt)
+                problems.append((path, f"broken, another file is used: {error}"))
+                other = seeded(self.cfg.seed, 3, epoch, i, attempt)
                 i = int(torch.randint(len(self), (1,), generator=other))
-        names = printable(", ".join(f"{path} ({problem})" for path, problem in problems[:3]))
+        first = printable(": ".join(problems[0]))
         hint = "python data.py check lists them"
-        raise ValueError(f"10 files in a row cannot be read, e.g. {names}: {hint}")
+        raise ValueError(f"10 files in a row cannot be read, e.g. {first}: {hint}")
 
     def choose(self, n):
         """Of a file of n frames those of a test sample (1, T): of an image all."""
@@ -649,8 +642,8 @@ class FileDataset(Dataset):
         """-> box, whether to mirror: by chance in training, else the centre, not mirrored."""
         if not self.train:
             return center_box(shape, self.size), False
-        box = random_box(shape, self.size, self.min_crop, generator)
-        return box, self.flip and torch.rand(1, generator=generator) < 0.5
+        box = random_box(shape, self.size, self.cfg.min_crop, generator)
+        return box, self.cfg.flip and torch.rand(1, generator=generator) < 0.5
 
 
 class ImageDataset(FileDataset):
@@ -973,15 +966,15 @@ def write_video(frames, rate, path):
 # ==================================================================================================
 
 
-def count_bad(paths, results):
-    """Print what is wrong with which file, and how many have more than a note.   -> that number"""
+def finish(paths, results):
+    """Print what is wrong with which file.   Exit code 1 if any has more than a note"""
     bad = 0
     for path, problems in zip(paths, results):
         for problem in problems:
             report(f"{path}: {problem}")
         bad += any(not problem.startswith("note") for problem in problems)
     report(f"{len(paths)} files decoded, {bad} broken or damaged")
-    return bad
+    sys.exit(bad > 0)
 
 
 def check_file(path):
@@ -999,23 +992,11 @@ def check_file(path):
 
 
 def check(root):
-    """Decode everything below root, list what is wrong.
-
-    Exit code 1 if anything is broken or damaged, or a file of the official lists is absent."""
-    root = Path(root)
+    """Decode everything below root, list what is wrong.   Exit code 1 if anything is"""
     paths, others = find_files(root, VIDEO + IMAGE)
-    official = find_official(root)  # now: half a download should be named before hours of decoding
     if others:
         report(f"passed over: {', '.join(others)}")
-    bad = count_bad(paths, in_parallel(check_file, paths, f"checking {root}"))
-    for fold, split in itertools.product((1, 2, 3), ("train", "val")) if official else ():
-        try:
-            count = len(read_official(*official, split, fold, allow_missing=False).paths)
-            report(f"fold {fold} {split}: {count} files listed, all there")
-        except ValueError as error:
-            bad += 1
-            report(f"fold {fold} {split}: {str(error).partition('; --allow')[0]}")
-    sys.exit(bad > 0)
+    finish(paths, in_parallel(check_file, paths, f"checking {root}"))
 
 
 def shrink_file(job):
@@ -1025,8 +1006,7 @@ def shrink_file(job):
     try:
         with open_video(source) as (_, stream):
             W, H = stream.codec_context.width, stream.codec_context.height
-            rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
-        rate = rate.limit_denominator(65535 // math.ceil(rate))  # MPEG-4 holds two bytes of it
+            rate = max(1, round(stream.average_rate or 25))  # MPEG-4 has no long fractions
         scale = min(1, short / min(W, H)) / 2
         W, H = (2 * max(1, round(side * scale)) for side in (W, H))
         frames = every_frame(source, problems, width=W, height=H, interpolation="AREA")
@@ -1054,9 +1034,8 @@ def shrink(source, target, short):
         copy = target / path.relative_to(source)
         takes_mpeg4 = copy.suffix.lower() in (".avi", ".mp4", ".mkv", ".mov", ".m4v")
         jobs.append((path, copy if takes_mpeg4 else copy.with_suffix(".mp4"), short))
-    bad = count_bad(videos, in_parallel(shrink_file, jobs, f"shrinking into {target}"))
-    report(f"the copies are in {target}")
-    sys.exit(bad > 0)
+    report(f"the copies go to {target}")
+    finish(videos, in_parallel(shrink_file, jobs, f"shrinking into {target}"))
 
 
 def main(argv=None):

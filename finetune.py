@@ -41,16 +41,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 
 import data
 from mae_image import (DECODER, MAE, begin, choose_precision, encoder_size, evenly, fetch,
-                       height_width, list_both, load_into, public_mae, rename, save_picture, train)
-from mae_video import (MAEST, ClipConfig, VideoMAE, grid_of, open_clips, public_maest,
+                       list_both, load_into, public_mae, rename, save_picture, train)
+from mae_video import (MAEST, ClipConfig, ClipDataset, VideoMAE, even_starts, grid_of, public_maest,
                        public_videomae, resize_table, views_of)
 from masking import is_first, picture_table, rank_and_world, report, run_script
-from multimae import (MODALITIES, AlignedDataset, DenseHead, MultiMAE, parse_modalities,
-                      public_multimae)
+from multimae import AlignedDataset, DenseHead, MultiMAE, parse_modalities, public_multimae
 from omni import OmniMAE, public_omni
 
 MODELS = {"mae": MAE, "videomae": VideoMAE, "mae_st": MAEST, "omni": OmniMAE, "multimae": MultiMAE}
@@ -60,8 +58,8 @@ READERS = {"multimae": public_multimae, "omni": public_omni, "mae": public_mae,
 
 # ==================================================================================================
 #  THE PAPERS, part 1: a classifier around the encoder
-#  (needs: math, torch, F, nn; mae_image.py DECODER, part 3; mae_video.py parts 1, 3; multimae.py
-#  part 3)
+#  (needs: math, torch, nn; mae_image.py DECODER, part 3; mae_video.py parts 1, 3;
+#  multimae.py part 3)
 # ==================================================================================================
 
 
@@ -111,9 +109,8 @@ class Classifier(nn.Module):
     def __init__(self, encoder, classes, pool="mean", fresh_norm=True, drop_path=0.0, dropout=0.0,
                  layer_scale=False, frozen=False):
         super().__init__()
-        for parts in (encoder._modules, encoder._parameters, encoder._buffers):
-            for name in [n for n in parts if n.startswith(DECODER)]:
-                del parts[name]  # it has done its work: MAE Sec. 3 "MAE decoder"
+        for name in [name for name in dir(encoder) if name.startswith(DECODER)]:
+            delattr(encoder, name)  # it has done its work: MAE Sec. 3 "MAE decoder"
         D, depth = encoder.blocks[0].norm1.normalized_shape[0], len(encoder.blocks)
         self.pool, self.WARMUP_INCLUSIVE = pool, encoder.WARMUP_INCLUSIVE
         # important: MAE-ST's code leaves token 0 out even without a class token, and loses a cube
@@ -130,14 +127,14 @@ class Classifier(nn.Module):
         if isinstance(encoder, MultiMAE):  # which resizes them itself, always from this grid
             encoder.register_buffer("pos_embed_grid", torch.tensor(encoder.grid))
         self.encoder, self.dropout = encoder, nn.Dropout(dropout)
+        if frozen:
+            self.requires_grad_(False)
         linear = nn.Linear(D, classes)
         nn.init.trunc_normal_(linear.weight, std=0.01 if frozen else 2e-5)
         nn.init.zeros_(linear.bias)
-        self.head = linear
-        if frozen:  # MAE App. A.1: without BatchNorm each model would need its own learning rate
-            self.head = nn.Sequential(nn.BatchNorm1d(D, affine=False, eps=1e-6), linear)
-            self.encoder.requires_grad_(False)
-            self.norm.requires_grad_(False)
+        # MAE App. A.1: without BatchNorm each model would need its own learning rate
+        scale = nn.BatchNorm1d(D, affine=False, eps=1e-6)
+        self.head = nn.Sequential(scale, linear) if frozen else linear
 
     def features(self, x):
         """-> (B, D): one vector per sample."""
@@ -147,9 +144,6 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         return self.head(self.dropout(self.features(x)))
-
-    def loss(self, logits, x, labels, smoothing):
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
     def answers(self, x):
         """-> (B, classes): probabilities."""
@@ -208,27 +202,25 @@ def layer_groups(model, weight_decay, layer_decay):
     return list(groups.values())
 
 
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum, its step scaled to each matrix: MAE App. A.1, arXiv 1708.03888.
+class LARS(torch.optim.SGD):
+    """SGD with momentum, the gradient of each matrix scaled: MAE App. A.1, arXiv 1708.03888.
 
     A matrix moves by lr x trust x its own norm, however long its gradient is. Vectors: plain SGD.
     """
 
     def __init__(self, groups, lr=0.1, momentum=0.9, trust=0.001):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, trust=trust, weight_decay=0.0))
+        super().__init__(groups, lr, momentum)
+        self.trust = trust
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                update = p.grad
                 if p.ndim > 1:
-                    update = update + group["weight_decay"] * p
-                    norm, update_norm = p.norm(), update.norm()
-                    trust = group["trust"] * norm / update_norm
-                    update = update * torch.where(norm * update_norm > 0, trust, 1.0)
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                p.sub_(buffer.mul_(group["momentum"]).add_(update), alpha=group["lr"])
+                    norm, length = p.norm(), p.grad.norm()
+                    trust = self.trust * norm / length
+                    p.grad *= torch.where(norm * length > 0, trust, 1.0)
+        super().step()
 
 
 def mix(x, labels, classes, mixup, cutmix):
@@ -275,7 +267,7 @@ class Augmented(Dataset):
 
     def __getitem__(self, key):
         pixels, number, problems = self.dataset[key]
-        with data.torchvision_draws_from(data.seeded(self.dataset.seed, 5, *key)):
+        with data.torchvision_draws_from(data.seeded(self.dataset.cfg.seed, 5, *key)):
             samples = [self.augment(x.movedim(-1, -3)).movedim(-3, -1) for x in pixels]
         return torch.stack(samples), number, problems
 
@@ -286,24 +278,17 @@ class Augmented(Dataset):
 
 
 def spatial_views(pixels, size, crops):
-    """Whole frame to `size`, then `crops` boxes evenly along what is too long; one box: the middle.
+    """The largest boxes of the aspect of `size`, evenly along what is too long; one: the middle.
 
     uint8 (T, H, W, 3) -> (crops, T, *size, 3)
     """
-    (H, W), (h, w) = pixels.shape[1:3], size
-    if crops == 1:
-        return data.make_crop(pixels, size, data.center_box((H, W), size))[None]
-    scale = max(h / H, w / W)
-    H, W = max(h, round(H * scale)), max(w, round(W * scale))
-    x = TF.resize(torch.from_numpy(pixels).permute(0, 3, 1, 2), [H, W])
-    views = []
-    for i in range(crops):
-        top, left = round(i * (H - h) / (crops - 1)), round(i * (W - w) / (crops - 1))
-        views.append(x[..., top : top + h, left : left + w])
-    return torch.stack(views).permute(0, 1, 3, 4, 2).contiguous()
+    H, W = pixels.shape[1:3]
+    h, w = data.center_box((H, W), size)[2:]
+    corners = zip(even_starts(H - h, crops), even_starts(W - w, crops))
+    return torch.stack([data.make_crop(pixels, size, (*corner, h, w)) for corner in corners])
 
 
-class ViewDataset(Dataset):
+class ViewDataset(data.FileDataset):
     """dataset[i] -> uint8 (clips * crops, T, H, W, 3), i, [(path, problem)]: all views of a file.
 
     Images have one view, the whole centre (DIFFERS from MAE's public code: resized to 256, cropped
@@ -312,17 +297,14 @@ class ViewDataset(Dataset):
     """
 
     def __init__(self, files, cfg):
-        self.files, self.cfg = files, cfg
-        self.size, self.images = height_width(cfg.img_size), open_images(files, cfg, train=False)
-
-    def __len__(self):
-        return len(self.files.paths)
+        super().__init__(files, cfg, train=False)
+        self.images = open_images(files, cfg, train=False)
 
     def choose(self, n):
         return views_of(self.cfg.sampling, n, self.cfg.frames, self.cfg.stride, self.cfg.clips)
 
     def __getitem__(self, i):
-        path = self.files.paths[i]
+        path = self.paths[i]
         try:
             if is_video(self.cfg):
                 clips, problem = data.read_clips(path, self.choose)
@@ -343,9 +325,9 @@ def run_views(model, files, cfg, output):
     """
     (rank, world), device = rank_and_world(), next(model.parameters()).device
     dtype, views = choose_precision(cfg, device), cfg.clips * cfg.crops if is_video(cfg) else 1
-    size = max(cfg.batch // (world * cfg.accum), 1)  # of a forward pass, as in training
+    size = max(cfg.batch // (world * cfg.accum) // views, 1)  # files, samples as in training
     loader = data.start_loader(
-        ViewDataset(files, cfg), cfg.workers, batch_size=-(-size // views),
+        ViewDataset(files, cfg), cfg.workers, batch_size=size,
         sampler=range(rank, len(files.paths), world), collate_fn=data.collate)
     outputs, problems = {}, []
     model.eval()
@@ -354,9 +336,8 @@ def run_views(model, files, cfg, output):
         numbers = [i for i in numbers if i is not None]
         if numbers:
             with torch.inference_mode(), torch.autocast(device.type, dtype, dtype != torch.float32):
-                answers = [output(model.encoder.normalize(part.to(device))).float().cpu()
-                           for part in pixels.split(size)]
-            outputs |= zip(numbers, torch.cat(answers).unflatten(0, (len(numbers), views)))
+                answers = output(model.encoder.normalize(pixels.to(device))).float().cpu()
+            outputs |= zip(numbers, answers.unflatten(0, (len(numbers), views)))
     parts = [(outputs, problems)] * world
     if world > 1:
         torch.distributed.all_gather_object(parts, (outputs, problems))
@@ -387,13 +368,13 @@ def summarise(probabilities, labels):
     pairs = torch.bincount(labels * C + of_files.argmax(dim=1), minlength=C * C)
     confusion = pairs.reshape(C, C)  # true class, answer
     count = confusion.sum(dim=1)
-    per_class = confusion.diag() / count  # NaN where there is no test file
+    per_class = confusion.diag() / count  # NaN where there is no test file: no part of the mean
     return {
         "files": N, "unreadable": int((~good).sum()), "views": V,
         "top1": right[:, 0].double().mean().item(), "top5": right.any(dim=1).double().mean().item(),
         "view_top1": (probabilities.argmax(dim=2) == labels[:, None]).double().mean().item(),
         "class_mean": per_class.nanmean().item(), "most_frequent": (count.max() / N).item(),
-        "per_class": per_class.tolist(), "confusion": confusion.tolist(),
+        "confusion": confusion.tolist(),
     }
 
 
@@ -404,15 +385,14 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
     Nearness is the cosine after subtracting the mean of the training features; a neighbour's vote
     weighs exp(cosine / temperature).
     """
-    mean, votes, neighbours = train.mean(dim=0), [], []
-    train = F.normalize(train - mean, dim=1)
-    for part in test.split(1024):  # all cosines at once would be 250 GB for ImageNet
-        weight, index = (F.normalize(part - mean, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
-        weight = (weight / temperature).exp()
-        vote = torch.zeros(len(part), classes).scatter_add(1, train_labels[index], weight)
-        votes.append(vote / vote.sum(dim=1, keepdim=True))
-        neighbours.append(index)
-    return torch.cat(votes), torch.cat(neighbours)
+    mean, k = train.mean(dim=0), min(k, len(train))
+    train, test = (F.normalize(x - mean, dim=1) for x in (train, test))
+    # in parts: all cosines at once would be 250 GB for ImageNet
+    nearest = [(part @ train.T).topk(k, dim=1) for part in test.split(1024)]
+    cosines, index = (torch.cat(x) for x in zip(*nearest))  # each (m, k)
+    weight = (cosines / temperature).exp()
+    votes = torch.zeros(len(test), classes).scatter_add(1, train_labels[index], weight)
+    return votes / votes.sum(dim=1, keepdim=True), index
 
 
 # ==================================================================================================
@@ -446,9 +426,9 @@ class Config(ClipConfig):
     model: typing.Literal["mae", "videomae", "mae_st", "omni", "multimae"] = "videomae"  # of --init
     classify: typing.Literal["videos", "images"] = "videos"  # --model omni: which of the two
     inputs: str = "rgb"  # --model multimae: what the classifier sees, any of rgb,depth,semseg
-    dense: typing.Literal["", "semseg", "depth"] = ""  # --model multimae: predict this map
+    dense: typing.Literal["", "semseg"] = ""  # --model multimae: predict the class map
     classes: int = 6  # --model multimae: classes of the semantic maps; the toy world has 6
-    ignore: int = -1  # --dense semseg: class that does not count (void), -1: none
+    ignore: int = -1  # --dense: class that does not count (void), -1: none
     class_width: int = 16  # --model multimae: width of a class's learned vector
     pool: typing.Literal["paper", "mean", "first"] = "paper"  # paper: first if an MAE is frozen
     drop_path: float = 0.1  # chance to skip a half of the last block, less before; papers 0.1-0.2
@@ -515,8 +495,7 @@ def is_video(cfg):
 
 def planes_of(cfg):
     """The modalities that are read from files: the inputs and, with --dense, the map to predict."""
-    inputs = parse_modalities(cfg.inputs)
-    return [m for m in MODALITIES if m in inputs or m == cfg.dense]
+    return parse_modalities(f"{cfg.inputs},{cfg.dense}")
 
 
 # ==================================================================================================
@@ -530,7 +509,7 @@ def build(cfg, classes, found=None):
     if found:  # a flag corrects a guess; "encoder.": names in a classifier of ours
         stored = {k: v for k, v in found.settings.items() if k not in found.guesses}
         state = {k.removeprefix("encoder."): v for k, v in found.state.items()}
-    size = height_width(stored.get("img_size", cfg.img_size))
+    size = data.height_width(stored.get("img_size", cfg.img_size))
     if "pos_embed_grid" in state:  # a MultiMAE of ours that was fine-tuned at another size
         size = tuple(n * cfg.patch for n in state["pos_embed_grid"][1:].tolist())
     shape = encoder_size(cfg.size), (4, 0, 1)  # the decoder will go: the smallest there is
@@ -555,40 +534,27 @@ def build(cfg, classes, found=None):
     text = load_encoder(model, state, cfg, found.path, fresh_norm) if found else "random weights"
     # built for the size in the file; now for the size that is wanted
     frames, tubelet = (cfg.frames, cfg.tubelet) if hasattr(encoder, "tubelet") else (1, 1)
-    change_grid(encoder, grid_of(frames, height_width(cfg.img_size), tubelet, cfg.patch))
+    change_grid(encoder, grid_of(frames, data.height_width(cfg.img_size), tubelet, cfg.patch))
     if cfg.dense:
-        model = DenseHead(encoder, model.norm, parse_modalities(cfg.inputs), cfg.dense)
+        model = DenseHead(encoder, model.norm, parse_modalities(cfg.inputs))
     return model, text
 
 
 def load_encoder(model, state, cfg, path, fresh_norm):
     """Copy a file's weights into a classifier, every one if it is tested.   -> what was done"""
-    tested = cfg.eval_only or cfg.predict
     if isinstance(model.encoder, MAE) and "pos_embed" in state:
         table = state["pos_embed"]
         if table.shape[1] == math.prod(model.encoder.grid) + 1:  # public: one for the class token
             state["pos_embed"] = table[:, 1:]
             state["cls_token"] = state["cls_token"] + table[:, :1]
-    names, fresh = {r"^(?!norm\.|fc_norm\.|head\.)": "encoder."}, []  # all but norm and head
-    if tested or not fresh_norm:
-        names[r"^fc_norm\."] = "norm."
-    else:
-        names[r"^norm\."] = "encoder.norm."
-    if not tested:  # one that is tuned gets a new head
-        names[r"^(fc_norm|head)\."] = r"old.\1."
-        fresh = ["head."] + ["norm."] * fresh_norm
-    if not isinstance(model.encoder, MAEST):
-        fresh.append("encoder.pos_embed")  # a fixed table
-    unused = ["old.", "encoder.norm.", "encoder.input_adapters."]  # of maps that are not seen
-    unused += [f"encoder.{name}" for name in DECODER]
-    count, missing, left = load_into(model, rename(state, names), fresh, unused)
-
-    def parts(names):
-        names = {re.sub(r"^(encoder|old)\.", "", name).split(".")[0] for name in names}
-        return ", ".join(sorted(names - {"pos_embed", "pos_embed_grid"})) or "nothing"
-
-    rest = f"left over, as expected: {parts(left)}; new: {parts(missing)}"
-    return f"{path}: {count} tensors used; {rest}"
+    new = [] if cfg.eval_only or cfg.predict else ["head"] + ["norm"] * fresh_norm
+    names = {r"^(?!norm\.|fc_norm\.|head\.)": "encoder.", r"^fc_norm\.": "norm."}
+    if new:  # what the file has of these is not used
+        names[rf"^({'|'.join(new)})\."] = r"old.\1."
+    fresh = new + ["encoder.pos_embed"] * (not isinstance(model.encoder, MAEST))  # a fixed table
+    unused = ["old.", "encoder.input_adapters.", *(f"encoder.{name}" for name in DECODER)]
+    count, _, _ = load_into(model, rename(state, names), fresh, unused)
+    return f"{path}: {count} tensors used; new: {', '.join(new) or 'nothing'}"
 
 
 def as_it_was_built(cfg, found):
@@ -607,11 +573,10 @@ def as_it_was_built(cfg, found):
 
 def open_images(files, cfg, train):
     """Images, with the maps that belong to them where some are needed."""
-    size, planes = height_width(cfg.img_size), planes_of(cfg)
+    planes = planes_of(cfg)
     if planes == ["rgb"]:
-        return data.ImageDataset(files, size, cfg.seed, cfg.min_crop, cfg.flip, train)
-    return AlignedDataset(cfg.data, files, planes, size, cfg.classes, cfg.ignore, cfg.seed,
-                          cfg.min_crop, cfg.flip, train)
+        return data.ImageDataset(files, cfg, train)
+    return AlignedDataset(files, planes, cfg, train)
 
 
 def open_data(cfg):
@@ -626,7 +591,7 @@ def open_data(cfg):
         report(f"of known class: {len(train.paths)} training files, {len(test.paths)} held out")
         check_classes(train, test, cfg)
     train = take_share(train, cfg.share, cfg.seed)
-    open_files = open_clips if is_video(cfg) else open_images
+    open_files = ClipDataset if is_video(cfg) else open_images
     dataset = open_files(train, cfg, True)
     if cfg.rand_augment:
         dataset = Augmented(dataset, cfg.rand_ops, cfg.rand_augment)
@@ -644,8 +609,6 @@ def check_classes(train, test, cfg):
     for files, what in ((train, "training"), (test, "test")):
         if lost := [name for i, name in enumerate(train.classes) if i not in files.labels]:
             text = f"{len(lost)} of {classes} classes have no {what} file, e.g. {lost[0]}"
-            if what == "training" and not cfg.allow_missing:
-                raise ValueError(text)
             report(f"warning: {text}")
 
 
@@ -676,35 +639,25 @@ def write_results(probabilities, files, cfg):
     for line in lines:
         report(line.format(**scores))
     table = csv.writer(text := io.StringIO())
-    best = [f"{x}{k}" for k in range(1, 6) for x in ("class", "score")]
-    table.writerow(["path", "label", *best])
+    table.writerow(["path", "label", "answer", "score"])
     for path, label, p in zip(files.paths, files.labels, probabilities.mean(dim=1)):
-        row = [str(path), classes[label]]
-        for name, share in top5(p, classes) if p.isfinite().all() else [("unreadable", 0)]:
-            row += [name, f"{share:.4f}"]
+        answer = classes[p.argmax()] if p.isfinite().all() else "unreadable"
+        row = [path, classes[label], answer, f"{p.max():.4f}"]
         # a spreadsheet must not take a name for a formula
         table.writerow([re.sub("^([=+@-])", r"'\1", cell) for cell in row])
     # surrogateescape: a name on a disk need not be valid text, and is written as it is
     write(cfg, "predictions.csv", text.getvalue().encode("utf-8", "surrogateescape"))
     draw_confusion(torch.tensor(scores["confusion"]), classes, Path(cfg.out, "confusion.png"))
-    per_class = zip(classes, scores["per_class"])
-    scores["per_class"] = {name: x for name, x in per_class if x == x}  # JSON has no NaN
     scores |= {"mode": cfg.mode, "init": cfg.init or default_file(cfg)}
     write(cfg, "results.json", json.dumps(scores, indent=1).encode())
     return "top-1 {top1:.1%} (most frequent class {most_frequent:.1%})".format(**scores)
 
 
-def top5(probabilities, classes):
-    """-> [(class name, probability), ...], the five most likely first."""
-    values, numbers = probabilities.topk(min(5, len(classes)))
-    return [(classes[i], p) for i, p in zip(numbers.tolist(), values.tolist())]
-
-
 def draw_confusion(confusion, classes, path):
     """A row for each class, a column for each answer; the darker, the more often.   (C, C) int"""
     share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    color = torch.tensor([0.8, 0.65, 0.2])[:, None, None].expand(-1, 24, 24)
-    cells = 1 - share[:, :, None, None, None] * color  # (C, C, 3, 24, 24)
+    color = torch.tensor([0.8, 0.65, 0.2])[:, None, None]
+    cells = 1 - share[:, :, None, None, None] * color  # (C, C, 3, 1, 1): enlarged to 24 x 24
     rows = [f"{i} {name}" for i, name in enumerate(classes, 1)]
     columns, note = [row.split()[0] for row in rows], "rows: true class, columns: answer"
     save_picture(picture_table(cells, columns, rows, note, side=24), path)
@@ -719,7 +672,7 @@ def draw_neighbours(test_files, train_files, neighbours, cfg):
         frames = [x.flatten(0, -4) for x in views]  # each (frames, H, W, planes)
         rows.append(torch.stack([x[len(x) // 2, ..., :3] for x in frames]))
     cells = torch.stack(rows).movedim(-1, 2) / 255  # (8, 6, 3, H, W)
-    titles = ["test", "nearest", "2nd", "3rd", "4th", "5th"][: cells.shape[1]]
+    titles = ["test", "training files, nearest first"]
     names = [test_files.classes[test_files.labels[i]] for i in some]
     save_picture(picture_table(cells, titles, names), Path(cfg.out, "neighbours.png"))
 
@@ -783,7 +736,9 @@ def train_classifier(model, dataset, test_files, cfg):
         labels = labels.repeat_interleave(dataset.repeat)  # clips of one video stand together
         x = erase(model.encoder.normalize(batch), cfg.erase)
         x, labels = mix(x, labels, classes, cfg.mixup, cfg.cutmix)
-        return model.loss(net(x).float(), x, labels, cfg.smoothing)
+        if cfg.dense:
+            return model.loss(net(x), x)
+        return F.cross_entropy(net(x).float(), labels, label_smoothing=cfg.smoothing)
 
     def look(path):
         """One view of every test file, for the log only; what is reported is the final test."""
@@ -810,28 +765,28 @@ def train_classifier(model, dataset, test_files, cfg):
 
 def use_features(model, train_files, test_files, cfg):
     """--mode knn: classify by the nearest training files; features: save a vector of every file."""
-    cfg, arrays, kept = dataclasses.replace(cfg, clips=1, crops=1), {}, []
-    for name, files in (("train", train_files), ("test", test_files)):
+    cfg, kept = dataclasses.replace(cfg, clips=1, crops=1), []
+    for files in (train_files, test_files):
         x = run_views(model, files, cfg, model.features)[:, 0]  # (files, D)
         good = x[:, 0].isfinite().numpy()
         kept.append((x[good], files.select(good)))
-        arrays |= {f"{name}_features": x[good].numpy(), f"{name}_labels": files.labels[good],
-                   f"{name}_paths": files.paths[good]}
+    (x, known), (y, asked) = kept
     if cfg.mode == "knn":
-        (x, known), (y, asked) = kept
         labels, classes = torch.from_numpy(known.labels), len(known.classes)
         answers, neighbours = nearest_neighbours(x, labels, y, classes)
         result = write_results(answers[:, None], asked, cfg)
         if is_first() and planes_of(cfg)[0] == "rgb":
             draw_neighbours(asked, known, neighbours, cfg)
         return result
-    np.savez(file := io.BytesIO(), **arrays)
+    np.savez(file := io.BytesIO(),
+             train_features=x, train_labels=known.labels, train_paths=known.paths,
+             test_features=y, test_labels=asked.labels, test_paths=asked.paths)
     write(cfg, "features.npz", file.getvalue())
-    return ", ".join(f"{k} {v.shape}" for k, v in arrays.items())
+    return f"{len(x)} training and {len(y)} test files, vectors of {x.shape[1]} numbers"
 
 
 def predict(cfg, found, device):
-    """Class names with probabilities for one file, the mean over its views."""
+    """The five most likely classes of one file, their probabilities: the mean over its views."""
     if planes_of(cfg) != ["rgb"]:
         raise ValueError(f"--predict: {found.path} needs {cfg.inputs}, not one file")
     head = found.state.get("head.weight", found.state.get("head.1.weight"))
@@ -840,8 +795,9 @@ def predict(cfg, found, device):
     kinds = data.VIDEO if is_video(cfg) else data.IMAGE
     one, cfg.workers = data.one_file(cfg.predict, kinds, classes), 0
     answers = run_views(model, one, cfg, model.answers)
-    for name, p in top5(answers[0].mean(dim=0), classes):
-        report(f"{p:6.1%}  {name}")
+    best = answers[0].mean(dim=0).topk(min(5, len(classes)))
+    for p, i in zip(*best):
+        report(f"{p:6.1%}  {classes[i]}")
 
 
 if __name__ == "__main__":

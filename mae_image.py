@@ -65,8 +65,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def parts_of(length, part, what):
     """How many parts a side has.   Raises ValueError if it cannot be cut evenly"""
-    if part < 1 or length < part or length % part:
-        low = max(length // max(part, 1), 1) * part
+    if length % part:
+        low = max(length // part, 1) * part
         raise ValueError(f"{what} {length} is not a multiple of {part}: {low} and {low + part} are")
     return length // part
 
@@ -254,8 +254,12 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def normalize(self, batch):
-        """uint8 (B, H, W, C) -> (B, C, H, W) float32. On the device: uint8 travels faster."""
-        return normalize(batch, self.mean, self.std)
+        """uint8 (B, [T,] H, W, C) -> float32 (B, C, [T,] H, W), (x / 255 - mean) / std per channel.
+
+        On the device: uint8 travels faster.
+        """
+        x = batch.float() / 255
+        return ((x - x.new_tensor(self.mean)) / x.new_tensor(self.std)).movedim(-1, 1)
 
     def forward(self, imgs, mask):
         latent = self.forward_encoder(imgs, mask)  # (B, 1+K, D)
@@ -326,12 +330,6 @@ def mean_and_std(channels, mean, std):
     half = (0.5,) * channels
     default = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (half, half)
     return mean or default[0], std or default[1]
-
-
-def normalize(pixels, mean, std):
-    """uint8 (B, [T,] H, W, C) -> float32 (B, C, [T,] H, W), (x / 255 - mean) / std per channel."""
-    x = pixels.float() / 255
-    return ((x - x.new_tensor(mean)) / x.new_tensor(std)).movedim(-1, 1)
 
 
 def to_unit_range(x, mean, std):
@@ -542,19 +540,21 @@ def paint_held_out(model, sample, draw, path):
 def draw_losses(folder, baseline):
     """loss.png: training and held-out loss over the updates, beside what is called the baseline."""
     records = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+    if not records:
+        return  # nothing could be written: a full disk
+    right = records[-1]["step"] or 1
+    # not the largest loss of all: untrained, a network may be far above the baseline
+    top = 1.5 * records[-1].get("baseline", 0) or max(r.get("loss", 0) for r in records) or 1
     kinds = [("loss", "training", "#8899cc"), ("val_loss", "held out", "#cc4433"),
              ("baseline", baseline, "#777777")]
-    lines = [[(r["step"], r[kind]) for r in records if kind in r] for kind, _, _ in kinds]
-    right, top = (max([1e-9, *(point[k] for line in lines for point in line)]) for k in (0, 1))
-    top = min([top, *(1.5 * y for _, y in lines[2])])  # untrained, a network may be far above
     picture, font = Image.new("RGB", (640, 360), "white"), ImageFont.load_default(size=14)
     pen = ImageDraw.Draw(picture)
     pen.line([(60, 30), (60, 320), (620, 320)], "black")
-    for share in (0, 0.5, 1):
-        pen.text((4, 312 - 290 * share), f"{top * share:.3g}", "black", font)
-        pen.text((55 + 530 * share, 324), f"{right * share:.0f}", "black", font)
-    for i, (line, (_, title, color)) in enumerate(zip(lines, kinds)):
-        points = [(60 + 560 * x / right, 320 - 290 * min(y / top, 1)) for x, y in line]
+    pen.text((4, 22), f"{top:.3g}", "black", font)
+    pen.text((530, 324), f"{right} updates", "black", font)
+    for i, (kind, title, color) in enumerate(kinds):
+        points = [(60 + 560 * r["step"] / right, 320 - 290 * min(r[kind] / top, 1))
+                  for r in records if kind in r]
         pen.line(points, color, width=3)
         pen.text((90 + 130 * i, 4), title, color, font)
     save_picture(picture, folder / "loss.png")
@@ -657,13 +657,11 @@ def main(argv=None):
 
     if cfg.picture:
         file = data.one_file(cfg.picture, data.IMAGE)
-        one = data.ImageDataset(file, size, cfg.seed, train=False)
-        return show_one(model, one, draw_mask, draw_images, cfg)
+        return show_one(model, data.ImageDataset(file, cfg, False), draw_mask, draw_images, cfg)
     fetch(cfg.data)
     train_files, val_files = list_both(data.list_images, cfg.data, cfg.allow_missing)
-    dataset = data.ImageDataset(train_files, size, cfg.seed, cfg.min_crop, cfg.flip)
-    val = data.ImageDataset(val_files, size, cfg.seed, train=False)
-    sample = held_out(val, draw_mask, cfg.seed)
+    dataset = data.ImageDataset(train_files, cfg, True)
+    sample = held_out(data.ImageDataset(val_files, cfg, False), draw_mask, cfg.seed)
 
     def look(path):
         return paint_held_out(model, sample, draw_images, path)
@@ -709,18 +707,15 @@ def fetch(*names):
 def list_both(list_files, root, *options):
     """-> training and held-out files, reported.   list_files: data.list_images or list_videos"""
     train, val = (list_files(root, split, *options) for split in ("train", "val"))
-    report(data.describe(train, val))
+    classes = f" of {len(train.classes)} classes" if train.classes else ""
+    found = f"training: {len(train.paths)} files{classes} ({train.how})"
+    report(f"{found}; held out: {len(val.paths)} ({val.how})")
     return train, val
 
 
 # --------------------------------------------------------------------------------------------------
 #  Below nothing is about how MAE works: settings, processes, the folder of a run, files of weights.
 # --------------------------------------------------------------------------------------------------
-
-
-def height_width(text):
-    """--img-size, "64" or "64x112" -> (height, width)."""
-    return numbers(text, 2) if "x" in text else numbers(text, 1) * 2
 
 
 def encoder_size(text):
@@ -730,7 +725,7 @@ def encoder_size(text):
 
 def shapes(cfg):
     """--img-size, --size and --decoder in numbers."""
-    return height_width(cfg.img_size), encoder_size(cfg.size), numbers(cfg.decoder, 3)
+    return data.height_width(cfg.img_size), encoder_size(cfg.size), numbers(cfg.decoder, 3)
 
 
 # What may change when a run is resumed. All else would make it another run.
@@ -762,18 +757,15 @@ def begin(Config, presets, doc, readers, argv, default_file=file_to_show):
         found = read_file(path, readers)
         told = found.settings | {"model": found.model}
         stored = {k: told[k] for k in FROM_FILE if k in told and hasattr(cfg, k)}
-        if getattr(cfg, "mode", "") != "scratch":  # which takes sizes from a file, not weights
-            fixed = set(FIXED) - set(found.guesses)
+        fixed = set(FIXED) - set(found.guesses)
     fields = dataclasses.fields(Config)
     known = {f.name: (float, int) if f.type is float else type(f.default) for f in fields}
     for name, value in stored.items():
         if not isinstance(value, known.get(name, ())):
             raise ValueError(f"{path} says {name} = {value!r}, unknown to {Config.SCRIPT}.py")
-        flag = flags.get(name, value)
-        same = flag == value or name == "size" and encoder_size(flag) == encoder_size(value)
-        if name in fixed and not same:
+        if name in fixed and flags.get(name, value) != value:
             what = f"{path} has {value}, which cannot be changed"
-            raise ValueError(f"--{name.replace('_', '-')} {flag}: {what}")
+            raise ValueError(f"--{name.replace('_', '-')} {flags[name]}: {what}")
     cfg = Config(**(preset | stored | flags | {"out": cfg.out}))
     device = start_processes(cfg)
     torch.manual_seed(cfg.seed)
@@ -976,10 +968,12 @@ class Run:
 
     def result(self):
         """The held-out numbers; those with a "_" in their name are for the log alone."""
-        names = [name for name in self.scores if name != "baseline" and "_" not in name]
-        shown = [f"{name} {self.scores[name]:.3f}" for name in names]
-        if "val_loss" in self.scores:
-            shown.insert(0, f"held-out loss {self.scores['val_loss']:.4f}{self.beside()}")
+        shown = []
+        for name, value in self.scores.items():
+            if name == "val_loss":
+                shown.append(f"held-out loss {value:.4f}{self.beside()}")
+            elif name != "baseline" and "_" not in name:
+                shown.append(f"{name} {value:.3f}")
         return ", ".join(shown)
 
     def score(self, look):
@@ -1096,15 +1090,15 @@ def load_into(model, state, fresh=(), unused=("pos_embed", "decoder_pos_embed"))
     fresh, unused  prefixes of names that the file may lack, that it may have in addition
     raises  ValueError for anything else: a tensor that is unknown, missing or of another shape
     """
-    own = model.state_dict()
-    missing, left = [k for k in own if k not in state], [k for k in state if k not in own]
-    wrong = [f"{k} {tuple(v.shape)}, here {tuple(own[k].shape)}" for k, v in state.items()
-             if k in own and v.shape != own[k].shape]
-    wrong += [f"no {k}" for k in missing if not k.startswith(tuple(fresh))]
+    try:
+        missing, left = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a heading, then a line for each tensor of another shape
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"the file does not fit this model: {first}") from None
+    wrong = [f"no {k}" for k in missing if not k.startswith(tuple(fresh))]
     wrong += [f"unknown {k}" for k in left if not k.startswith(tuple(unused))]
     if wrong:
         raise ValueError(f"the file does not fit this model: {'; '.join(wrong[:3])}")
-    model.load_state_dict(state, strict=False)
     return len(state) - len(left), missing, left
 
 
@@ -1173,13 +1167,12 @@ def blocks_in(state, prefix):
 def sizes_in(state, places=0, decoder_heads=16):
     """What a public file tells of encoder and decoder -> settings, names of those that are guesses.
 
-    No file tells its heads: those of the published encoder of that width and depth, or of width 64.
+    No file tells its heads: they are 64 wide in all published encoders but huge, which has 16.
     places  of the table of positions, if there is one: a guess at their square if they are none
     """
     kernel = state["patch_embed.proj.weight"]  # (D, C, [u,] p, p)
     D, depth = len(kernel), blocks_in(state, "blocks.")
-    published = {(width, blocks): heads for width, blocks, heads in ENCODERS.values()}
-    heads = published.get((D, depth), max(D // 64, 1))
+    heads = 16 if D == 1280 else max(D // 64, 1)
     sizes, guesses = {"patch": kernel.shape[-1], "size": f"{D}x{depth}x{heads}"}, ["size"]
     if kernel.ndim == 5:
         sizes["tubelet"] = kernel.shape[2]
@@ -1189,7 +1182,8 @@ def sizes_in(state, places=0, decoder_heads=16):
         guesses += ["img_size"] * (side**2 != places)
     if "decoder_embed.weight" in state:
         E, blocks = len(state["decoder_embed.weight"]), blocks_in(state, "decoder_blocks.")
-        sizes |= {"decoder": f"{E}x{blocks}x{decoder_heads or max(E // 64, 1)}", "norm_pix": True}
+        heads = decoder_heads or min(max(E // 64, 1), 8)  # VideoMAE's: of width 64, huge 80
+        sizes |= {"decoder": f"{E}x{blocks}x{heads}", "norm_pix": True}
         guesses += ["decoder", "norm_pix"]  # MAE's mae_visualize_* need --no-norm-pix
     return sizes, guesses
 

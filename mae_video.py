@@ -46,10 +46,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from mae_image import (ENCODERS, MAE, PatchEmbed, RunConfig, begin, evenly, fetch, height_width,
-                       held_out, init_weights, list_both, load_pretrained, mean_and_std,
-                       paint_held_out, parts_of, pretrain, rename, rows_and_columns, save_picture,
-                       shapes, show_one, sizes_in, to_unit_range, transformer)
+from mae_image import (ENCODERS, MAE, PatchEmbed, RunConfig, begin, evenly, fetch, held_out,
+                       init_weights, list_both, load_pretrained, mean_and_std, paint_held_out,
+                       parts_of, pretrain, rename, rows_and_columns, save_picture, shapes, show_one,
+                       sizes_in, to_unit_range, transformer)
 from masking import MASKS, hidden, picture_table, restore, run_script, visible
 
 # ==================================================================================================
@@ -72,10 +72,10 @@ def patchify_clips(clips, u, p):
     return x.reshape(B, t * h * w, u * p * p * C)
 
 
-def unpatchify_clips(patches, p, t, h, w, channels=3):
-    """The inverse: (B, N, u*p*p*C) -> (B, C, t*u, h*p, w*p); u follows from the other numbers."""
+def unpatchify_clips(patches, p, h, w, channels=3):
+    """The inverse: (B, N, u*p*p*C) -> (B, C, t*u, h*p, w*p); t and u follow from the others."""
     B, N, P = patches.shape
-    u, C = P // (p * p * channels), channels
+    t, u, C = N // (h * w), P // (p * p * channels), channels
     x = patches.reshape(B, t, h, w, u, p, p, C)
     x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, t, u, h, p, w, p)
     return x.reshape(B, C, t * u, h * p, w * p)
@@ -223,7 +223,7 @@ class VideoMAE(nn.Module):
 
     def to_pictures(self, patches):
         """Cubes (B, N, P) -> frames (B, T, C, H, W) in [0, 1]."""
-        return unpatchify_clips(patches, self.patch, *self.grid, len(self.mean)).transpose(1, 2)
+        return unpatchify_clips(patches, self.patch, *self.grid[1:], len(self.mean)).transpose(1, 2)
 
 
 # ==================================================================================================
@@ -346,12 +346,13 @@ class MAEST(nn.Module):
 
     def to_pictures(self, patches):
         """Cubes (B, N, P) -> the painted frames (B, predicted, C, H, W) in [0, 1]."""
-        x = unpatchify_clips(patches, self.patch, *self.grid, len(self.mean))
+        x = unpatchify_clips(patches, self.patch, *self.grid[1:], len(self.mean))
         return to_unit_range(x, self.mean, self.std).transpose(1, 2)
 
 
 # ==================================================================================================
-#  THE PAPERS, part 4: which frames, which crop                (needs: np, torch; data.py parts 2-4)
+#  THE PAPERS, part 4: which frames, which crop
+#  (needs: np, torch; data.py parts 2-4)
 #
 #  n is the number of frames of the video. Frame numbers are int (T,) in [0, n); a video that is too
 #  short gives its last frames several times.
@@ -362,17 +363,6 @@ def dense_clip(n, length, stride, start):
     """`length` frames, `stride` apart: VideoMAE Sec. 3.3 "temporal downsampling" (4, on SSv2 2)."""
     frames = start + stride * np.arange(length)
     return np.minimum(frames, start + (n - 1 - start) // stride * stride)
-
-
-def dense_views(n, length, stride, views):
-    """Test-time clips at even distances over the video -> (views, T). One view: its middle.
-
-    VideoMAE's public code thins the video to every stride-th frame, then moves a window over it.
-    """
-    thin = -(-n // stride)  # how many are left
-    room = max(thin - length, 0)
-    starts = [room // 2] if views == 1 else [int(i * room / (views - 1)) for i in range(views)]
-    return stride * np.minimum(np.array(starts)[:, None] + np.arange(length), thin - 1)
 
 
 def linspace_clip(n, length, stride, start):
@@ -414,15 +404,24 @@ def random_clip(sampling, n, length, stride, generator):
     return linspace_clip(n, length, stride, torch.rand(1, generator=generator).numpy()[0] * room)
 
 
+def even_starts(room, count):
+    """Where `count` clips or crops begin: evenly from 0 to `room`, a single one in the middle."""
+    if count == 1:
+        return [room // 2]
+    return [i * room // (count - 1) for i in range(count)]
+
+
 def views_of(sampling, n, length, stride, views):
     """Test-time clips of a video of n frames: frame numbers (views, T). One view: the middle."""
     if sampling == "segments":
         return segment_views(n, length, views)
-    if sampling == "dense":
-        return dense_views(n, length, stride, views)
-    gap = max(n - length * stride, 0)  # MAE-ST's code: starts at whole distances
-    starts = [gap // 2] if views == 1 else [v * (gap // (views - 1)) for v in range(views)]
-    return np.stack([linspace_clip(n, length, stride, s) for s in starts])
+    if sampling == "dense":  # VideoMAE's code moves a window over every stride-th frame
+        room = max(-(-n // stride) - length, 0)
+        starts = even_starts(room, views)
+        return np.stack([dense_clip(n, length, stride, stride * s) for s in starts])
+    room = max(n - length * stride, 0)
+    room -= room % max(views - 1, 1)  # MAE-ST's code: whole distances
+    return np.stack([linspace_clip(n, length, stride, s) for s in even_starts(room, views)])
 
 
 def multi_scale_box(shape, size, generator):
@@ -436,33 +435,27 @@ def multi_scale_box(shape, size, generator):
     def pick(n):
         return int(torch.randint(n, (1,), generator=generator))
 
-    sides = []
-    for side, goal in zip(data.center_box(shape, size)[2:], size):
-        scaled = [max(1, int(side * s)) for s in (1, 0.875, 0.75, 0.66)]
-        sides.append([goal if abs(x - goal) <= 2 and goal <= side else x for x in scaled])
+    scales, sides = (1, 0.875, 0.75, 0.66), []
     pairs = [(i, j) for i in range(4) for j in range(4) if abs(i - j) <= 1]
-    i, j = pairs[pick(len(pairs))]
-    h, w = sides[0][i], sides[1][j]
-    row, col = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2),
-                (1, 1), (1, 3), (3, 1), (3, 3)][pick(13)]
+    for k, side, goal in zip(pairs[pick(len(pairs))], data.center_box(shape, size)[2:], size):
+        x = max(1, int(side * scales[k]))
+        sides.append(goal if abs(x - goal) <= 2 and goal <= side else x)
+    h, w = sides
+    row, col = divmod(2 * pick(13), 5)  # of 5 x 5 places every second one, as on a chessboard
     return row * ((shape[0] - h) // 4), col * ((shape[1] - w) // 4), h, w
 
 
 class ClipDataset(data.FileDataset):
     """Items uint8 (R, T, H, W, 3): R clips of a video, one crop and flip for all frames of a clip.
 
-    frames, stride   T frames, `stride` apart ("dense", "linspace") or over the video ("segments")
-    size             (H, W);   crop: "random" or "multiscale";   min_crop: data.random_box
-    repeat           R clips of every decoded video, each with its own place and crop: MAE-ST Sec. 4
-                     "Data pre-processing". Decoding is slow: R clips cost little more than one
-    train            False: one clip, the middle of the video or of every segment; centre crop
+    cfg    settings, see ClipConfig. Each of the R = `repeat` clips has its own place and crop:
+           MAE-ST Sec. 4 "Data pre-processing". Decoding is slow: R clips cost little more than one
+    train  False: one clip, the middle of the video or of every segment; centre crop
     """
 
-    def __init__(self, files, frames, stride, size, seed, sampling="dense", crop="random",
-                 min_crop=0.5, flip=True, repeat=1, train=True):
-        super().__init__(files, size, seed, min_crop, flip, train)
-        self.frames, self.stride, self.sampling = frames, stride, sampling
-        self.crop, self.repeat = crop, repeat
+    def __init__(self, files, cfg, train):
+        super().__init__(files, cfg, train)
+        self.repeat = cfg.repeat
 
     def read(self, i, generator):
         clips, problem = data.read_clips(self.paths[i], lambda n: self.choose(n, generator))
@@ -470,16 +463,16 @@ class ClipDataset(data.FileDataset):
 
     def choose(self, n, generator=None):
         """Frame numbers (R, T) for a video of n frames."""
+        how = self.cfg.sampling, n, self.cfg.frames, self.cfg.stride
         if not self.train:
-            return views_of(self.sampling, n, self.frames, self.stride, 1)
-        return np.stack([random_clip(self.sampling, n, self.frames, self.stride, generator)
-                         for _ in range(self.repeat)])
+            return views_of(*how, 1)
+        return np.stack([random_clip(*how, generator) for _ in range(self.repeat)])
 
     def cut(self, clip, generator):
         shape = clip.shape[1:3]
-        if self.train and self.crop == "multiscale":
+        if self.train and self.cfg.crop == "multiscale":
             box = multi_scale_box(shape, self.size, generator)
-            flip = self.flip and torch.rand(1, generator=generator) < 0.5
+            flip = self.cfg.flip and torch.rand(1, generator=generator) < 0.5
         else:
             box, flip = self.draw_crop(shape, generator)
         return data.make_crop(clip, self.size, box, flip)
@@ -574,23 +567,16 @@ def main(argv=None):
         return MASKS[kind](rows, model.grid, cfg.mask_ratio, generator)
 
     if cfg.picture:
-        one = open_clips(data.one_file(cfg.picture, data.VIDEO), cfg, False)
+        one = ClipDataset(data.one_file(cfg.picture, data.VIDEO), cfg, False)
         return show_one(model, one, draw_mask, draw_clips, cfg)
     fetch(cfg.data)
     files, val_files = list_both(data.list_videos, cfg.data, cfg.fold, cfg.allow_missing)
-    sample = held_out(open_clips(val_files, cfg, False), draw_mask, cfg.seed)
+    sample = held_out(ClipDataset(val_files, cfg, False), draw_mask, cfg.seed)
 
     def look(path):
         return paint_held_out(model, sample, draw_clips, path)
 
-    pretrain(model, open_clips(files, cfg, True), draw_mask, look, cfg)
-
-
-def open_clips(files, cfg, train):
-    """The clips of these videos as the settings say."""
-    size = height_width(cfg.img_size)
-    return ClipDataset(files, cfg.frames, cfg.stride, size, cfg.seed, cfg.sampling, cfg.crop,
-                       cfg.min_crop, cfg.flip, cfg.repeat, train)
+    pretrain(model, ClipDataset(files, cfg, True), draw_mask, look, cfg)
 
 
 def draw_clips(pictures, path, note):
@@ -618,10 +604,9 @@ def public_videomae(state):
              r"^decoder\.head": "decoder_pred"}
     state = rename(state, names)
     kernel = state.get("patch_embed.proj.weight", torch.empty(0))
-    if kernel.ndim != 5 or any("pos_embed" in k or k.startswith("trunk.") for k in state):
+    if kernel.ndim != 5 or any("pos_embed" in k for k in state):
         return None
-    huge = len(state.get("decoder_embed.weight", ())) > 512
-    sizes, guesses = sizes_in(state, 14 * 14, decoder_heads=8 if huge else None)
+    sizes, guesses = sizes_in(state, 14 * 14, decoder_heads=None)
     sizes |= {"frames": 16, "stride": 4, "sampling": "dense"}
     return sizes, state, guesses + ["frames", "img_size"]
 
@@ -631,8 +616,8 @@ def public_maest(state):
     kernel = state.get("patch_embed.proj.weight", torch.empty(0))
     if kernel.ndim != 5 or not any(k.startswith("pos_embed") for k in state):
         return None
-    if any(k.startswith(("dec_pos_embed", "pred_head")) for k in state):  # SlowFast's own decoder
-        theirs = ("dec_pos_embed", "pred_head", "decoder_embed", "mask_token")
+    if "decoder_pred.weight" not in state:  # SlowFast has a decoder of its own
+        theirs = ("dec", "pred_head", "mask_token")
         state = {k: v for k, v in state.items() if not k.startswith(theirs)}
     separable = "pos_embed_spatial" in state
     places = state["pos_embed_spatial"].shape[1] if separable else 14 * 14
@@ -640,6 +625,8 @@ def public_maest(state):
     sizes |= {"frames": 16, "stride": 4, "sampling": "linspace"}
     if separable:
         sizes["frames"] = state["pos_embed_temporal"].shape[1] * sizes["tubelet"]
+    else:  # a joint table tells how many cubes in all
+        guesses += ["frames", "img_size"]
     return sizes, state, guesses
 
 

@@ -280,8 +280,7 @@ def picture_table(cells, columns=(), rows=(), note="", side=96, apart=1000):
     left = gap + max([0, *(8 + int(font.getlength(title)) for title in rows)])
     lefts = [left + c * (W + gap) for c in range(C + 1)]  # where columns begin and the last ends
     tops = [line + r * (H + gap) + r // apart * 5 * gap for r in range(R)]
-    ends = [x + font.getlength(title) for x, title in zip(lefts, columns)]
-    width = int(max(lefts[C], gap + font.getlength(note) + 8, *ends))
+    width = int(max(lefts[C], gap + font.getlength(note) + 8))
     table = Image.new("RGB", (width, tops[-1] + H + gap + line * bool(note)), "white")
     pen = ImageDraw.Draw(table)
     for x, title in zip(lefts, columns):
@@ -339,7 +338,8 @@ def numbers(text, count):
     return tuple(int(n) for n in text.split("x"))
 
 
-LEAST = dict.fromkeys("batch accum log_every frames stride repeat clips crops".split(), 1)
+LEAST = dict.fromkeys(
+    "batch accum log_every frames stride repeat clips crops patch tubelet".split(), 1)
 
 
 def settings(Config, presets, doc, argv=None):

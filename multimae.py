@@ -48,9 +48,9 @@ from torchvision.transforms import InterpolationMode
 
 import data
 from mae_image import (ENCODERS, MAE, MLP, PatchEmbed, RunConfig, begin, blocks_in, evenly, fetch,
-                       held_out, init_weights, list_both, load_pretrained, mean_and_std, normalize,
-                       parts_of, patchify, pretrain, rename, rows_and_columns, save_picture, shapes,
-                       sincos_2d, sizes_in, to_unit_range, transformer, unpatchify)
+                       held_out, init_weights, list_both, load_pretrained, mean_and_std, parts_of,
+                       patchify, pretrain, rename, rows_and_columns, save_picture, shapes,
+                       sincos_2d, sizes_in, to_unit_range, transformer)
 from mae_video import resize_table
 from masking import (HOLE, as_pixels, dirichlet_mask, picture_table, report, restore, run_script,
                      visible)
@@ -102,7 +102,7 @@ def standardize_depth(depth):
 
 # ==================================================================================================
 #  THE PAPER, part 2: one decoder per task
-#  (needs: torch, F, nn; mae_image.py parts_of, part 2; masking.py part 3)
+#  (needs: torch, F, nn; mae_image.py part 2; masking.py part 3)
 # ==================================================================================================
 
 
@@ -111,7 +111,6 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        parts_of(width, heads, "heads need equal slices: decoder width")
         self.heads = heads
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)  # rows [k; v]
@@ -206,7 +205,8 @@ class MultiMAE(nn.Module):
         D, depth, heads = ENCODERS.get(size, size)
         self.patch, self.classes, self.ignore = patch, classes, ignore
         self.mean, self.std = mean_and_std(channels, mean, std)
-        self.channels = {"rgb": channels, "norm_rgb": channels, "depth": 1}
+        # of a prediction; of classes the logits
+        self.channels = {"rgb": channels, "norm_rgb": channels, "depth": 1, "semseg": classes}
         self.modalities = [m for m in MODALITIES if m in modalities]
         self.tasks = [*self.modalities, "norm_rgb"] if "rgb" in modalities else self.modalities
         self.input_adapters = nn.ModuleDict()
@@ -220,10 +220,7 @@ class MultiMAE(nn.Module):
         self.blocks = transformer(D, depth, heads)
         self.output_adapters = nn.ModuleDict()
         for task in self.tasks:
-            m = task.removeprefix("norm_")
-            values = classes * (patch // STRIDE) ** 2  # logits
-            if m != "semseg":
-                values = self.channels[m] * patch**2
+            m, values = task.removeprefix("norm_"), self.channels[task] * self.side(task) ** 2
             self.output_adapters[task] = Decoder(m, self.modalities, *decoder, D, values)
         # Fixed tables, resized where the input has another size.   (1, N, D), (1, N, E)
         h, w = self.grid[1:]
@@ -247,7 +244,7 @@ class MultiMAE(nn.Module):
         inputs = {}
         for m, x in zip(self.modalities, batch.split([PLANES[m] for m in self.modalities], dim=-1)):
             if m == "rgb":
-                inputs[m] = normalize(x, self.mean, self.std)
+                inputs[m] = MAE.normalize(self, x)
             elif m == "depth":
                 depth = x[..., 0].float() * 256 + x[..., 1].float()  # (B, H, W)
                 inputs[m] = standardize_depth(depth[:, None] / 65536)
@@ -255,11 +252,13 @@ class MultiMAE(nn.Module):
                 inputs[m] = x[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE, 0].long()
         return inputs
 
+    def side(self, m):
+        """Height and width of a patch in the pixels of this map."""
+        return self.patch // STRIDE if m == "semseg" else self.patch
+
     def patches(self, m, x):
         """One modality -> patches (B, N, P), values (row, col, channel); of classes the numbers."""
-        if m == "semseg":
-            return patchify(x[:, None], self.patch // STRIDE)
-        return patchify(x, self.patch)
+        return patchify(x[:, None] if m == "semseg" else x, self.side(m))
 
     def given(self, inputs):
         """-> the modalities among the inputs, in token order, and their token grid (1, h, w).
@@ -267,13 +266,11 @@ class MultiMAE(nn.Module):
         Raises ValueError for none, unknown ones, and ones of another size.
         """
         given = [m for m in self.modalities if m in inputs]
-        sizes = {m: tuple(x.shape[-2:]) for m, x in inputs.items()}
-        if "semseg" in sizes:
-            sizes["semseg"] = tuple(STRIDE * n for n in sizes["semseg"])
-        if len(given) < len(inputs) or len(set(sizes.values())) != 1:
+        grids = {m: rows_and_columns(x.shape[-2:], self.side(m)) for m, x in inputs.items()}
+        if len(given) < len(inputs) or len(set(grids.values())) != 1:
             takes = f"{', '.join(self.modalities)}, all of one size (classes: a quarter)"
-            raise ValueError(f"inputs {sizes}: this model takes any of {takes}")
-        return given, (1, *rows_and_columns(sizes[given[0]], self.patch))
+            raise ValueError(f"inputs of {grids} patches: this model takes any of {takes}")
+        return given, (1, *grids[given[0]])
 
     def forward(self, inputs, mask):
         latent = self.forward_encoder(inputs, mask)  # (B, K+1, D)
@@ -333,11 +330,10 @@ class MultiMAE(nn.Module):
             if m not in targets:
                 continue
             target = self.target(task, targets[m])
-            B, N, _ = target.shape
-            everywhere = torch.full((B, N), m not in given, device=pred.device)
+            everywhere = torch.tensor(m not in given)  # of a map that was no input all counts
             count = hide.get(m, everywhere).to(pred.device)[..., None].expand_as(target)
-            if task == "semseg":
-                logits = pred.reshape(B, N, self.classes, -1).transpose(1, 2)  # (B, C, N, p*p)
+            if task == "semseg":  # logits (B, C, N, p*p)
+                logits = pred.unflatten(2, (self.classes, -1)).transpose(1, 2)
                 error = F.cross_entropy(logits, target, reduction="none", ignore_index=self.ignore)
                 count = count & (target != self.ignore)
             else:
@@ -363,20 +359,19 @@ def masked_mean(error, count):
 
 
 class DenseHead(nn.Module):
-    """A class or depth map from a MultiMAE encoder: one linear layer on every patch.   -> (B, N, P)
+    """A class map from a MultiMAE encoder: one linear layer on every patch.   -> (B, N, P)
 
     MultiMAE's public code puts ConvNeXt blocks or a DPT head here. This one is ours, and as plain
     as can be: what it finds was in the tokens. Of several modalities their mean is taken.
 
-    encoder, norm  of a finetune.Classifier;   inputs: modalities it sees;   task: semseg or depth
+    encoder, norm  of a finetune.Classifier;   inputs: modalities it sees
     """
 
-    def __init__(self, encoder, norm, inputs, task):
+    def __init__(self, encoder, norm, inputs):
         super().__init__()
-        self.encoder, self.norm, self.inputs, self.task = encoder, norm, inputs, task
+        self.encoder, self.norm, self.inputs = encoder, norm, inputs
         self.WARMUP_INCLUSIVE = encoder.WARMUP_INCLUSIVE
-        classes, side = encoder.classes, encoder.patch // STRIDE
-        values = classes * side**2 if task == "semseg" else encoder.patch**2
+        values = encoder.classes * encoder.side("semseg") ** 2
         self.head = nn.Linear(norm.normalized_shape[0], values)
 
     def forward(self, x):
@@ -384,27 +379,23 @@ class DenseHead(nn.Module):
         tokens = tokens.unflatten(1, (len(self.inputs), -1)).mean(dim=1)  # (B, N, D)
         return self.head(self.norm(tokens))
 
-    def loss(self, pred, x, labels, smoothing):
+    def loss(self, pred, x):
         inputs = {m: x[m] for m in self.inputs}
-        return self.encoder.task_losses({self.task: pred}, x, inputs)[self.task]
+        return self.encoder.task_losses({"semseg": pred}, x, inputs)["semseg"]
 
     def answers(self, x):
-        """-> (B, 2 * values): what is painted (of classes the numbers), and what would be right."""
-        pred = self.encoder.painted(self.task, self(x))
-        target = self.encoder.target(self.task, x[self.task])
+        """-> (B, 2 * pixels): class numbers that are painted, and those that would be right."""
+        pred = self.encoder.painted("semseg", self(x))
+        target = self.encoder.target("semseg", x["semseg"])
         return torch.cat([pred.flatten(1), target.flatten(1)], dim=1)
 
     def score(self, answers):
-        """Mean IoU or depth error, and that of one map for all.   answers (files, 2 * values)"""
-        guess, truth = answers.chunk(2, dim=1)  # each (files, values)
-        if self.task == "depth":
-            constant = truth.median(dim=0).values
-            return {"depth error": (guess - truth).abs().mean().item(),
-                    "constant map": (constant - truth).abs().mean().item()}
+        """Mean IoU, and that of one map for all.   answers (files, 2 * pixels)"""
+        guess, truth = answers.long().chunk(2, dim=1)  # each (files, pixels)
         classes, counted = self.encoder.classes, truth != self.encoder.ignore
         votes = torch.stack([((truth == c) & counted).sum(dim=0) for c in range(classes)])
         constant = votes.argmax(dim=0).expand_as(truth)
-        return {name: mean_iou(x[counted].long(), truth[counted].long(), classes)
+        return {name: mean_iou(x[counted], truth[counted], classes)
                 for name, x in (("mean IoU", guess), ("constant map", constant))}
 
 
@@ -425,28 +416,25 @@ def mean_iou(guess, truth, classes):
 class AlignedDataset(data.FileDataset):
     """Items uint8 (1, H, W, planes): RGB 3, depth 2 (high, low byte), classes 1.
 
-    root    folder of rgb/, depth/, semseg/ with the same file names below, in any image format:
-            depth 8 or 16 bits, class maps 8 bits or palette. One crop and one flip for all; classes
-            by nearest neighbour, for there is nothing between class 3 and class 5
+    cfg     settings. `data` is a folder of rgb/, depth/, semseg/ with the same file names below, in
+            any image format: depth 8 or 16 bits, class maps 8 bits or palette. One crop and flip
+            for all; classes by nearest neighbour: nothing is between class 3 and class 5
     raises  ValueError for a map that is missing or of another size, and for a class number of
             `classes` or more that is not `ignore`
     """
 
-    def __init__(self, root, files, modalities, size, classes, ignore, seed, min_crop=0.2,
-                 flip=True, train=True):
-        super().__init__(files, size, seed, min_crop, flip, train)
-        self.root, self.modalities = Path(root), modalities
-        self.number, self.ignore = classes, ignore
+    def __init__(self, files, modalities, cfg, train):
+        super().__init__(files, cfg, train)
+        self.root, self.modalities = Path(cfg.data), modalities
 
     def find(self, i, m):
         """The file of modality m that belongs to file i."""
         inside = Path(self.paths[i]).relative_to(self.root / self.modalities[0])
         path = self.root / m / inside
-        places = [path.with_suffix(suffix) for suffix in (path.suffix, *data.IMAGE)]
-        found = next((place for place in places if place.is_file()), None)
-        if found is None:
-            raise ValueError(f"{self.paths[i]} has no counterpart in {self.root / m}")
-        return found
+        for suffix in (path.suffix, *data.IMAGE):
+            if path.with_suffix(suffix).is_file():
+                return path.with_suffix(suffix)
+        raise ValueError(f"{self.paths[i]} has no counterpart in {self.root / m}")
 
     def read(self, i, generator):
         maps = {m: read_map(self.find(i, m), m) for m in self.modalities}
@@ -454,9 +442,10 @@ class AlignedDataset(data.FileDataset):
         if len(set(sizes.values())) > 1:
             raise ValueError(f"{self.paths[i]}: sizes differ (is one turned by EXIF?): {sizes}")
         if "semseg" in maps:
-            found = max(set(np.unique(maps["semseg"]).tolist()) - {self.ignore}, default=0)
-            if found >= self.number:
-                hint = f"raise --classes {self.number}, or name a void class with --ignore"
+            classes = maps["semseg"]
+            found = classes[classes != self.cfg.ignore].max(initial=0)
+            if found >= self.cfg.classes:
+                hint = f"raise --classes {self.cfg.classes}, or name a void class with --ignore"
                 raise ValueError(f"{self.find(i, 'semseg')} has class {found}: {hint}")
         box, flip = self.draw_crop(sizes[self.modalities[0]], generator)
         planes = []
@@ -531,7 +520,7 @@ PRESETS = {
 
 def parse_modalities(text):
     """ "rgb,depth" -> ["rgb", "depth"], in the order of MODALITIES."""
-    names = set(text.replace(" ", "").split(","))
+    names = set(text.strip(",").split(","))
     if names - set(MODALITIES):
         raise ValueError(f"modalities {text or 'none'}: use any of {','.join(MODALITIES)}")
     return [m for m in MODALITIES if m in names]
@@ -540,8 +529,8 @@ def parse_modalities(text):
 def constant_maps(model, reference):
     """What a predictor that looks at nothing would paint.   -> {task: (1, N, P)}
 
-    From `reference`, training samples: the mean colour, 0 for norm_rgb, at each pixel the median
-    depth, and at each pixel the logarithm of how often each class is there.
+    From `reference`, training samples, at each pixel what is best for the loss: the mean of rgb and
+    norm_rgb, the median depth, the logarithm of how often each class is there.
     """
     maps = {}
     for task in model.tasks:
@@ -553,9 +542,7 @@ def constant_maps(model, reference):
         elif task == "depth":
             maps[task] = target.median(dim=0).values[None]
         else:
-            target = target.unflatten(2, (model.channels[task], -1))  # (B, N, C, p*p)
-            colour = target.mean(dim=(0, 1, 3)) * (task == "rgb")
-            maps[task] = colour.repeat_interleave(model.patch**2).expand(1, target.shape[1], -1)
+            maps[task] = target.mean(dim=0)[None]
     return maps
 
 
@@ -591,17 +578,17 @@ PALETTE = torch.tensor([(90, 130, 90), (120, 140, 190), (220, 70, 60), (240, 180
 
 
 def to_pictures(model, task, values):
-    """Patches of a task in its own units -> pictures (B, 3, H, W) in [0, 1]."""
-    _, h, w = model.grid
-    if task == "semseg":  # numbers (B, N, p*p)
-        ids = unpatchify(values, model.patch // STRIDE, h, w)[:, 0]
-        x = PALETTE[ids.cpu() % len(PALETTE)].movedim(-1, 1) / 255
+    """Patches of a task in its own units -> pictures (B, 3, H, W), to be clamped to [0, 1]."""
+    values = values.cpu()
+    if task == "semseg":  # numbers (B, N, p*p) become colors (B, N, 3*p*p)
+        values = PALETTE[values % len(PALETTE)].movedim(-1, 2).flatten(2) / 255
+    x = values.transpose(1, 2).unflatten(2, model.grid[1:])  # (B, P, h, w)
+    x = F.pixel_shuffle(x, model.side(task))  # (B, C, H, W)
+    if task == "semseg":
         return F.interpolate(x, scale_factor=STRIDE)
-    values = values.unflatten(2, (model.channels[task], -1)).transpose(2, 3).flatten(2).cpu()
-    x = unpatchify(values, model.patch, h, w)
     if task == "depth":  # near is bright
-        return (0.5 - x / 6).clamp(0, 1).expand(-1, 3, -1, -1)
-    return to_unit_range(x, model.mean, model.std).clamp(0, 1)
+        return (0.5 - x / 6).expand(-1, 3, -1, -1)
+    return to_unit_range(x, model.mean, model.std)
 
 
 def draw(model, inputs, mask, preds, path):
@@ -637,15 +624,13 @@ def main(argv=None):
     def draw_mask(batch, rows, generator):
         return dirichlet_mask(rows, sizes, count, generator, cfg.alpha)
 
-    def open_files(files, train):
-        return AlignedDataset(cfg.data, files, modalities, size, cfg.classes, cfg.ignore, cfg.seed,
-                              cfg.min_crop, cfg.flip, train)
-
     fetch(cfg.data)
     root = Path(cfg.data, modalities[0])  # whose files have counterparts in the other folders
     train_files, val_files = list_both(data.list_images, root)
-    batch, mask, _ = held_out(open_files(val_files, False), draw_mask, cfg.seed)
-    reference, _, _ = held_out(open_files(train_files, False), draw_mask, cfg.seed, 128)
+    val = AlignedDataset(val_files, modalities, cfg, False)
+    batch, mask, _ = held_out(val, draw_mask, cfg.seed)
+    some = AlignedDataset(train_files, modalities, cfg, False)
+    reference, _, _ = held_out(some, draw_mask, cfg.seed, 128)
 
     def look(path):
         """Losses beside those of a constant map, and what one map alone tells of the others."""
@@ -667,7 +652,7 @@ def main(argv=None):
         draw(model, inputs, mask, preds, path)
         return record
 
-    pretrain(model, open_files(train_files, True), draw_mask, look, cfg)
+    pretrain(model, AlignedDataset(train_files, modalities, cfg, True), draw_mask, look, cfg)
 
 
 def public_multimae(state):
@@ -680,9 +665,9 @@ def public_multimae(state):
     renamed = {k: v for k, v in rename(state, names).items() if not k.endswith("pos_emb")}
     sizes, guesses = sizes_in(renamed | {"patch_embed.proj.weight": kernel})
     p, given = sizes["patch"], [m for m in MODALITIES if f"input_adapters.{m}.proj.weight" in state]
-    sizes |= {"modalities": ",".join(given), "img_size": str(14 * p)}
-    if (table := state.get("input_adapters.rgb.pos_emb")) is not None:  # (1, D, h, w)
-        sizes["img_size"] = f"{table.shape[2] * p}x{table.shape[3] * p}"
+    table = state.get("input_adapters.rgb.pos_emb", torch.empty(1, 1, 14, 14))  # (1, D, h, w)
+    img_size = "x".join(str(n * p) for n in table.shape[2:])
+    sizes |= {"modalities": ",".join(given), "img_size": img_size}
     if (embedding := state.get("input_adapters.semseg.class_emb.weight")) is not None:
         sizes |= {"classes": embedding.shape[0], "class_width": embedding.shape[1]}
     if "output_adapters.rgb.proj_context.weight" in state:

@@ -47,8 +47,8 @@ import data
 from mae_image import (ENCODERS, MAE, PatchEmbed, begin, draw_images, fetch, held_out, init_weights,
                        list_both, load_pretrained, mean_and_std, paint_held_out, pretrain, rename,
                        shapes, show_one, sizes_in, transformer)
-from mae_video import (ClipConfig, VideoMAE, draw_clips, grid_of, normalize_channels, open_clips,
-                       patchify_clips, sinusoid, unpatchify_clips)
+from mae_video import (ClipConfig, ClipDataset, VideoMAE, draw_clips, grid_of, normalize_channels,
+                       patchify_clips, sinusoid)
 from masking import MASKS, hidden, rank_and_world, report, restore, run_script, visible
 
 # ==================================================================================================
@@ -66,8 +66,6 @@ class OmniMAE(nn.Module):
 
     decoder   (width, blocks, heads); published: base (384, 4, 16), large (512, 4, 16), huge
               (512, 8, 16)
-    decoder_bias  True: q, k and v of the decoder have a bias, as in the training recipe. False: it
-              stays zero, as in the public code that reads the released files (whatever its flag)
     size, channels, mean, std, errors: as in MAE
     """
 
@@ -75,8 +73,7 @@ class OmniMAE(nn.Module):
     WARMUP_INCLUSIVE = False
 
     def __init__(self, frames=16, img_size=224, tubelet=2, patch=16, size="base",
-                 decoder=(384, 4, 16), norm_pix=True, decoder_bias=True, channels=3, mean=None,
-                 std=None):
+                 decoder=(384, 4, 16), norm_pix=True, channels=3, mean=None, std=None):
         super().__init__()
         self.grid = grid_of(frames, img_size, tubelet, patch)
         self.tubelet, self.patch, self.norm_pix = tubelet, patch, norm_pix
@@ -100,9 +97,6 @@ class OmniMAE(nn.Module):
         self.apply(init_weights)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.trunc_normal_(self.decoder_pred.weight, std=0.02)
-        if not decoder_bias:
-            for block in self.decoder_blocks:
-                block.attn.qkv.bias.requires_grad_(False)
 
     def as_clip(self, x):
         """An image is repeated to the length of a cube: (B, C, H, W) -> (B, C, u, H, W)."""
@@ -116,13 +110,11 @@ class OmniMAE(nn.Module):
         x = self.patch_embed(visible(patches, mask)) + visible(pos, mask)  # (B, K, D)
         return self.norm(self.blocks(x))
 
-    def decoder_input(self, latent, mask):
-        """Mask tokens and positions, at encoder width: visible tokens get positions twice."""
-        return restore(latent, mask, self.mask_token) + self.pos_embed[:, : mask.shape[1]]
-
     def forward_decoder(self, latent, mask):
         """All tokens in raster order.   (B, K, D) -> (B, M, P)"""
-        x = self.decoder_embed(self.decoder_input(latent, mask))  # (B, N, E)
+        # mask tokens and positions at encoder width: visible tokens get positions twice
+        x = restore(latent, mask, self.mask_token) + self.pos_embed[:, : mask.shape[1]]  # (B, N, D)
+        x = self.decoder_embed(x)  # (B, N, E)
         x = self.decoder_norm(self.decoder_blocks(x))  # (B, N, E)
         return self.decoder_pred(hidden(x, mask))
 
@@ -149,10 +141,8 @@ class OmniMAE(nn.Module):
 
     def to_pictures(self, patches):
         """Cubes (B, N, P) -> frames (B, T, C, H, W) in [0, 1]; of an image one of its copies."""
-        t, h, w = self.grid
-        slots = patches.shape[1] // (h * w)
-        frames = unpatchify_clips(patches, self.patch, slots, h, w, len(self.mean)).transpose(1, 2)
-        return frames[:, :1] if slots < t else frames
+        frames = VideoMAE.to_pictures(self, patches)
+        return frames[:, :1] if patches.shape[1] < math.prod(self.grid) else frames
 
 
 # ==================================================================================================
@@ -203,12 +193,12 @@ def mixed_plan(epoch, images, videos, batch, repeat, pieces, seed):
     Each piece is of one kind, and the gradients of all are added up: the same loss and the same
     gradients as if both went through the network together.   pieces: an even number
     """
-    of_images = data.shuffled(seed, epoch, images, batch // pieces)
-    of_videos = data.shuffled(seed + 1, epoch, videos, batch // pieces // repeat)
-    of_videos = [[images + i for i in piece] for piece in of_videos]
-    size, updates = pieces // 2, []
-    for k in range(0, min(len(of_images), len(of_videos)) - size + 1, size):
-        updates.append(of_images[k : k + size] + of_videos[k : k + size])
+    of_images = data.shuffled(seed, epoch, images, batch // 2)
+    of_videos = data.shuffled(seed + 1, epoch, videos, batch // 2 // repeat)
+    half, updates = pieces // 2, []
+    for some, clips in zip(of_images, of_videos):
+        parts = np.split(np.array(some), half) + np.split(images + np.array(clips), half)
+        updates.append([part.tolist() for part in parts])
     return updates
 
 
@@ -275,21 +265,21 @@ def main(argv=None):
         rule = ("hide",) if cfg.mask == "random" else ()
         return MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator, *rule)
 
-    def open_images(files, cfg, train):
-        return data.ImageDataset(files, size, cfg.seed, cfg.min_crop_image, cfg.flip_image, train)
-
+    of_images = dataclasses.replace(cfg, min_crop=cfg.min_crop_image, flip=cfg.flip_image)
     if cfg.picture:
-        kind, draw = open_images, draw_images
+        kind, draw = data.ImageDataset, draw_images
         if Path(cfg.picture).suffix.lower() in data.VIDEO:
-            kind, draw = open_clips, draw_clips
+            kind, draw = ClipDataset, draw_clips
         file = data.one_file(cfg.picture, data.IMAGE + data.VIDEO)
         return show_one(model, kind(file, cfg, False), draw_mask, draw, cfg)
     fetch(cfg.data, cfg.images)
     report("images, then videos:")
     images, val_images = list_both(data.list_images, cfg.images, cfg.allow_missing)
     videos, val_videos = list_both(data.list_videos, cfg.data, cfg.fold, cfg.allow_missing)
-    dataset = JointDataset(open_images(images, cfg, True), open_clips(videos, cfg, True))
-    val_images, val_clips = open_images(val_images, cfg, False), open_clips(val_videos, cfg, False)
+    images = data.ImageDataset(images, of_images, True)
+    dataset = JointDataset(images, ClipDataset(videos, cfg, True))
+    val_images = data.ImageDataset(val_images, of_images, False)
+    val_clips = ClipDataset(val_videos, cfg, False)
     kinds = [("images", held_out(val_images, draw_mask, cfg.seed), draw_images),
              ("videos", held_out(val_clips, draw_mask, cfg.seed), draw_clips)]
     counts, shares = (len(dataset.images), len(dataset.videos)), (cfg.image_share, cfg.video_share)
@@ -330,15 +320,14 @@ def public_omni(state):
     """
     if "trunk.patch_embed.proj.1.weight" not in state:
         return None
+    head = "decoder_pred." if "trunk.decoder.decoder_embed.weight" in state else "head."
     names = {r"^trunk\.": "", r"proj\.1\.": "proj.", r"^decoder\.decoder_": "decoder_",
-             r"^decoder\.norm\.": "decoder_norm.", r"^heads\.0\.projector\.": "head."}
+             r"^decoder\.norm\.": "decoder_norm.", r"^(heads\.0\.projector|head)\.": head}
     renamed = {k: v for k, v in rename(state, names).items() if not k.endswith("pos_embed")}
     N = state["trunk.pos_embed"].shape[1] if "trunk.pos_embed" in state else 8 * 14 * 14
     slots = 16 // renamed["patch_embed.proj.weight"].shape[2]
     sizes, guesses = sizes_in(renamed, N // slots)  # huge: 16 x 16 patches of 14 pixels
     sizes |= {"frames": 16, "stride": 4, "sampling": "dense"}
-    if "decoder" in sizes:
-        renamed = rename(renamed, {r"^head\.": "decoder_pred."})  # the pixel head
     for key in [k for k in renamed if k.endswith("qkv.weight")]:
         renamed.setdefault(key.replace("weight", "bias"), torch.zeros(len(renamed[key])))
     return sizes, renamed, guesses + ["frames"]

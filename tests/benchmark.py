@@ -397,7 +397,8 @@ def table_loader(setup):
                                      for key, f in usable.items()}, 1)
         for name in ("MP4, H.264", "shrunk"):
             one = data.Files(np.array([paths[name]]), np.array([0]), ["a"])
-            four = mae_video.ClipDataset(one, 16, 4, (112, 112), 0, repeat=4)
+            cfg = mae_video.Config(frames=16, stride=4, sampling="dense", img_size="112", repeat=4)
+            four = mae_video.ClipDataset(one, cfg, True)
             add(f"{name}, 4 clips anywhere", {"ours": lambda i: four[i, 0]}, 4)
     torch.set_num_threads(threads)
     title = "Loader, clips a second of one worker: 16 x 4 of 300 frames of 320 x 240, to 112 px"

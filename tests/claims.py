@@ -336,7 +336,7 @@ def prepare(name, short, args):
         log = Path(f"{folder}.log")
         with open(log, "w") as file:
             subprocess.run([*command, "--short-side", str(short)], stdout=file)
-        if "the copies are in" not in log.read_text():  # the last line
+        if "files decoded" not in log.read_text():  # the last line
             raise SystemExit(f"{name} could not be shrunk: see {log}")
         part.rename(folder)
     elif source.is_dir():

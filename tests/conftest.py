@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import data  # noqa: E402
-from layouts import renamed  # noqa: E402
 from masking import run_script  # noqa: E402
 
 inspect.getsource = functools.cache(inspect.getsource)  # 0.1 s for the settings of every main()
@@ -102,13 +101,3 @@ def script(tmp_path):
 TINY_IMAGE = ["--img-size", 16, "--patch", 8, "--size", "24x1x2", "--decoder", "16x1x2", "--batch", 16,
               "--epochs", 2, "--warmup", 1, "--workers", 0, "--log-every", 1, "--pictures", 1]
 TINY_VIDEO = ["--frames", 4, "--tubelet", 2, *TINY_IMAGE]
-
-
-def copy_encoder(model, encoder):
-    """Blocks and final norm of a model of ours -> the encoder of torchvision's VisionTransformer."""
-    names = {"norm": "ln_", "attn.qkv.": "self_attention.in_proj_", "mlp.fc1": "mlp.0",
-             "attn.proj": "self_attention.out_proj", "mlp.fc2": "mlp.3"}
-    encoder.ln.load_state_dict(model.norm.state_dict())
-    for ours, theirs in zip(model.blocks, encoder.layers):
-        state = ours.state_dict().items()
-        theirs.load_state_dict({renamed(key, names): value for key, value in state})

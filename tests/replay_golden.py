@@ -257,7 +257,9 @@ def replay_omni_pretrain(r):
     """OmniMAE: an image step and a video step, then three updates image, video, image."""
     c, batches = r.config, []
     model = omni.OmniMAE(c["num_frames"], c["img_size"], c["t_patch_size"], c["patch_size"],
-                         *encoder_and_decoder(c), True, c["decoder_qkv_bias"] == "fused")
+                         *encoder_and_decoder(c))
+    for block in model.decoder_blocks:  # the code that reads the released files has no bias here
+        block.attn.qkv.bias.requires_grad_(c["decoder_qkv_bias"] == "fused")
     load(model, "omni", r.weights)
     for name in ("pos_encoder", "pos_decoder"):
         r.check(name, model.pos_embed[0, c["pos_rows"]])
@@ -270,7 +272,11 @@ def replay_omni_pretrain(r):
         latent = model.forward_encoder(x, mask)
         r.check(f"{kind}/tokens", model.patch_embed(model.cubes(x)))
         r.check(f"{kind}/latent", latent)
-        r.check(f"{kind}/dec_in", model.decoder_input(latent, mask))
+        caught = []
+        hook = model.decoder_embed.register_forward_pre_hook(lambda module, inputs: caught.extend(inputs))
+        model.forward_decoder(latent, mask)
+        hook.remove()
+        r.check(f"{kind}/dec_in", caught[0])
         check_step(r, model, x, mask, *everywhere(model, x, mask), f"{kind}/", pixel_head)
     three_updates(r, model, lambda i: [model(*batches[i % 2])[0]], pixel_head)
 

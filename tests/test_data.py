@@ -80,7 +80,7 @@ def all_frames(n):
 
 def dataset_of(*paths):
     files = data.Files([str(path) for path in paths], [0] * len(paths), ["a"])
-    return ClipDataset(files, 4, 2, (16, 16), seed=0, sampling="segments")
+    return ClipDataset(files, mae_video.Config(frames=4, stride=2, img_size="16"), True)
 
 
 def take_one(dataset, workers):
@@ -183,7 +183,7 @@ def test_a_late_clip_is_reached_by_a_jump(tmp_path, monkeypatch):
 def test_a_clip_is_chosen_again_where_packets_count_more_than_frames(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "x.mp4", frames=waves(40))
     monkeypatch.setattr(data, "frame_times", lambda path: (400, None, ""))
-    clips, _ = data.read_clips(path, lambda n: mae_video.dense_views(n, 4, 2, 1))
+    clips, _ = data.read_clips(path, lambda n: mae_video.views_of("dense", n, 4, 2, 1))
     assert np.array_equal(clips[0], np.stack(decode(path))[[16, 18, 20, 22]])
 
 
@@ -225,7 +225,8 @@ def test_genuine_ucf101_and_hmdb51_clips_read(real, name, count):
         files = data.list_videos(root, split, allow_missing=True)
         assert len(files.classes) == count
         used += files.paths.tolist()
-        clips, _, problems = ClipDataset(files, 16, 2, (64, 64), seed=0)[0, 0]
+        cfg = mae_video.Config(frames=16, stride=2, sampling="dense", img_size="64")
+        clips, _, problems = ClipDataset(files, cfg, True)[0, 0]
         assert clips.shape == (1, 16, 64, 64, 3) and clips.float().std() > 5 and not problems
     assert len(used) == len(set(used)) >= 2
 

@@ -108,7 +108,6 @@ SCRIPTS = {
     "tuned mae": (finetune, *TUNE, *RECIPE, "--model", "mae", "--pool", "first"),
     "tuned mae_st": (finetune, *TUNE, "--model", "mae_st", "--dropout", 0.5),
     "tuned omni": (finetune, *TUNE, "--model", "omni"),
-    "depth": (finetune, *TUNE, "--model", "multimae", "--dense", "depth"),
     "classes": (finetune, *TUNE, "--model", "multimae", "--dense", "semseg"),
 }
 

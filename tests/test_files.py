@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import data
+from mae_image import Config, list_both
 from masking import report
 
 
@@ -118,7 +119,7 @@ def test_split_folders_have_many_names_and_the_classes_of_training(tmp_path, tra
     ("train", "README.txt dataset/a/1.mp4 dataset/b/2.mp4", {"1.mp4": "a", "2.mp4": "b"}),
     ("train", "__MACOSX/x/a/._1.mp4 x/y/a/1.mp4 x/y/b/2.mp4", {"1.mp4": "a", "2.mp4": "b"}),
     ("train", "a/1.mp4 b/2.mp4 b/.3.mp4 b/.thumbs/4.mp4", {"1.mp4": "a", "2.mp4": "b"}),
-    ("train", "intro.mp4 a/1.mp4 b/2.mp4", {"1.mp4": "a", "2.mp4": "b"}),
+    ("train", "intro.mp4 a/1.mp4 b/2.mp4", {"1.mp4": "a", "2.mp4": "b", "intro.mp4": None}),
     ("train", "dataset/archery/1.mp4", {"1.mp4": None}),  # one folder alone is no class
     ("val", "x.mp4", {"x.mp4": None}),
     ("val", "train/a/1.mp4 val/a/2.mp4 test/a/3.mp4", {"2.mp4": "a"}),
@@ -139,12 +140,13 @@ def test_what_a_folder_leaves_in_doubt_is_an_error(tmp_path, names, message):
         data.list_videos(fill(tmp_path, *names.split()), "val")
 
 
-def test_one_line_says_what_was_found(tmp_path):
+def test_one_line_says_what_was_found(tmp_path, capsys):
     fill(tmp_path / "train", "a/1.mp4", "b/2.mp4", "a/x.ts", "b/x.ts", "intro.mp4")
     fill(tmp_path / "val", "a/3.mp4")
-    line = data.describe(data.list_videos(tmp_path), data.list_videos(tmp_path, "val"))
-    how = "folder train, passed over: 2 .ts, 1 beside the class folders"
-    assert line == f"training: 2 files of 2 classes ({how}); held out: 1 (folder val)"
+    files = list_both(data.list_videos, tmp_path)[0]
+    assert found(files) == {"1.mp4": "a", "2.mp4": "b", "intro.mp4": None}
+    line = "training: 3 files of 2 classes (folder train, passed over: 2 .ts); held out: 1 (folder val)"
+    assert capsys.readouterr().out == f"{line}\n"
     with pytest.raises(ValueError, match="--fold 2: .* has no official lists"):
         data.list_videos(tmp_path, fold=2)
 
@@ -205,7 +207,7 @@ def test_cifar10_comes_through_torchvision_unless_there_is_such_a_folder(monkeyp
     monkeypatch.setattr(data.datasets, "CIFAR10", fake)
     monkeypatch.chdir(tmp_path)
     files = data.list_images("cifar10")
-    pixels, number, problems = data.ImageDataset(files, (24, 16), 0)[0, 4]
+    pixels, number, problems = data.ImageDataset(files, Config(img_size="24x16"), True)[0, 4]
     assert pixels.shape == (1, 24, 16, 3) and (pixels == 8).all() and number == 4 and not problems
     assert files.labels[11] == 1 and (data.list_images("cifar10", "val").pixels == 7).all()
     assert data.list_images(fill(Path("cifar10"), "a.png")).paths.tolist() == ["cifar10/a.png"]

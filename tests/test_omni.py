@@ -14,7 +14,7 @@ import mae_image
 import omni
 from conftest import TINY_VIDEO
 from layouts import official_omni
-from mae_video import ClipDataset
+from mae_video import ClipDataset, Config
 from masking import random_mask
 from omni import JointDataset, OmniMAE, joint_plan, mixed_plan
 
@@ -69,8 +69,9 @@ def test_a_mixed_plan_has_as_many_images_as_clips_in_every_update(pieces):
 
 
 def open_both(toy):
-    images = data.ImageDataset(data.list_images(toy), (16, 32), 0)
-    return images, ClipDataset(data.list_videos(toy), 8, 1, (16, 32), 0, repeat=2)
+    cfg = Config(frames=8, stride=1, sampling="dense", img_size="16x32", repeat=2)
+    images = data.ImageDataset(data.list_images(toy), cfg, True)
+    return images, ClipDataset(data.list_videos(toy), cfg, True)
 
 
 def test_the_items_of_a_joint_dataset_are_the_images_and_then_the_videos(toy, tmp_path):

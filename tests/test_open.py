@@ -244,7 +244,8 @@ def test_a_random_crop_lies_in_the_image_and_has_the_area_asked_for():
 @pytest.mark.parametrize("sampling", ["dense", "linspace", "segments"])
 def test_repeated_clips_have_frames_of_their_own(sampling):
     files = data.Files(["x.avi"], [0], ["x"])
-    clips = mae_video.ClipDataset(files, 8, 4, (16, 16), 0, sampling, repeat=4)
+    cfg = mae_video.Config(frames=8, stride=4, sampling=sampling, img_size="16", repeat=4)
+    clips = mae_video.ClipDataset(files, cfg, True)
     assert len(np.unique(clips.choose(300, data.seeded(0)), axis=0)) == 4
 
 
@@ -252,7 +253,8 @@ def test_resized_depth_does_not_overshoot(tmp_path):
     step = Image.fromarray(np.array([[20000] * 6 + [40000] * 6] * 12, np.uint16))
     data.write_whole(tmp_path / "depth/a.png", lambda p: step.save(p, "png"))
     files = data.Files([str(tmp_path / "depth/a.png")], [0], ["x"])
-    maps = multimae.AlignedDataset(tmp_path, files, ["depth"], (30, 30), 6, -1, 0, train=False)
+    cfg = multimae.Config(data=tmp_path, img_size="30")
+    maps = multimae.AlignedDataset(files, ["depth"], cfg, False)
     depth = maps[0, 0][0].int() @ torch.tensor([256, 1], dtype=torch.int)
     assert depth.min() == 20000 and depth.max() == 40000 and len(depth.unique()) > 2
 
