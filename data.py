@@ -699,15 +699,18 @@ def start_loader(dataset, workers, **options):
     loader = DataLoader(dataset, num_workers=workers, worker_init_fn=begin_worker, **options)
     if os.name != "posix":
         return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits until all run
-    on_child = signal.getsignal(signal.SIGCHLD)  # torch would raise anywhere if a worker is killed
+    # Ctrl-C waits until all run; and torch would raise anywhere if a worker is killed
+    before, pressed = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGCHLD)}, []
+    signal.signal(signal.SIGINT, lambda *args: pressed.append(True))
     try:
         return iter(loader)
     except OSError as error:
         raise OSError(f"no workers can be started: {error}; try --workers 0") from None
     finally:
-        signal.signal(signal.SIGCHLD, on_child)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 def begin_worker(worker):

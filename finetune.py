@@ -20,7 +20,7 @@ autoencoders are strong in the first and weak in the last (VideoMAE Table 3: 69.
 Run     python finetune.py                            (2 min on 2 CPU cores, after mae_video.py)
         python finetune.py --mode scratch --lr 2e-2 --out runs/scratch  (... without pretraining)
         python finetune.py --mode linear --out runs/linear    (--mode knn needs no training at all)
-        python finetune.py --data UCF101 --preset ucf101 --init runs/ucf101/checkpoint.pt
+        python finetune.py --data UCF101 --preset ucf101 --init runs/mae_video_ucf101/checkpoint.pt
         python finetune.py --predict clip.avi                 (with the classifier in runs/finetune)
         It ends with "done: finetune: top-1 ... see runs/finetune".
 Next    this is the last file. tests/ shows what was checked, and how.
@@ -451,31 +451,30 @@ class Config(ClipConfig):
 _recipe = dict(frames=16, stride=4, sampling="dense", tubelet=2, smoothing=0.1, erase=0.25,
                rand_augment=7, rand_ops=4, mixup=0.8, cutmix=1.0, repeat=2, crops=3)
 _gpu = dict(_recipe, img_size="112", size="small", min_crop=0.3, batch=128, lr=1e-3,
-            layer_decay=0.7, drop_path=0.1, epochs=100, warmup=5, workers=8)
+            layer_decay=0.7, warmup=5)
 # VideoMAE App. 7 "UCF101", "HMDB51": batch 128, base rates 5e-4 and 1e-3. Our --batch counts both
 # clips of a video: so twice that, and half the base rate. RandAugment, dropout and the end of the
 # cosine are those of the public UCF101 script
 _paper = dict(_recipe, img_size="224", patch=16, size="base", min_crop=0.08, batch=256,
-              layer_decay=0.7, drop_path=0.2, dropout=0.5, warmup=5, min_lr=5e-6, workers=16)
+              layer_decay=0.7, drop_path=0.2, dropout=0.5, warmup=5, min_lr=5e-6)
 PRESETS = {
     # some hundred clips of your own, on a CPU or one GPU
     "small": dict(lr=5e-2, layer_decay=0.9, drop_path=0.0, smoothing=0.1, min_crop=0.8, epochs=60,
-                  warmup=4, clips=2, out="runs/small_ft", init="runs/small/checkpoint.pt"),
-    "ucf101": dict(_gpu, clips=5, out="runs/ucf101_ft"),
-    "hmdb51": dict(_gpu, stride=2, clips=10, out="runs/hmdb51_ft"),
-    "ucf101_paper": dict(_paper, lr=2.5e-4, epochs=100, clips=5, out="runs/ucf101_paper_ft"),
-    "hmdb51_paper": dict(_paper, stride=2, lr=5e-4, epochs=50, clips=10,
-                         out="runs/hmdb51_paper_ft"),
-    "cifar10": dict(data="cifar10", smoothing=0.1, drop_path=0.1, batch=512, lr=1e-3, epochs=100,
-                    warmup=5, min_crop=0.6, rand_augment=7, mixup=0.8, cutmix=1.0, layer_decay=0.75,
-                    out="runs/cifar10_ft", init="runs/mae_cifar10/checkpoint.pt"),
+                  warmup=4, clips=2, init="runs/mae_video_small/checkpoint.pt"),
+    "ucf101": dict(_gpu, clips=5),
+    "hmdb51": dict(_gpu, stride=2, clips=10),
+    "ucf101_paper": dict(_paper, lr=2.5e-4, epochs=100, clips=5),
+    "hmdb51_paper": dict(_paper, stride=2, lr=5e-4, epochs=50, clips=10),
+    "cifar10": dict(data="cifar10", smoothing=0.1, batch=512, lr=1e-3, warmup=5, min_crop=0.6,
+                    rand_augment=7, mixup=0.8, cutmix=1.0,
+                    init="runs/mae_image_cifar10/checkpoint.pt"),
     # MAE Table 9 (ViT-B; the public code has 5e-4 and 0.65), random erasing from the public code
     "mae_paper": dict(smoothing=0.1, min_crop=0.08, erase=0.25, rand_augment=9, mixup=0.8,
                       cutmix=1.0, batch=1024, lr=1e-3, epochs=100, warmup=5, layer_decay=0.75,
-                      drop_path=0.1, workers=16),
+                      drop_path=0.1),
     # MAE Table 10; the class token of MAE, the mean of others
     "mae_probe_paper": dict(mode="linear", min_crop=0.08, batch=16384, probe_lr=0.1, epochs=90,
-                            warmup=10, workers=16),
+                            warmup=10),
 }
 FROZEN = ("linear", "knn", "features")  # modes in which the encoder learns nothing
 
@@ -484,9 +483,8 @@ def default_file(cfg):
     """Where a classifier or encoder is looked for without --init."""
     if cfg.eval_only or cfg.predict:
         return f"{cfg.out}/checkpoint.pt"
-    folders = {"mae": "mae_image", "omni": "omni", "multimae": "multimae"}
-    folder = folders.get(cfg.model, "mae_video")
-    return "" if cfg.mode == "scratch" else f"runs/{folder}/checkpoint.pt"
+    script = MODELS[cfg.model].__module__  # a model stands in the file that trains it
+    return "" if cfg.mode == "scratch" else f"runs/{script}/checkpoint.pt"
 
 
 def is_video(cfg):
@@ -542,11 +540,6 @@ def build(cfg, classes, found=None):
 
 def load_encoder(model, state, cfg, path, fresh_norm):
     """Copy a file's weights into a classifier, every one if it is tested.   -> what was done"""
-    if isinstance(model.encoder, MAE) and "pos_embed" in state:
-        table = state["pos_embed"]
-        if table.shape[1] == math.prod(model.encoder.grid) + 1:  # public: one for the class token
-            state["pos_embed"] = table[:, 1:]
-            state["cls_token"] = state["cls_token"] + table[:, :1]
     new = [] if cfg.eval_only or cfg.predict else ["head"] + ["norm"] * fresh_norm
     names = {r"^(?!norm\.|fc_norm\.|head\.)": "encoder.", r"^fc_norm\.": "norm."}
     if new:  # what the file has of these is not used

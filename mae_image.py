@@ -600,7 +600,7 @@ class RunConfig:
     init: str = ""  # start from the weights in this file, ours or a public one, and from its sizes
     resume: bool = False  # continue the run in --out
     seed: int = 0  # random seed of weights, masks, order, crops
-    workers: int = 2  # processes that load data
+    workers: int = min(8, os.cpu_count())  # processes that load data
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products
     compile: bool = False  # torch.compile: slow start, faster steps
@@ -635,13 +635,12 @@ class Config(RunConfig):
 
 PRESETS = {
     "cifar10": dict(data="cifar10", img_size="32", patch=2, size="tiny", decoder="192x4x3",
-                    norm_pix=True, epochs=400, batch=512, lr=1.5e-4, warmup=40,
-                    out="runs/mae_cifar10"),
+                    norm_pix=True, epochs=400, batch=512, lr=1.5e-4, warmup=40),
     "gpu": dict(img_size="128", patch=16, size="small", decoder="256x4x8", norm_pix=True,
-                epochs=200, batch=256, lr=1.5e-4, warmup=20, workers=8, out="runs/mae_gpu"),
+                epochs=200, batch=256, lr=1.5e-4, warmup=20),
     # App. A.1, Table 8; epochs of Table 3
     "paper": dict(img_size="224", patch=16, size="base", decoder="512x8x16", norm_pix=True,
-                  epochs=1600, batch=4096, lr=1.5e-4, warmup=40, workers=16, out="runs/mae_paper"),
+                  epochs=1600, batch=4096, lr=1.5e-4, warmup=40),
 }
 
 
@@ -730,11 +729,11 @@ def shapes(cfg):
 
 # What may change when a run is resumed. All else would make it another run.
 MAY_CHANGE = "out data images resume workers device compile log_every accum pictures".split()
-# Settings that are taken from the file of --init: they overrule a preset, not a flag.
-FROM_FILE = ("model size decoder patch tubelet frames stride sampling img_size norm_pix modalities "
-             "classes class_width fold pool inputs classify").split()
-# What the weights fix: a flag must not say otherwise.
-FIXED = ("model", "size", "decoder", "patch", "tubelet", "classes")
+# Settings that the file of --init fixes: a flag must not say otherwise.
+FIXED = "model size decoder patch tubelet classes".split()
+# Settings that are taken from it, too: they overrule a preset, not a flag.
+FROM_FILE = ("frames stride sampling img_size norm_pix modalities class_width fold pool inputs "
+             "classify").split()
 
 
 def file_to_show(cfg):
@@ -749,21 +748,21 @@ def begin(Config, presets, doc, readers, argv, default_file=file_to_show):
     """
     preset, flags = settings(Config, presets, doc, argv)
     cfg, found = Config(**(preset | flags)), None
-    path, stored, fixed = cfg.init or default_file(cfg), {}, set()
+    path, stored, free = cfg.init or default_file(cfg), {}, MAY_CHANGE
     if cfg.resume:
         path, found = cfg.out, read_file(f"{cfg.out}/checkpoint.pt", readers)
-        stored, fixed = found.settings, set(flags) - set(MAY_CHANGE)
+        stored = found.settings
     elif path:
         found = read_file(path, readers)
         told = found.settings | {"model": found.model}
-        stored = {k: told[k] for k in FROM_FILE if k in told and hasattr(cfg, k)}
-        fixed = set(FIXED) - set(found.guesses)
+        stored = {k: told[k] for k in FIXED + FROM_FILE if k in told and hasattr(cfg, k)}
+        free = [*FROM_FILE, *found.guesses]
     fields = dataclasses.fields(Config)
     known = {f.name: (float, int) if f.type is float else type(f.default) for f in fields}
     for name, value in stored.items():
         if not isinstance(value, known.get(name, ())):
             raise ValueError(f"{path} says {name} = {value!r}, unknown to {Config.SCRIPT}.py")
-        if name in fixed and flags.get(name, value) != value:
+        if name not in free and flags.get(name, value) != value:
             what = f"{path} has {value}, which cannot be changed"
             raise ValueError(f"--{name.replace('_', '-')} {flags[name]}: {what}")
     cfg = Config(**(preset | stored | flags | {"out": cfg.out}))
@@ -830,12 +829,11 @@ class Run:
         self.world = rank_and_world()[1]
         self.device = next(model.parameters()).device
         self.dtype = choose_precision(cfg, self.device)
-        low = self.dtype != torch.float32
-        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=low)
+        self.autocast = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.done = self.saved = 0  # updates
         self.asked = self.stopping = False
-        self.recent = []  # (loss, file numbers) of the updates since the last line of the log
+        self.recent = []  # (update, loss, file numbers) since the last line of the log
         self.scores, self.problems = {}, set()
         self.began = self.clock = time.monotonic()
         self.save_after = self.waited = 0.0
@@ -916,10 +914,10 @@ class Run:
     def after_update(self, loss, lr, items, look):
         """Log, pictures, checkpoint when due. One process reads `loss` from the GPU only then."""
         self.done += 1
-        self.recent.append((loss, items))
-        self.stopping = self.sum_up(self.asked) > 0 and self.done < self.total
+        self.recent.append((self.done, loss, items))
+        self.stopping = self.average(self.asked) > 0 and self.done < self.total
         ending = self.stopping or self.done == self.total
-        looking = self.done in self.look_at and not self.stopping
+        looking = self.done in self.look_at
         if self.done % self.cfg.log_every == 0 or looking or ending:
             self.log_losses(lr)
             if looking:
@@ -927,23 +925,23 @@ class Run:
             if ending or time.monotonic() > self.save_after:
                 self.save()
 
-    def sum_up(self, value):
-        """The sum over all processes."""
+    def average(self, value):
+        """The mean over all processes."""
         if self.world == 1:
             return value
         values = torch.tensor(float(value), device=self.device)
         torch.distributed.all_reduce(values)
-        return values.item()
+        return values.item() / self.world
 
     def log_losses(self, lr):
         """A line of the log: the mean loss since the last one."""
-        for update, (loss, items) in enumerate(self.recent, self.done - len(self.recent) + 1):
+        for update, loss, items in self.recent:
             if not math.isfinite(loss):
                 names = ", ".join(self.dataset.paths[items])
                 hint = f"try a lower --lr, --clip 1 or --precision float32. The batch was: {names}"
                 raise FloatingPointError(f"the loss is {float(loss)} in update {update}: {hint}")
-        loss = sum(float(loss) for loss, _ in self.recent) / len(self.recent)
-        loss = self.sum_up(loss) / self.world
+        loss = sum(float(loss) for _, loss, _ in self.recent) / len(self.recent)
+        loss = self.average(loss)
         seconds = time.monotonic() - self.clock
         speed, waiting = len(self.recent) * self.cfg.batch / seconds, self.waited / seconds
         left = (self.total - self.done) * self.cfg.batch / speed
@@ -1193,7 +1191,10 @@ def public_mae(state):
     kernel = state.get("patch_embed.proj.weight", torch.empty(0))
     if kernel.ndim != 4 or "cls_token" not in state or not blocks_in(state, "blocks."):
         return None
-    places = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else 0
+    places, table = 0, state.get("pos_embed")
+    if table is not None:  # (1, 1+N, D): the first row belongs to the class token, ours has none
+        places = table.shape[1] - 1
+        state = state | {"pos_embed": table[:, 1:], "cls_token": state["cls_token"] + table[:, :1]}
     sizes, guesses = sizes_in(state, places)
     return sizes, state, guesses
 

@@ -529,19 +529,19 @@ class Config(ClipConfig):
 _video = dict(frames=16, stride=4, sampling="dense", tubelet=2, mask_ratio=0.75, norm_pix=True,
               lr=3e-4, crop="multiscale", flip=False)
 _gpu = dict(_video, img_size="112", patch=8, size="small", decoder="192x4x3", epochs=200, batch=64,
-            warmup=20, workers=8)
+            warmup=20)
 _paper = dict(_video, img_size="224", patch=16, size="base", decoder="384x4x6", epochs=3200,
-              batch=192, min_lr=1e-5, warmup=40, workers=16)
+              batch=192, min_lr=1e-5, warmup=40)
 PRESETS = {
     # some hundred clips of your own, on a CPU or one GPU
     "small": dict(tubelet=2, size="96x4x3", decoder="64x1x2", mask_ratio=0.85,
-                  norm_pix=True, batch=32, lr=2e-2, epochs=300, warmup=15, out="runs/small"),
-    "gpu": dict(_gpu, out="runs/video_gpu"),
-    "ucf101": dict(_gpu, out="runs/ucf101"),
-    "hmdb51": dict(_gpu, stride=2, epochs=400, out="runs/hmdb51"),
+                  norm_pix=True, batch=32, lr=2e-2, epochs=300, warmup=15),
+    "gpu": _gpu,
+    "ucf101": _gpu,
+    "hmdb51": dict(_gpu, stride=2, epochs=400),
     # VideoMAE App. 7 "UCF101" and "HMDB51" (8 GPUs); flip, end of the cosine: public code
-    "ucf101_paper": dict(_paper, out="runs/ucf101_paper"),
-    "hmdb51_paper": dict(_paper, stride=2, epochs=4800, out="runs/hmdb51_paper"),
+    "ucf101_paper": _paper,
+    "hmdb51_paper": dict(_paper, stride=2, epochs=4800),
     # MAE-ST Sec. 4: 800 epochs are 200 passes x 4 clips. Passes from SlowFast's configuration;
     # warm-up 30 passes, the 120 epochs of Table 5. Rate and clipping from mae_st's PRETRAIN.md,
     # where 1.6e-3 is for 256 videos, that is 1024 clips; here it is for 256 clips, so a quarter.
@@ -549,7 +549,7 @@ PRESETS = {
     "mae_st_paper": dict(model="mae_st", frames=16, stride=4, sampling="linspace", tubelet=2,
                          img_size="224", patch=16, size="large", decoder="512x4x16", mask_ratio=0.9,
                          norm_pix=True, repeat=4, batch=512, lr=4e-4, clip=0.02, epochs=200,
-                         warmup=30, workers=16, out="runs/mae_st_paper"),
+                         warmup=30),
 }
 
 

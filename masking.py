@@ -368,7 +368,9 @@ def settings(Config, presets, doc, argv=None):
         elif found:
             add_flag(group, fields[found[1]], found[2])
     given = vars(parser.parse_args(argv))
-    preset = presets.get(given.pop("preset"), {})
+    name, preset = given.pop("preset"), {}
+    if name:
+        preset = {"out": f"{Config.out}_{name}"} | presets[name]
     for name, value in given.items():
         if isinstance(value, (int, float)) and value < LEAST.get(name, 0) and name != "ignore":
             parser.error(f"--{name.replace('_', '-')} {value} is too small")
@@ -384,7 +386,7 @@ def add_flag(group, field, text):
     elif words := getattr(field.type, "__args__", None):
         options |= {"choices": words, "type": type(words[0])}
     else:
-        options |= {"type": field.type, "metavar": field.type.__name__.upper()}
+        options["type"] = field.type
     group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
@@ -404,7 +406,7 @@ def main(argv=None):
     generator = torch.Generator().manual_seed(cfg.seed)
     kinds = [kind for kind in MASKS if kind != "grid" or cfg.ratio == 0.75]
     masks = {kind: MASKS[kind](1, grid, cfg.ratio, generator)[0] for kind in kinds}
-    parts = dirichlet_mask(1, [n] * 3, max(1, n // 2), generator)[0].split(n)  # 1/6 of 3n stays
+    parts = dirichlet_mask(1, [n] * 3, n // 2, generator)[0].split(n)  # 1/6 of 3n stays
     masks |= {f"dirichlet, {m}": part for m, part in zip(("RGB", "depth", "classes"), parts)}
 
     # a row for each kind of mask, a column for each time slot

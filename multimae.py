@@ -511,10 +511,9 @@ class Config(RunConfig):
 PRESETS = {
     # The public recipe: ViT-B on ImageNet with pseudo-labels, 8 GPUs
     "paper": dict(classes=133, img_size="224", patch=16, size="base", class_width=64, visible=1 / 6,
-                  decoder="256x2x8", epochs=1600, batch=2048, lr=1e-4, warmup=40, workers=16,
-                  out="runs/multimae_paper"),
+                  decoder="256x2x8", epochs=1600, batch=2048, lr=1e-4, warmup=40),
     "gpu": dict(img_size="64", patch=8, size="tiny", decoder="192x2x3", visible=1 / 6, epochs=400,
-                batch=256, lr=1e-3, warmup=20, workers=8, out="runs/multimae_gpu"),
+                batch=256, lr=1e-3, warmup=20),
 }
 
 

@@ -12,7 +12,7 @@ Covers  abstract, "90 % of image and 95 % of video patches"   --mask-ratio-image
         public code, every update images or clips             JointDataset, joint_plan
         public code, sample replication                       --repeat, mae_video.ClipDataset
         ours: images and clips in every update                --joint mixed
-Not     fine-tuning (finetune.py takes the checkpoint for images and for videos); block masks.
+Not     fine-tuning (finetune.py takes the checkpoint for images and for videos); other masks.
         Of the paper only the abstract, the start of the introduction and the caption of Fig. 1
         were read: what goes beyond them follows the public code, and is named so.
 
@@ -49,7 +49,7 @@ from mae_image import (ENCODERS, MAE, PatchEmbed, begin, draw_images, fetch, hel
                        shapes, show_one, sizes_in, transformer)
 from mae_video import (ClipConfig, ClipDataset, VideoMAE, draw_clips, grid_of, normalize_channels,
                        patchify_clips, sinusoid)
-from masking import MASKS, hidden, rank_and_world, report, restore, run_script, visible
+from masking import hidden, random_mask, rank_and_world, report, restore, run_script, visible
 
 # ==================================================================================================
 #  THE PAPER, part 1: the model
@@ -224,7 +224,6 @@ class Config(ClipConfig):
     video_share: float = 1.0  # the same for videos; the public recipe with --repeat 4: 0.25
     # model
     decoder: str = "64x2x4"  # WIDTHxBLOCKSxHEADS; the public code's base has 384x4x16
-    mask: typing.Literal["random", "tube", "frame", "causal"] = "random"  # of videos
     mask_ratio: float = 0.75  # share of a clip's cubes that are hidden; paper 0.95, public code 0.9
     mask_ratio_image: float = 0.75  # share of an image's patches; paper 0.9, public recipe 0.75
     norm_pix: bool = False  # predict cubes normalised by their own mean and deviation, as published
@@ -243,11 +242,10 @@ PRESETS = {
     "paper": dict(frames=16, stride=4, sampling="dense", img_size="224", tubelet=2, patch=16,
                   size="base", decoder="384x4x16", mask_ratio=0.95, mask_ratio_image=0.9,
                   norm_pix=True, min_crop=0.08, repeat=4, image_share=1.0, video_share=0.25,
-                  batch=2048, lr=2e-4, epochs=800, warmup=40, workers=16, out="runs/omni_paper"),
+                  batch=2048, lr=2e-4, epochs=800, warmup=40),
     "gpu": dict(frames=16, stride=4, sampling="dense", img_size="112", tubelet=2, patch=8,
                 size="small", decoder="192x4x3", mask_ratio=0.9, norm_pix=True, repeat=4,
-                image_share=1.0, batch=128, lr=3e-4, epochs=200, warmup=10, workers=8,
-                out="runs/omni_gpu"),
+                image_share=1.0, batch=128, lr=3e-4, epochs=200, warmup=10),
 }
 
 
@@ -257,13 +255,13 @@ def main(argv=None):
     size, encoder, decoder = shapes(cfg)
     model = OmniMAE(cfg.frames, size, cfg.tubelet, cfg.patch, encoder, decoder, cfg.norm_pix)
     load_pretrained(model.to(device), found, cfg.resume)
-    t, h, w = model.grid
 
     def draw_mask(batch, rows, generator):
-        if batch.ndim == 4:  # "hide": OmniMAE's code counts hidden tokens, MAE's visible ones
-            return MASKS["random"](rows, (1, h, w), cfg.mask_ratio_image, generator, "hide")
-        rule = ("hide",) if cfg.mask == "random" else ()
-        return MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator, *rule)
+        grid, ratio = model.grid, cfg.mask_ratio
+        if batch.ndim == 4:
+            grid, ratio = (1, *grid[1:]), cfg.mask_ratio_image
+        # "hide": OmniMAE's code counts hidden tokens, MAE's visible ones
+        return random_mask(rows, grid, ratio, generator, "hide")
 
     of_images = dataclasses.replace(cfg, min_crop=cfg.min_crop_image, flip=cfg.flip_image)
     if cfg.picture:

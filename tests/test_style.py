@@ -202,7 +202,8 @@ def runs(toy, tmp_path_factory):
         more = ["--images", toy] if module is omni else []
         more += ["--data", toy, "--smoke", "--out", folder / module.__name__]
         module.main([str(flag) for flag in [*sizes, *more]])
-    for name, like in (("small", "mae_video"), ("ucf101", "mae_video"), ("small_ft", "finetune")):
+    for name, like in (("mae_video_small", "mae_video"), ("mae_video_ucf101", "mae_video"),
+                       ("finetune_small", "finetune")):
         (folder / name).symlink_to(folder / like)
     return folder
 
@@ -222,8 +223,10 @@ def test_a_readme_command_runs(command, run, toy, tmp_path, runs):
         small += ["--data", "toy"] if "cifar10" in words else []  # no network
         words = [word for word in words if word != "--compile"]  # no machine code for three updates
     else:
-        tuned = {f"runs/{x}": runs / x for x in ("finetune", "small_ft") if f"runs/{x}/" in command}
-        pretrained = ("mae_image", "mae_video", "omni", "multimae", "small", "ucf101")
+        tuned = {f"runs/{x}": runs / x for x in ("finetune", "finetune_small")
+                 if f"runs/{x}/" in command}
+        pretrained = ("mae_image", "mae_video", "omni", "multimae", "mae_video_small",
+                      "mae_video_ucf101")
         links |= tuned | {f"runs/{x}": runs / x for x in pretrained}
     if module is finetune:
         small = [] if "--predict" in words else ["--smoke", "--workers", 0, "--batch", 4]
