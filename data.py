@@ -230,12 +230,13 @@ def resolve(wanted, classes, folder, kinds, allow_missing, how):
 def walk(folder, kinds):
     """All files below folder -> those that end in `kinds`, sorted; the others, counted in words."""
     found, others, seen = [], collections.Counter(), set()
+    hidden = ("lost+found", "__MACOSX")
 
     def fail(error):
         raise error  # a folder that may not be listed
 
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = sorted(f for f in folders if f[0] not in "._" and f != "lost+found")
+        folders[:] = sorted(f for f in folders if f[0] != "." and f not in hidden)
         real = os.path.realpath(parent)
         if real in seen:  # links to folders are followed, but not in circles
             folders.clear()
@@ -294,7 +295,7 @@ def find_files(folder, kinds):
 
 
 def list_folder(folder, kinds, classes=None):
-    """Files of class folders, or beside them.   classes: those of another split"""
+    """Files of class folders; beside them, of no known class.   classes: those of another split"""
     found, others = find_files(folder, kinds)
     own = sorted({path.relative_to(folder).parts[0] for path in found if path.parent != folder})
     if classes and set(own) - set(classes):
@@ -303,6 +304,8 @@ def list_folder(folder, kinds, classes=None):
     label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of.get(path.relative_to(folder).parts[0], -1) for path in found]
     how = f"folder {folder.name}"
+    if classes and -1 in labels:
+        how += f", {labels.count(-1)} beside the class folders"
     if others:
         how += f", passed over: {', '.join(others)}"
     return Files(found, labels, classes, how)
@@ -699,14 +702,17 @@ def start_loader(dataset, workers, **options):
     loader = DataLoader(dataset, num_workers=workers, worker_init_fn=begin_worker, **options)
     if os.name != "posix":
         return iter(loader)
-    # Ctrl-C waits until all run; and torch would raise anywhere if a worker is killed
+    # Ctrl-C waits until all run: blocked here and in what is started, kept if another thread gets
+    # it. And torch would raise anywhere if a worker is killed
     before, pressed = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGCHLD)}, []
     signal.signal(signal.SIGINT, lambda *args: pressed.append(True))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return iter(loader)
     except OSError as error:
         raise OSError(f"no workers can be started: {error}; try --workers 0") from None
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
         if pressed:

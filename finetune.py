@@ -325,7 +325,7 @@ def run_views(model, files, cfg, output):
     """
     (rank, world), device = rank_and_world(), next(model.parameters()).device
     dtype, views = choose_precision(cfg, device), cfg.clips * cfg.crops if is_video(cfg) else 1
-    size = max(cfg.batch // (world * cfg.accum) // views, 1)  # files, samples as in training
+    size = max(cfg.batch // (world * cfg.accum) // views, 1)  # files of a forward pass
     loader = data.start_loader(
         ViewDataset(files, cfg), cfg.workers, batch_size=size,
         sampler=range(rank, len(files.paths), world), collate_fn=data.collate)
@@ -542,7 +542,7 @@ def load_encoder(model, state, cfg, path, fresh_norm):
     """Copy a file's weights into a classifier, every one if it is tested.   -> what was done"""
     new = [] if cfg.eval_only or cfg.predict else ["head"] + ["norm"] * fresh_norm
     names = {r"^(?!norm\.|fc_norm\.|head\.)": "encoder.", r"^fc_norm\.": "norm."}
-    if new:  # what the file has of these is not used
+    if new:  # what the file has of these is set aside
         names[rf"^({'|'.join(new)})\."] = r"old.\1."
     fresh = new + ["encoder.pos_embed"] * (not isinstance(model.encoder, MAEST))  # a fixed table
     unused = ["old.", "encoder.input_adapters.", *(f"encoder.{name}" for name in DECODER)]
@@ -602,6 +602,8 @@ def check_classes(train, test, cfg):
     for files, what in ((train, "training"), (test, "test")):
         if lost := [name for i, name in enumerate(train.classes) if i not in files.labels]:
             text = f"{len(lost)} of {classes} classes have no {what} file, e.g. {lost[0]}"
+            if what == "training" and not cfg.allow_missing:
+                raise ValueError(text)
             report(f"warning: {text}")
 
 

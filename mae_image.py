@@ -65,8 +65,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def parts_of(length, part, what):
     """How many parts a side has.   Raises ValueError if it cannot be cut evenly"""
-    if length % part:
-        low = max(length // part, 1) * part
+    if part < 1 or length % part:
+        low = max(length // max(part, 1), 1) * part
         raise ValueError(f"{what} {length} is not a multiple of {part}: {low} and {low + part} are")
     return length // part
 
@@ -543,8 +543,8 @@ def draw_losses(folder, baseline):
     if not records:
         return  # nothing could be written: a full disk
     right = records[-1]["step"] or 1
-    # not the largest loss of all: untrained, a network may be far above the baseline
-    top = 1.5 * records[-1].get("baseline", 0) or max(r.get("loss", 0) for r in records) or 1
+    top = 1.5 * records[-1].get("baseline", 0)  # untrained, a network may be far above
+    top = top or max(r.get("loss", 0) for r in records) or 1
     kinds = [("loss", "training", "#8899cc"), ("val_loss", "held out", "#cc4433"),
              ("baseline", baseline, "#777777")]
     picture, font = Image.new("RGB", (640, 360), "white"), ImageFont.load_default(size=14)
@@ -600,7 +600,7 @@ class RunConfig:
     init: str = ""  # start from the weights in this file, ours or a public one, and from its sizes
     resume: bool = False  # continue the run in --out
     seed: int = 0  # random seed of weights, masks, order, crops
-    workers: int = min(8, os.cpu_count())  # processes that load data
+    workers: int = min(8, os.cpu_count() or 1)  # processes that load data
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products
     compile: bool = False  # torch.compile: slow start, faster steps
@@ -748,7 +748,8 @@ def begin(Config, presets, doc, readers, argv, default_file=file_to_show):
     """
     preset, flags = settings(Config, presets, doc, argv)
     cfg, found = Config(**(preset | flags)), None
-    path, stored, free = cfg.init or default_file(cfg), {}, MAY_CHANGE
+    path, stored = cfg.init or default_file(cfg), {}
+    free = MAY_CHANGE  # settings in which a flag may differ from the file
     if cfg.resume:
         path, found = cfg.out, read_file(f"{cfg.out}/checkpoint.pt", readers)
         stored = found.settings
@@ -757,14 +758,18 @@ def begin(Config, presets, doc, readers, argv, default_file=file_to_show):
         told = found.settings | {"model": found.model}
         stored = {k: told[k] for k in FIXED + FROM_FILE if k in told and hasattr(cfg, k)}
         free = [*FROM_FILE, *found.guesses]
+        if getattr(cfg, "mode", "") == "scratch":  # which takes sizes from a file, not weights
+            free += FIXED
     fields = dataclasses.fields(Config)
     known = {f.name: (float, int) if f.type is float else type(f.default) for f in fields}
     for name, value in stored.items():
         if not isinstance(value, known.get(name, ())):
             raise ValueError(f"{path} says {name} = {value!r}, unknown to {Config.SCRIPT}.py")
-        if name not in free and flags.get(name, value) != value:
+        flag = flags.get(name, value)
+        same = flag == value or name == "size" and encoder_size(flag) == encoder_size(value)
+        if name not in free and not same:
             what = f"{path} has {value}, which cannot be changed"
-            raise ValueError(f"--{name.replace('_', '-')} {flags[name]}: {what}")
+            raise ValueError(f"--{name.replace('_', '-')} {flag}: {what}")
     cfg = Config(**(preset | stored | flags | {"out": cfg.out}))
     device = start_processes(cfg)
     torch.manual_seed(cfg.seed)
@@ -920,6 +925,8 @@ class Run:
         looking = self.done in self.look_at
         if self.done % self.cfg.log_every == 0 or looking or ending:
             self.log_losses(lr)
+            if looking and self.stopping:
+                self.save()  # looking takes a while, and the next signal ends the run at once
             if looking:
                 self.score(look)
             if ending or time.monotonic() > self.save_after:
@@ -1165,7 +1172,7 @@ def blocks_in(state, prefix):
 def sizes_in(state, places=0, decoder_heads=16):
     """What a public file tells of encoder and decoder -> settings, names of those that are guesses.
 
-    No file tells its heads: they are 64 wide in all published encoders but huge, which has 16.
+    No file tells its heads: they are 64 wide in all of ENCODERS' published sizes but huge, with 16.
     places  of the table of positions, if there is one: a guess at their square if they are none
     """
     kernel = state["patch_embed.proj.weight"]  # (D, C, [u,] p, p)

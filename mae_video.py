@@ -441,7 +441,8 @@ def multi_scale_box(shape, size, generator):
         x = max(1, int(side * scales[k]))
         sides.append(goal if abs(x - goal) <= 2 and goal <= side else x)
     h, w = sides
-    row, col = divmod(2 * pick(13), 5)  # of 5 x 5 places every second one, as on a chessboard
+    row, col = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2),
+                (1, 1), (1, 3), (3, 1), (3, 3)][pick(13)]
     return row * ((shape[0] - h) // 4), col * ((shape[1] - w) // 4), h, w
 
 

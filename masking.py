@@ -280,7 +280,8 @@ def picture_table(cells, columns=(), rows=(), note="", side=96, apart=1000):
     left = gap + max([0, *(8 + int(font.getlength(title)) for title in rows)])
     lefts = [left + c * (W + gap) for c in range(C + 1)]  # where columns begin and the last ends
     tops = [line + r * (H + gap) + r // apart * 5 * gap for r in range(R)]
-    width = int(max(lefts[C], gap + font.getlength(note) + 8))
+    ends = [x + font.getlength(title) for x, title in zip(lefts, columns)]
+    width = int(max(lefts[C], gap + font.getlength(note) + 8, *ends))
     table = Image.new("RGB", (width, tops[-1] + H + gap + line * bool(note)), "white")
     pen = ImageDraw.Draw(table)
     for x, title in zip(lefts, columns):
@@ -359,7 +360,8 @@ def settings(Config, presets, doc, argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", choices=presets, help="many settings at once, see below")
+    what = "many settings at once, see below; --out ends in its name"
+    parser.add_argument("--preset", choices=presets, help=what)
     fields, groups, group = {f.name: f for f in dataclasses.fields(Config)}, {}, None
     for line in "".join(inspect.getsource(cls) for cls in Config.__mro__[:-1]).splitlines():
         title, found = re.fullmatch(r"    # (.*)", line), re.match(r"    (\w+): .*?  # (.*)", line)
@@ -368,9 +370,9 @@ def settings(Config, presets, doc, argv=None):
         elif found:
             add_flag(group, fields[found[1]], found[2])
     given = vars(parser.parse_args(argv))
-    name, preset = given.pop("preset"), {}
-    if name:
-        preset = {"out": f"{Config.out}_{name}"} | presets[name]
+    chosen, preset = given.pop("preset"), {}
+    if chosen:
+        preset = {"out": f"{Config.out}_{chosen}"} | presets[chosen]
     for name, value in given.items():
         if isinstance(value, (int, float)) and value < LEAST.get(name, 0) and name != "ignore":
             parser.error(f"--{name.replace('_', '-')} {value} is too small")

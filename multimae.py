@@ -519,7 +519,7 @@ PRESETS = {
 
 def parse_modalities(text):
     """ "rgb,depth" -> ["rgb", "depth"], in the order of MODALITIES."""
-    names = set(text.strip(",").split(","))
+    names = set(text.replace(" ", "").strip(",").split(","))
     if names - set(MODALITIES):
         raise ValueError(f"modalities {text or 'none'}: use any of {','.join(MODALITIES)}")
     return [m for m in MODALITIES if m in names]

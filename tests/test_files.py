@@ -145,7 +145,8 @@ def test_one_line_says_what_was_found(tmp_path, capsys):
     fill(tmp_path / "val", "a/3.mp4")
     files = list_both(data.list_videos, tmp_path)[0]
     assert found(files) == {"1.mp4": "a", "2.mp4": "b", "intro.mp4": None}
-    line = "training: 3 files of 2 classes (folder train, passed over: 2 .ts); held out: 1 (folder val)"
+    how = "folder train, 1 beside the class folders, passed over: 2 .ts"
+    line = f"training: 3 files of 2 classes ({how}); held out: 1 (folder val)"
     assert capsys.readouterr().out == f"{line}\n"
     with pytest.raises(ValueError, match="--fold 2: .* has no official lists"):
         data.list_videos(tmp_path, fold=2)

@@ -338,9 +338,9 @@ def test_what_is_reported_is_the_last_model_which_can_be_tested_again(pretrained
 
 def test_scratch_takes_sizes_from_a_file_and_from_flags_but_no_weights(pretrained, run, toy):
     flags = ["--init", "runs/mae_video/checkpoint.pt", "--mode", "scratch", "--data", toy]
-    text = run(finetune, *TINY, *flags, "--smoke", "--img-size", "32", "--out", "s")
+    text = run(finetune, *TINY, *flags, "--smoke", "--size", "32x1x2", "--out", "s")
     config = torch.load(pretrained / "s/checkpoint.pt", weights_only=True)["config"]
-    assert "random weights" in text and config["frames"] == 4 and config["img_size"] == "32"
+    assert "random weights" in text and config["frames"] == 4 and config["size"] == "32x1x2"
 
 
 def test_odd_names_are_written_but_no_formula_and_a_full_disk_leaves_the_older_results(
@@ -364,7 +364,8 @@ def test_features_are_saved_of_every_file_that_can_be_read(pretrained, run, toy)
     shutil.copytree(toy / "videos/Wheel", pretrained / "videos")
     (pretrained / "videos/a.mp4").write_bytes(b"no video")
     text = run(finetune, "--mode", "features", "--workers", 0, "--out", "f", "--data", "videos")
-    assert "videos/a.mp4: broken, left out" in text and "15 training and 1 test files, vectors of 24" in text
+    assert "videos/a.mp4: broken, left out" in text
+    assert "15 training and 1 test files, vectors of 24" in text
     with np.load(pretrained / "f/features.npz") as f:
         assert f["test_features"].shape == (1, 24)
         assert len(f["train_labels"]) == len(f["train_paths"]) == 15

@@ -217,24 +217,24 @@ def test_the_fold_that_is_asked_for_is_the_one_that_is_read(toy, monkeypatch, fo
 
 @pytest.mark.parametrize("module, flags, masks, reached", [
     (mae_image, "--no-flip --min-crop 0.7 --norm-pix --seed 5 --mask-ratio 0.5", {4: 8},
-     {"dataset.size": (16, 64), "dataset.cfg.flip": False, "dataset.cfg.min_crop": 0.7, "dataset.cfg.seed": 5,
+     {"dataset.size": (16, 64), "dataset.flip": False, "dataset.min_crop": 0.7, "dataset.seed": 5,
       "dataset.train": True, "model.norm_pix": True}),
     (mae_video, "--no-flip --min-crop 0.9 --crop multiscale --sampling segments --stride 3 "
      "--repeat 2 --seed 5 --model mae_st --norm-pix --mask-ratio 0.5", {5: 16},
-     {"dataset.size": (16, 64), "dataset.cfg.flip": False, "dataset.cfg.min_crop": 0.9, "dataset.cfg.seed": 5,
-      "dataset.train": True, "dataset.cfg.crop": "multiscale", "dataset.cfg.sampling": "segments",
-      "dataset.cfg.frames": 4, "dataset.cfg.stride": 3, "dataset.repeat": 2,
+     {"dataset.size": (16, 64), "dataset.flip": False, "dataset.min_crop": 0.9, "dataset.seed": 5,
+      "dataset.train": True, "dataset.crop": "multiscale", "dataset.sampling": "segments",
+      "dataset.frames": 4, "dataset.stride": 3, "dataset.repeat": 2,
       "model.__class__": mae_video.MAEST, "model.norm_pix": True}),
     (omni, "--flip --no-flip-image --min-crop 0.9 --min-crop-image 0.4 --norm-pix "
      "--mask-ratio 0.5 --mask-ratio-image 0.25", {4: 4, 5: 16},
-     {"dataset.videos.cfg.min_crop": 0.9, "dataset.videos.cfg.flip": True, "dataset.images.cfg.min_crop": 0.4,
-      "dataset.images.cfg.flip": False, "model.norm_pix": True}),
+     {"dataset.videos.min_crop": 0.9, "dataset.videos.flip": True, "dataset.images.min_crop": 0.4,
+      "dataset.images.flip": False, "model.norm_pix": True}),
     (multimae, "--no-flip --min-crop 0.7 --visible 0.25", {4: 36},
-     {"dataset.cfg.flip": False, "dataset.cfg.min_crop": 0.7}),
+     {"dataset.flip": False, "dataset.min_crop": 0.7}),
     (finetune, "--mode scratch --no-flip --min-crop 0.7 --repeat 2 --rand-augment 3 --share 0.5 "
      "--drop-path 0.25 --dropout 0.3 --sampling segments", {},
-     {"dataset.dataset.cfg.flip": False, "dataset.dataset.cfg.min_crop": 0.7, "dataset.dataset.repeat": 2,
-      "dataset.dataset.cfg.sampling": "segments", "dataset.dataset.cfg.frames": 4, "dataset.paths.size": 36,
+     {"dataset.dataset.flip": False, "dataset.dataset.min_crop": 0.7, "dataset.dataset.repeat": 2,
+      "dataset.dataset.sampling": "segments", "dataset.dataset.frames": 4, "dataset.paths.size": 36,
       "dataset.augment.magnitude": 3, "model.dropout.p": 0.3,
       "model.encoder.blocks.3.drop_path": 0.25})])
 def test_flags_reach_model_data_and_masks(module, flags, masks, reached, toy, monkeypatch,
@@ -245,7 +245,11 @@ def test_flags_reach_model_data_and_masks(module, flags, masks, reached, toy, mo
     common += ["--images", toy] * (module is omni)
     common += ["--frames", 4, "--tubelet", 2] * hasattr(module.Config, "frames")
     found, draw_mask = caught(monkeypatch, module, *common, *flags.split())
-    assert {name: operator.attrgetter(name)(found) for name in reached} == reached
+    for name, value in reached.items():
+        owner, _, last = name.rpartition(".")
+        owner = operator.attrgetter(owner)(found)
+        owner = owner if hasattr(owner, last) else owner.cfg
+        assert getattr(owner, last) == value, name
     for ndim, count in masks.items():
         mask = draw_mask(torch.empty([0] * ndim), 8, torch.Generator().manual_seed(0))
         assert (mask.sum(dim=1) == count).all()

@@ -313,6 +313,8 @@ def test_sizes_come_from_the_file_and_a_flag_must_not_contradict_it(straight, ru
         said = refused(mae_image, *flags, path, flag, value)
         assert f"{flag} {value}: {path} has {there}, which cannot be changed" in said
     run(mae_image, *flags, path, "--norm-pix", "--img-size", "32x64", "--preset", "gpu")
+    run(mae_image, *flags[:-1], "--out", "b")  # --size nano, the same in other words:
+    run(mae_image, *flags, "b/checkpoint.pt", "--size", "96x4x3", "--out", "c")
     torch.save(official_mae(MAE(32, 8, (32, 2, 4), (16, 1, 8))), tmp_path / "mae.pth")
     run(mae_image, *flags, "mae.pth", "--size", "32x2x4", "--decoder", "16x1x8", "--out", "d")
 

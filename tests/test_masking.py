@@ -96,8 +96,8 @@ def test_a_table_has_a_cell_for_each_picture_and_enlarges_small_ones(H, W, zoom)
         assert np.array_equal(table[y : y + zoom * H : zoom, x : x + zoom * W : zoom], want)
     apart = np.asarray(masking.picture_table(cells, apart=1))
     assert np.array_equal(apart[y + 15 :, x:], table[y:, x:]) and len(apart) == len(table) + 15
-    words = "a note that is longer than the table " * 3
-    named = np.asarray(masking.picture_table(cells, ["short"], ["row"], words).convert("L"))
+    words = "a title or note that is longer than the table " * 3
+    named = np.asarray(masking.picture_table(cells, ["short", words], ["row"], words).convert("L"))
     assert all((part < 128).any() for part in (named[:line], named[-line:], named[line:, :20]))
     assert (named[:, -3:] == 255).all()  # nothing is cut off at the right edge
 
