@@ -237,8 +237,12 @@ def test_ctrl_c_waits_until_all_workers_run(monkeypatch):
             return super().__iter__()
 
     monkeypatch.setattr(data, "DataLoader", lambda *args, **options: Loader())
-    with pytest.raises(KeyboardInterrupt):
-        data.start_loader([], 1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            data.start_loader([], 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert started
 
 
