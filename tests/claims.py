@@ -83,7 +83,8 @@ SETS = {
     # the labels of a twentieth of the images: 2,500
     "cifar10": Set("cifar10", "--img-size 32 --patch 4 --size 96x4x3 --decoder 64x1x2 --norm-pix "
                    "--batch 128 --epochs 12 --warmup 1 --lr 6e-3", f"{TUNE} --share 0.05 "
-                   "--epochs 30 --warmup 3", "mae_image.py", 1, scratch="--lr 4e-3"),
+                   "--epochs 30 --warmup 3", "mae_image.py", 1, scratch="--lr 4e-3",
+                   long="--epochs 90"),
     "toy-joint": Set("toy", "", "", "omni.py", 1, images="toy"),
     "toy-joint-short": Set("toy", "--epochs 12 --warmup 1", "", "omni.py", 1, images="toy"),
     # a fifth of the image updates: as many images as clips

@@ -21,6 +21,7 @@ def test_every_command_of_a_claim_is_one_that_its_script_takes(number, tmp_path)
     claim = claims.CLAIMS[number]
     args = types.SimpleNamespace(folds=1, seeds=2, quick=False, list=True, work=tmp_path)
     for name in claim.sets:
+        assert claims.SETS[name].long or number != "M8"  # or long training is the short one again
         before, after = claims.plan(claim, name, args)
         assert len(after) == len(claim.arms) * 2
         assert len({run for run, _ in after.values()}) == len(after)  # each in a folder of its own
