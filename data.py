@@ -44,7 +44,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from masking import numbers, printable, report, run_script
+from masking import numbers, report, run_script
 
 # Endings of files, and the only formats that are opened, whatever a file claims to be.
 VIDEO = ".avi .mp4 .m4v .mov .3gp .mkv .webm .mpg .mpeg .vob .mts .m2ts .wmv .asf .flv .ogv".split()
@@ -65,12 +65,9 @@ def seeded(*numbers):
     return torch.Generator().manual_seed(int(state >> 1))
 
 
-# ==================================================================================================
-#  PART 1: which files, with which labels
-#  (needs: collections, functools, itertools, os, re, unicodedata, zlib, dataclass, Path, np,
-#  datasets, VIDEO, IMAGE)
-# ==================================================================================================
-
+# ==== PART 1: which files, with which labels ======================================================
+# (needs: collections, functools, itertools, os, re, unicodedata, zlib, dataclass, Path, np,
+# datasets, VIDEO, IMAGE)
 
 @dataclass
 class Files:
@@ -80,6 +77,7 @@ class Files:
     labels: np.ndarray  # of int, 0 .. len(classes) - 1, or -1 where none is known
     classes: list  # names
     how: str = ""  # where the split comes from, in words
+    missing: int = 0  # files that a list names, but that are not there
     pixels: np.ndarray = None  # (N, H, W, 3) uint8 where the images are in memory (CIFAR-10)
 
     def __post_init__(self):
@@ -88,7 +86,8 @@ class Files:
     def select(self, keep):
         """Some of the files.   keep: their numbers, or a bool for each"""
         pixels = None if self.pixels is None else self.pixels[keep]
-        return Files(self.paths[keep], self.labels[keep], self.classes, self.how, pixels)
+        own = self.paths[keep], self.labels[keep]
+        return Files(*own, self.classes, self.how, self.missing, pixels)
 
 
 def one_file(path, kinds, classes=()):
@@ -98,7 +97,7 @@ def one_file(path, kinds, classes=()):
     return Files([path], [-1], classes)
 
 
-def list_videos(root, split="train", fold=1, allow_missing=False):
+def list_videos(root, split="train", fold=1):
     """The videos of one split ("train" or "val") of:
 
     root/UCF-101/ + root/ucfTrainTestlist/                 UCF101 as downloaded; fold 1, 2 or 3
@@ -108,29 +107,29 @@ def list_videos(root, split="train", fold=1, allow_missing=False):
     root/<class>/* or root/*                               every 20th file of a class is held out
     a file of lines "path label"                           val: val.csv or test.csv beside it
 
-    A lone folder in root is stepped into. Raises ValueError where nothing is found, and for listed
-    files that are absent (unless allow_missing).
+    A lone folder in root is stepped into. Raises ValueError where nothing is found.
     """
     official = find_official(Path(root)) or find_official(root := find_root(root, "videos"))
     if official:
-        return read_official(*official, split, fold, allow_missing)
+        return read_official(*official, split, fold)
     if fold != 1:
         raise ValueError(f"--fold {fold}: {root} has no official lists, and so one split only")
-    return list_plain(root, split, VIDEO, allow_missing)
+    return list_plain(root, split, VIDEO)
 
 
-def list_images(root, split="train", allow_missing=False):
+def list_images(root, split="train"):
     """The images of one split, as in list_videos; "cifar10": torchvision's, downloaded to data/."""
     if str(root) == "cifar10" and not Path(root).exists():
         found = datasets.CIFAR10("data/cifar10", train=split == "train", download=True)
         names = [f"cifar10/{split}/{i}" for i in range(len(found.data))]
-        return Files(names, found.targets, found.classes, "torchvision", found.data)
-    return list_plain(find_root(root, "rgb"), split, IMAGE, allow_missing)
+        return Files(names, found.targets, found.classes, "torchvision", pixels=found.data)
+    return list_plain(find_root(root, "rgb"), split, IMAGE)
 
 
 def find_root(root, part):
     """The folder or file, or its part "videos" / "rgb" where it has one, as the toy world does."""
-    return Path(root, part) if Path(root, part).is_dir() else Path(root)
+    inside = Path(root, part)
+    return inside if inside.is_dir() else Path(root)
 
 
 def find_official(root):
@@ -156,7 +155,7 @@ def find_folder(root, name):
     return found and (find_folder(found, name) or found)
 
 
-def read_official(name, lists, videos, split, fold, allow_missing):
+def read_official(name, lists, videos, split, fold):
     """One fold of the official lists. The comments name their traps."""
     train, wanted = split == "train", []  # (path in the list, label)
     if name == "UCF101":
@@ -175,7 +174,7 @@ def read_official(name, lists, videos, split, fold, allow_missing):
             for video, use in read_lines(path, r"(.+)\s([012])"):  # 1 train, 2 test, 0 neither
                 if use == ("1" if train else "2"):
                     wanted.append((f"{classes[label]}/{video}", label))
-    return resolve(wanted, classes, videos, VIDEO, allow_missing, f"{name}'s {table}")
+    return resolve(wanted, classes, videos, VIDEO, f"{name}'s {table}")
 
 
 def read_lines(path, pattern="(.+)"):
@@ -189,7 +188,7 @@ def read_lines(path, pattern="(.+)"):
     return rows
 
 
-def resolve(wanted, classes, folder, kinds, allow_missing, how):
+def resolve(wanted, classes, folder, kinds, how):
     """Listed (path, label) -> Files that exist.
 
     A file is where the list says or, wherever it lies, of the same name in a folder of the same
@@ -220,23 +219,22 @@ def resolve(wanted, classes, folder, kinds, allow_missing, how):
             labels.append(label)
         else:
             missing.append(listed)
-    if not paths or (missing and not allow_missing):
-        few = f"{len(missing)} of {len(wanted)} files of {how} are not in {folder}"
-        hint = "; --allow-missing uses the others" * bool(paths)
-        raise ValueError(f"{few}, e.g. {', '.join(missing[:3])}{hint}")
-    return Files(paths, labels, classes, how)
+    if not paths:
+        raise ValueError(f"{folder} has no file of {how}, e.g. {missing[:1]}")
+    if missing:
+        how += f": {len(missing)} of {len(wanted)} files are not in {folder}, e.g. {missing[0]}"
+    return Files(paths, labels, classes, how, len(missing))
 
 
 def walk(folder, kinds):
     """All files below folder -> those that end in `kinds`, sorted; the others, counted in words."""
     found, others, seen = [], collections.Counter(), set()
-    hidden = ("lost+found", "__MACOSX")
 
     def fail(error):
         raise error  # a folder that may not be listed
 
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = sorted(f for f in folders if f[0] != "." and f not in hidden)
+        folders[:] = sorted(f for f in folders if f[0] not in "._" and f != "lost+found")
         real = os.path.realpath(parent)
         if real in seen:  # links to folders are followed, but not in circles
             folders.clear()
@@ -250,14 +248,14 @@ def walk(folder, kinds):
     return found, [f"{n} {ending}" for ending, n in others.most_common(9)]
 
 
-def list_plain(root, split, kinds, allow_missing):
+def list_plain(root, split, kinds):
     """Class folders, a folder of files, or a list file; see list_videos."""
     if root.is_file():
         for name in ("val", "test"):
             other = root.with_name(name + root.suffix)
             if other.is_file() and other != root:
-                return read_list(root if split == "train" else other, kinds, allow_missing)
-        return hold_out(read_list(root, kinds, allow_missing), split)
+                return read_list(root if split == "train" else other, kinds)
+        return hold_out(read_list(root, kinds), split)
     inside = subfolders(root)
     while len(inside) == 1 and not any(path.suffix.lower() in kinds for path in root.iterdir()):
         root, inside = inside[0], subfolders(inside[0])  # a wrapper, as archives leave it
@@ -288,21 +286,22 @@ def find_files(folder, kinds):
     """walk(), but a ValueError that says what is there instead if nothing is found."""
     found, others = walk(folder, kinds)
     if not found:
-        there = ", ".join(others) or "nothing"
-        hint = "mae_image.py takes images, mae_video.py videos"
-        raise ValueError(f"{folder} has no {' '.join(kinds[:4])} ..., but {there}: {hint}")
+        raise ValueError(f"{folder} has no {' '.join(kinds[:4])} ..., but "
+                         f"{', '.join(others) or 'nothing'}: mae_image.py takes images, "
+                         "mae_video.py videos")
     return found, others
 
 
 def list_folder(folder, kinds, classes=None):
     """Files of class folders; beside them, of no known class.   classes: those of another split"""
     found, others = find_files(folder, kinds)
-    own = sorted({path.relative_to(folder).parts[0] for path in found if path.parent != folder})
-    if classes and set(own) - set(classes):
-        raise ValueError(f"{folder} has classes that training lacks: {set(own) - set(classes)}")
+    tops = [path.relative_to(folder).parts[0] for path in found]
+    own = sorted({top for top, path in zip(tops, found) if path.parent != folder})
+    if classes and (new := set(own) - set(classes)):
+        raise ValueError(f"{folder} has classes that training lacks: {new}")
     classes = own if classes is None else classes
     label_of = {name: label for label, name in enumerate(classes)}
-    labels = [label_of.get(path.relative_to(folder).parts[0], -1) for path in found]
+    labels = [label_of.get(top, -1) for top in tops]
     how = f"folder {folder.name}"
     if classes and -1 in labels:
         how += f", {labels.count(-1)} beside the class folders"
@@ -311,7 +310,7 @@ def list_folder(folder, kinds, classes=None):
     return Files(found, labels, classes, how)
 
 
-def read_list(path, kinds, allow_missing):
+def read_list(path, kinds):
     """Lines "path label", with a space, comma or semicolon, or "path". Labels are whole numbers.
 
     Quotes, a header line and labels like 3.0 are read, too.
@@ -326,7 +325,7 @@ def read_list(path, kinds, allow_missing):
     if len(wanted) > 1 and wanted[0][1] < 0 and Path(wanted[0][0]).suffix.lower() not in kinds:
         del wanted[0]  # a header
     classes = [str(i) for i in range(max((label for _, label in wanted), default=-1) + 1)]
-    return resolve(wanted, classes, path.parent, kinds, allow_missing, f"list {path.name}")
+    return resolve(wanted, classes, path.parent, kinds, f"list {path.name}")
 
 
 def hold_out(files, split):
@@ -345,12 +344,9 @@ def fingerprint(files):
     return [len(names), zlib.crc32("\n".join(names).encode("utf-8", "surrogateescape"))]
 
 
-# ==================================================================================================
-#  PART 2: decoding. About FFmpeg's habits, not about learning: a student may go on with part 3.
-#  (needs: contextlib, errno, functools, itertools, os, re, warnings, av, np, Image, ImageOps,
-#  CONTAINERS, PICTURES)
-# ==================================================================================================
-
+# ==== PART 2: decoding (about FFmpeg's habits, not about learning: a student may skip it) =========
+# (needs: contextlib, errno, functools, itertools, os, re, warnings, av, np, Image, ImageOps,
+# CONTAINERS, PICTURES)
 
 class BrokenFile(ValueError):
     """This file cannot be read; the message says why."""
@@ -388,8 +384,8 @@ def open_video(path):
         raise BrokenFile("no such file")
     # Only these formats: a file may claim to be a list of other files, and have them opened. Titles
     # need not be UTF-8 (HMDB51). In a relative name like 10:30.avi FFmpeg would see a protocol.
-    only = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-    with av.open(os.path.abspath(path), metadata_errors="ignore", options=only) as container:
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    with av.open(os.path.abspath(path), metadata_errors="ignore", options=options) as container:
         stream = container.streams.best("video")  # not a cover picture
         if stream is None or stream.codec_context is None:
             raise BrokenFile("no video stream in it that FFmpeg has a decoder for")
@@ -503,8 +499,7 @@ def read_clips(path, choose):
 
 def every_frame(path, problems, **size):
     """All frames of a video, one by one, as to_rgb(). What is wrong is added to `problems`."""
-    _, _, problem = frame_times(path)
-    met, damaged = 0, 0
+    problem, met, damaged = frame_times(path)[2], 0, 0
     with open_video(path) as (container, stream):
         for frame in shown(container, stream):
             met, damaged = met + 1, damaged + frame.is_corrupt
@@ -548,10 +543,8 @@ def read_image(path):
         return np.array(image.convert("RGB"))
 
 
-# ==================================================================================================
-#  PART 3: one crop and one flip for all frames of a clip         (needs: contextlib, torch, v2, TF)
-# ==================================================================================================
-
+# ==== PART 3: one crop and one flip for all frames of a clip ======================================
+# (needs: contextlib, torch, v2, TF)
 
 def make_crop(pixels, size, box, flip=False, how=v2.InterpolationMode.BILINEAR):
     """Cut out a box, resize it, perhaps mirror it: all frames alike.
@@ -573,12 +566,6 @@ def center_box(shape, size):
     return (H - h) // 2, (W - w) // 2, h, w
 
 
-def random_box(shape, size, min_crop, generator):
-    """RandomResizedCrop's box: min_crop .. 1 of the area, 3/4 .. 4/3 of the aspect of `size`."""
-    aspect = size[1] / size[0]
-    image, ratio = torch.empty(1, *shape, device="meta"), (0.75 * aspect, aspect / 0.75)
-    with torchvision_draws_from(generator):
-        return v2.RandomResizedCrop.get_params(image, (min_crop, 1.0), ratio)
 
 
 @contextlib.contextmanager
@@ -590,12 +577,9 @@ def torchvision_draws_from(generator):
         yield
 
 
-# ==================================================================================================
-#  PART 4: from files to batches
-#  (needs: os, signal, time, np, torch, DataLoader, Dataset, v2, seeded, parts 2, 3;
-#  masking.py is_first, numbers, printable, rank_and_world, report)
-# ==================================================================================================
-
+# ==== PART 4: from files to batches ===============================================================
+# (needs: os, signal, time, np, torch, DataLoader, Dataset, v2, seeded, parts 2, 3; masking.py
+# is_first, numbers, printable, rank_and_world, report)
 
 def height_width(text):
     """--img-size, "64" or "64x112" -> (height, width)."""
@@ -607,7 +591,7 @@ class FileDataset(Dataset):
 
     A kind of data adds read(i, generator) -> pixels, problem or "". In place of a broken file
     another one is used; after ten broken ones in a row a ValueError.
-    cfg: settings img_size, seed, min_crop (see random_box), flip; train False: centre crop
+    cfg: settings img_size, seed, min_crop (see draw_box), flip; train False: centre crop
     """
 
     repeat = 1  # R, samples of one file
@@ -633,9 +617,8 @@ class FileDataset(Dataset):
                 problems.append((path, f"broken, another file is used: {error}"))
                 other = seeded(self.cfg.seed, 3, epoch, i, attempt)
                 i = int(torch.randint(len(self), (1,), generator=other))
-        first = printable(": ".join(problems[0]))
-        hint = "python data.py check lists them"
-        raise ValueError(f"10 files in a row cannot be read, e.g. {first}: {hint}")
+        raise ValueError(f"10 files in a row cannot be read, e.g. {': '.join(problems[0])}: "
+                         "python data.py check lists them")
 
     def choose(self, n):
         """Of a file of n frames those of a test sample (1, T): of an image all."""
@@ -645,8 +628,15 @@ class FileDataset(Dataset):
         """-> box, whether to mirror: by chance in training, else the centre, not mirrored."""
         if not self.train:
             return center_box(shape, self.size), False
-        box = random_box(shape, self.size, self.cfg.min_crop, generator)
+        box = self.draw_box(shape, generator)
         return box, self.cfg.flip and torch.rand(1, generator=generator) < 0.5
+
+    def draw_box(self, shape, generator):
+        """RandomResizedCrop's: min_crop .. 1 of the area, 3/4 .. 4/3 of the aspect of self.size."""
+        aspect = self.size[1] / self.size[0]
+        image, ratio = torch.empty(1, *shape, device="meta"), (0.75 * aspect, aspect / 0.75)
+        with torchvision_draws_from(generator):
+            return v2.RandomResizedCrop.get_params(image, (self.cfg.min_crop, 1.0), ratio)
 
 
 class ImageDataset(FileDataset):
@@ -757,11 +747,8 @@ def in_parallel(work, jobs, what):
     return take_all(loader, what)
 
 
-# ==================================================================================================
-#  PART 5: checkpoints to the disk and back
-#  (needs: argparse, contextlib, os, Path, np, torch, part 2)
-# ==================================================================================================
-
+# ==== PART 5: checkpoints to the disk and back ====================================================
+# (needs: argparse, contextlib, os, Path, np, torch, part 2)
 
 def write_whole(path, save):
     """save(part), then rename: a crash or a full disk leaves what was there before."""
@@ -770,8 +757,6 @@ def write_whole(path, save):
     try:
         save(part)
         os.replace(part, path)
-    except OSError as error:  # the system names no file when a disk is full
-        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -793,16 +778,12 @@ def lock(folder):
 def load_file(path):
     """Read a checkpoint, ours or a public one: tensors and plain values.   Raises ValueError"""
     if not os.path.isfile(path):
-        hint = f"; did you mean {path}/checkpoint.pt?" if os.path.isdir(path) else ""
-        script = Path(path).absolute().parent.name + ".py"
-        hint = f": python {script} makes it" if Path(__file__).with_name(script).exists() else hint
-        raise ValueError(f"there is no checkpoint {path}{hint}")
+        raise ValueError(f"{path} is no checkpoint file: python mae_video.py writes "
+                         "runs/mae_video/checkpoint.pt, other scripts the same in their --out")
     if str(path).endswith(".safetensors"):
-        try:
-            from safetensors.torch import load_file as load
-        except ImportError:
-            raise ValueError(f"to read {path}: pip install safetensors") from None
-        return load(path)
+        import safetensors.torch  # not in requirements.txt: pip install safetensors
+
+        return safetensors.torch.load_file(path)
     # weights_only refuses pickles that could run code. These are harmless and in public files
     kinds = [type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8", "?")]
     harmless = [argparse.Namespace, type(Path()), np.dtype, np._core.multiarray.scalar, *kinds]
@@ -811,22 +792,20 @@ def load_file(path):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises many kinds on a damaged file
         reason(error)
-        code = "it holds Python code besides numbers, which could do anything"
-        why = code if "GLOBAL" in str(error) else "it is damaged, cut off, or no checkpoint at all"
+        why = "damaged, cut off, or no checkpoint at all"
+        if "GLOBAL" in str(error):
+            why = "it holds Python code besides numbers, which could do anything"
         raise ValueError(f"{path} is refused: {why}") from None
 
 
-# ==================================================================================================
-#  PART 6: the toy world                     (needs: functools, os, Path, av, np, Image, parts 4, 5)
+# ==== PART 6: the toy world (needs: functools, os, Path, av, np, Image, parts 4, 5) ===============
+# A room, a large object that matters, and two small ones by the wall. They are flat sprites,
+# painted from far to near, so depth and class maps are exact. Metres: x right, y up, z away.
 #
-#  A room, a large object that matters, and two small ones by the wall. They are flat sprites,
-#  painted from far to near, so depth and class maps are exact. Metres: x right, y up, z away.
-#
-#  Images: the class is the kind of the large object.
-#  Videos: the object swings along some of the three axes, each with a phase of its own drawn
-#  uniformly, and the class is which. One frame alone looks alike in all classes, by construction:
-#  motion decides. A mirrored clip and a reversed one keep their class.
-# ==================================================================================================
+# Images: the class is the kind of the large object.
+# Videos: the object swings along some of the three axes, each with a phase of its own drawn
+# uniformly, and the class is which. One frame alone looks alike in all classes, by construction:
+# motion decides. A mirrored clip and a reversed one keep their class.
 
 KINDS = ("Ball", "Box", "Cone", "Post")
 MAPS = ("floor", "wall") + KINDS  # class numbers of the semantic maps
@@ -858,7 +837,7 @@ def outline(kind, u, v):
 
 
 def render(objects):
-    """[{kind, color (3,), radius, place (T, 3)}, ...], from far to near -> pixels (T, S, S, 3), and
+    """[(kind, color (3,), radius, place (T, 3)), ...], from far to near -> pixels (T, S, S, 3), and
     (T, S, S) each: depth in metres, class numbers, where the last object is, the nearest one."""
     S = 2 * SIDE  # painted at twice the size and averaged, or edges would flicker
     at = (np.arange(S) + 0.5) / S * 2 - 1
@@ -867,29 +846,18 @@ def render(objects):
     is_floor, far = room < BACK, room[..., None] / BACK
     floor, wall = FLOOR * (0.55 + 0.45 * far), WALL * (0.8 + 0.36 * up[..., None])
     paint, frames = np.where(is_floor[..., None], floor, wall), []
-    for t in range(len(objects[0]["place"])):
-        color, depth, classes = paint.copy(), room.copy(), 1 - is_floor
-        for o in objects:
-            x, y, z = o["place"][t]
-            u, v = (right * z - x) / o["radius"], (up * z + EYE - y) / o["radius"]
-            inside, light = outline(o["kind"], u, v), 0.75 + 0.25 * np.clip(v - 0.6 * u, -1, 1)
-            color[inside] = light[inside, None] * o["color"]
-            depth[inside], classes[inside] = z, MAPS.index(o["kind"])
-        color = color.reshape(SIDE, 2, SIDE, 2, 3).mean((1, 3)) * 255
+    for t in range(len(objects[0][3])):
+        canvas, depth, classes = paint.copy(), room.copy(), 1 - is_floor
+        for kind, color, radius, place in objects:
+            x, y, z = place[t]
+            u, v = (right * z - x) / radius, (up * z + EYE - y) / radius
+            inside, light = outline(kind, u, v), 0.75 + 0.25 * np.clip(v - 0.6 * u, -1, 1)
+            canvas[inside] = light[inside, None] * color
+            depth[inside], classes[inside] = z, MAPS.index(kind)
+        canvas = canvas.reshape(SIDE, 2, SIDE, 2, 3).mean((1, 3)) * 255
         maps = (m[::2, ::2] for m in (depth, classes, inside))  # inside: of the last one
-        frames.append((color.astype(np.uint8), *maps))
+        frames.append((canvas.astype(np.uint8), *maps))
     return [np.stack(part) for part in zip(*frames)]
-
-
-def draw_scene(rng, kind, turns):
-    """Two small objects by the wall, and a large one, at each time where its turns (T, 3) say."""
-    place = CENTER + SWING * np.sin(2 * np.pi * turns)
-    objects = [dict(kind=kind, color=rng.choice(COLORS), radius=rng.uniform(1, 1.25), place=place)]
-    for side in (-1, 1):
-        spot = np.tile((side * rng.uniform(1, 3.2), 0.45, rng.uniform(6.5, 8)), (len(turns), 1))
-        kind, color = rng.choice(KINDS), rng.choice(COLORS)
-        objects.insert(0, dict(kind=kind, color=color, radius=0.45, place=spot))
-    return objects
 
 
 def write_toy(job):
@@ -900,7 +868,12 @@ def write_toy(job):
     if motion:
         turns = turns + np.array(motion) * np.arange(LENGTH)[:, None] / LENGTH  # (T, 3)
         kind = rng.choice(KINDS)
-    pixels, depth, classes, large = render(draw_scene(rng, kind, turns))
+    place = CENTER + SWING * np.sin(2 * np.pi * turns)
+    objects = [(kind, rng.choice(COLORS), rng.uniform(1, 1.25), place)]
+    for side in (-1, 1):  # two small ones by the wall
+        spot = np.tile((side * rng.uniform(1, 3.2), 0.45, rng.uniform(6.5, 8)), (len(turns), 1))
+        objects.insert(0, (rng.choice(KINDS), rng.choice(COLORS), 0.45, spot))
+    pixels, depth, classes, large = render(objects)
     maps = {"object": large}  # frames of a clip below each other
     if motion:
         write_whole(folder / f"videos/{name}.mp4", functools.partial(write_video, pixels, 12))
@@ -970,10 +943,7 @@ def write_video(frames, rate, path):
         container.mux(stream.encode())
 
 
-# ==================================================================================================
-#  THE RUN: the commands toy, check, shrink
-# ==================================================================================================
-
+# ==== THE RUN: the commands toy, check, shrink ====================================================
 
 def finish(paths, results):
     """Print what is wrong with which file.   Exit code 1 if any has more than a note"""
@@ -1000,12 +970,6 @@ def check_file(path):
     return problems
 
 
-def check(root):
-    """Decode everything below root, list what is wrong.   Exit code 1 if anything is"""
-    paths, others = find_files(root, VIDEO + IMAGE)
-    if others:
-        report(f"passed over: {', '.join(others)}")
-    finish(paths, in_parallel(check_file, paths, f"checking {root}"))
 
 
 def shrink_file(job):
@@ -1027,7 +991,7 @@ def shrink_file(job):
 
 
 def shrink(source, target, short):
-    """Re-encode every video below source into target, with the same names, and copy the lists.
+    """Re-encode every video below source into target, as NAME.mp4, and copy the lists.
 
     A copy that is there is kept: a second call does what the first left undone.   Exit code 1 if a
     file is broken or damaged
@@ -1038,25 +1002,24 @@ def shrink(source, target, short):
     videos = find_files(source, VIDEO)[0]
     for path in walk(source, (".txt", ".csv"))[0]:
         write_whole(target / path.relative_to(source), functools.partial(shutil.copyfile, path))
-    jobs = []
-    for path in videos:
-        copy = target / path.relative_to(source)
-        takes_mpeg4 = copy.suffix.lower() in (".avi", ".mp4", ".mkv", ".mov", ".m4v")
-        jobs.append((path, copy if takes_mpeg4 else copy.with_suffix(".mp4"), short))
+    copies = [(target / path.relative_to(source)).with_suffix(".mp4") for path in videos]
+    jobs = [(path, copy, short) for path, copy in zip(videos, copies)]
     report(f"the copies go to {target}")
     finish(videos, in_parallel(shrink_file, jobs, f"shrinking into {target}"))
 
 
 def main(argv=None):
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("toy", "check", "shrink"))
     parser.add_argument("folder", help="new folder, data set, or folder of videos")
     parser.add_argument("target", nargs="?", help="folder for the smaller copies")
     parser.add_argument("--short-side", type=int, default=128, help="in pixels (default: 128)")
     args = parser.parse_args(argv)
-    if args.command == "check":
-        check(args.folder)
+    if args.command == "check":  # decode everything, list what is wrong
+        paths, others = find_files(args.folder, VIDEO + IMAGE)
+        report(f"passed over: {', '.join(others) or 'nothing'}")
+        finish(paths, in_parallel(check_file, paths, f"checking {args.folder}"))
     elif args.command == "toy":
         make_toy(args.folder)
         report(f"the toy world is in {args.folder}")

@@ -39,12 +39,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import data
 from mae_image import (DECODER, MAE, begin, choose_precision, encoder_size, evenly, fetch,
-                       list_both, load_into, public_mae, rename, save_picture, train)
+                       layer_norm, list_both, load_into, public_mae, rename, save_picture, train)
 from mae_video import (MAEST, ClipConfig, ClipDataset, VideoMAE, even_starts, grid_of, public_maest,
                        public_videomae, resize_table, views_of)
 from masking import is_first, picture_table, rank_and_world, report, run_script
@@ -56,12 +55,9 @@ READERS = {"multimae": public_multimae, "omni": public_omni, "mae": public_mae,
            "mae_st": public_maest, "videomae": public_videomae}
 
 
-# ==================================================================================================
-#  THE PAPERS, part 1: a classifier around the encoder
-#  (needs: math, torch, nn; mae_image.py DECODER, part 3; mae_video.py parts 1, 3;
-#  multimae.py part 3)
-# ==================================================================================================
-
+# ==== THE PAPERS, part 1: a classifier around the encoder =========================================
+# (needs: math, torch, nn; mae_image.py DECODER, part 3; mae_video.py parts 1, 3; multimae.py part
+# 3)
 
 class TunedBlock(nn.Module):
     """The pretrained block with what only fine-tuning adds; the names of its tensors stay.
@@ -115,7 +111,7 @@ class Classifier(nn.Module):
         self.pool, self.WARMUP_INCLUSIVE = pool, encoder.WARMUP_INCLUSIVE
         # important: MAE-ST's code leaves token 0 out even without a class token, and loses a cube
         self.skip = int(isinstance(encoder, (MAE, MAEST)))
-        self.norm = nn.LayerNorm(D, eps=1e-6) if fresh_norm else encoder.norm
+        self.norm = layer_norm(D) if fresh_norm else encoder.norm
         encoder.norm = nn.Identity()
         drop_path = 0.0 if frozen else drop_path
         rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are skipped more often
@@ -159,12 +155,9 @@ def change_grid(encoder, new):
     if isinstance(encoder, MultiMAE):
         return
     old, encoder.grid = encoder.grid, new
-    tables = {
-        "pos_embed_spatial": ((1, *old[1:]), (1, *new[1:])),
-        "pos_embed_temporal": ((old[0], 1, 1), (new[0], 1, 1)),
-        "pos_embed": (old, new),
-    }
-    for name, (a, b) in tables.items():
+    for name, a, b in (("pos_embed", old, new),
+                       ("pos_embed_spatial", (1, *old[1:]), (1, *new[1:])),
+                       ("pos_embed_temporal", (old[0], 1, 1), (new[0], 1, 1))):
         if (table := getattr(encoder, name, None)) is not None:
             extra = table.shape[1] - math.prod(a)  # a joint table begins with the class token's row
             resized = resize_table(table[:, extra:].detach(), a, b)
@@ -172,11 +165,8 @@ def change_grid(encoder, new):
             setattr(encoder, name, nn.Parameter(resized, table.requires_grad))
 
 
-# ==================================================================================================
-#  THE PAPERS, part 2: the recipe
-#  (needs: re, torch, Dataset, v2; data.py seeded, torchvision_draws_from)
-# ==================================================================================================
-
+# ==== THE PAPERS, part 2: the recipe ==============================================================
+# (needs: re, torch, v2; data.py seeded, torchvision_draws_from, part 4)
 
 def layer_groups(model, weight_decay, layer_decay):
     """AdamW's groups: layer-wise decay of the learning rate, MAE App. A.1 (from BEiT, 2106.08254).
@@ -205,12 +195,8 @@ def layer_groups(model, weight_decay, layer_decay):
 class LARS(torch.optim.SGD):
     """SGD with momentum, the gradient of each matrix scaled: MAE App. A.1, arXiv 1708.03888.
 
-    A matrix moves by lr x trust x its own norm, however long its gradient is. Vectors: plain SGD.
+    A matrix moves by lr x 0.001 x its own norm, however long its gradient is. Vectors: plain SGD.
     """
-
-    def __init__(self, groups, lr=0.1, momentum=0.9, trust=0.001):
-        super().__init__(groups, lr, momentum)
-        self.trust = trust
 
     @torch.no_grad()
     def step(self):
@@ -218,8 +204,7 @@ class LARS(torch.optim.SGD):
             for p in group["params"]:
                 if p.ndim > 1:
                     norm, length = p.norm(), p.grad.norm()
-                    trust = self.trust * norm / length
-                    p.grad *= torch.where(norm * length > 0, trust, 1.0)
+                    p.grad *= torch.where(norm * length > 0, 0.001 * norm / length, 1.0)
         super().step()
 
 
@@ -234,9 +219,8 @@ def mix(x, labels, classes, mixup, cutmix):
     if not kinds:
         return x, labels
     order = torch.randperm(len(x))
-    x, labels = x[order], labels[order]
     kind = kinds[int(torch.rand(1) * len(kinds))]
-    mixed, labels = kind(x.flatten(1, -3), labels)  # (B, C*T, H, W)
+    mixed, labels = kind(x[order].flatten(1, -3), labels[order])  # (B, C*T, H, W)
     return mixed.reshape(x.shape), labels
 
 
@@ -248,7 +232,7 @@ def erase(x, chance):
     return torch.stack([eraser(sample.flatten(0, -3)).reshape(sample.shape) for sample in x])
 
 
-class Augmented(Dataset):
+class Augmented(data.FileDataset):
     """A dataset of data.py with RandAugment (arXiv 1909.13719) on top of crop and flip.
 
     All frames of a clip get the same operations. important: frames augmented one by one would
@@ -257,25 +241,19 @@ class Augmented(Dataset):
     before it, without noise on the magnitude, each operation always and not with a chance of 0.5.
     """
 
-    def __init__(self, dataset, operations, magnitude):
+    def __init__(self, dataset, cfg):
+        super().__init__(dataset.files, cfg, train=True)
         self.dataset, self.repeat = dataset, dataset.repeat
-        self.paths, self.labels, self.classes = dataset.paths, dataset.labels, dataset.classes
-        self.augment = v2.RandAugment(operations, magnitude, num_magnitude_bins=11)
-
-    def __len__(self):
-        return len(self.dataset)
+        self.augment = v2.RandAugment(cfg.rand_ops, cfg.rand_augment, num_magnitude_bins=11)
 
     def __getitem__(self, key):
         pixels, number, problems = self.dataset[key]
-        with data.torchvision_draws_from(data.seeded(self.dataset.cfg.seed, 5, *key)):
+        with data.torchvision_draws_from(data.seeded(self.cfg.seed, 5, *key)):
             samples = [self.augment(x.movedim(-1, -3)).movedim(-3, -1) for x in pixels]
         return torch.stack(samples), number, problems
 
 
-# ==================================================================================================
-#  THE PAPERS, part 3: testing, on all that stands below
-# ==================================================================================================
-
+# ==== THE PAPERS, part 3: testing, on all that stands below =======================================
 
 def spatial_views(pixels, size, crops):
     """The largest boxes of the aspect of `size`, evenly along what is too long; one: the middle.
@@ -296,10 +274,6 @@ class ViewDataset(data.FileDataset):
     as in training, or that one would count twice.
     """
 
-    def __init__(self, files, cfg):
-        super().__init__(files, cfg, train=False)
-        self.images = open_images(files, cfg, train=False)
-
     def choose(self, n):
         return views_of(self.cfg.sampling, n, self.cfg.frames, self.cfg.stride, self.cfg.clips)
 
@@ -311,7 +285,7 @@ class ViewDataset(data.FileDataset):
                 views = [spatial_views(clip, self.size, self.cfg.crops) for clip in clips]
                 pixels = torch.cat(views)
             else:
-                pixels, problem = self.images.read(i, None)
+                pixels, problem = open_images(self.files, self.cfg, False).read(i, None)
             return pixels, i, [(path, problem)] * bool(problem)
         except data.BrokenFile as error:
             nothing = torch.empty(0, dtype=torch.uint8)  # torch.cat takes it beside any shape
@@ -319,15 +293,15 @@ class ViewDataset(data.FileDataset):
 
 
 def run_views(model, files, cfg, output):
-    """output(x), a method of the model, of every view of every file -> (files, views, width).
+    """output(x), a method of the model, of every view -> (n, views, width), the n files it is of.
 
-    NaN for files that cannot be read. Each process takes every world-th file: each is done once.
+    Files that cannot be read are left out. Each process takes every world-th file.
     """
     (rank, world), device = rank_and_world(), next(model.parameters()).device
     dtype, views = choose_precision(cfg, device), cfg.clips * cfg.crops if is_video(cfg) else 1
     size = max(cfg.batch // (world * cfg.accum) // views, 1)  # files of a forward pass
     loader = data.start_loader(
-        ViewDataset(files, cfg), cfg.workers, batch_size=size,
+        ViewDataset(files, cfg, False), cfg.workers, batch_size=size,
         sampler=range(rank, len(files.paths), world), collate_fn=data.collate)
     outputs, problems = {}, []
     model.eval()
@@ -345,23 +319,22 @@ def run_views(model, files, cfg, output):
         outputs |= more
         for path, problem in problems:
             report(f"{path}: {problem}")
-    answers = torch.stack([*outputs.values()] or [torch.tensor(math.nan)])
+    kept = sorted(outputs)
+    answers = torch.stack([outputs[i] for i in kept] or [torch.tensor(math.nan)])
     if not answers.isfinite().all():
         raise ValueError("no file can be read, or answers are not finite: --precision float32?")
-    results = torch.full((len(files.paths), *answers.shape[1:]), math.nan)
-    results[list(outputs)] = answers
-    return results
+    if len(kept) < len(files.paths):
+        report(f"{len(files.paths) - len(kept)} unreadable files are left out")
+    return answers, files.select(kept)
 
 
 def summarise(probabilities, labels):
     """Accuracy of single views and of files.
 
-    probabilities (N, views, classes), NaN for files that could not be read: left out; labels (N,)
+    probabilities (N, views, classes), labels (N,)
     important: the two are different numbers, and papers report the second: the softmax averaged
     over all views of a video. To compare one with the other is how results fail to reproduce.
     """
-    good = probabilities[:, 0, 0].isfinite()
-    probabilities, labels = probabilities[good], labels[good]
     N, V, C = probabilities.shape
     of_files = probabilities.mean(dim=1)  # (N, C)
     right = of_files.topk(min(5, C)).indices == labels[:, None]  # (N, 5)
@@ -370,7 +343,7 @@ def summarise(probabilities, labels):
     count = confusion.sum(dim=1)
     per_class = confusion.diag() / count  # NaN where there is no test file: no part of the mean
     return {
-        "files": N, "unreadable": int((~good).sum()), "views": V,
+        "files": N, "views": V,
         "top1": right[:, 0].double().mean().item(), "top5": right.any(dim=1).double().mean().item(),
         "view_top1": (probabilities.argmax(dim=2) == labels[:, None]).double().mean().item(),
         "class_mean": per_class.nanmean().item(), "most_frequent": (count.max() / N).item(),
@@ -395,9 +368,7 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
     return votes / votes.sum(dim=1, keepdim=True), index
 
 
-# ==================================================================================================
-#  THE RUN, part 1: settings
-# ==================================================================================================
+# ==== THE RUN, part 1: settings ===================================================================
 
 Mode = typing.Literal["finetune", "scratch", "linear", "knn", "features"]
 
@@ -446,6 +417,13 @@ class Config(ClipConfig):
     # run
     out: str = "runs/finetune"  # folder for checkpoint, log, predictions and results
 
+    def default_file(self):
+        """Where a classifier or encoder is looked for without --init."""
+        if self.eval_only or self.predict:
+            return f"{self.out}/checkpoint.pt"
+        script = MODELS[self.model].__module__  # a model stands in the file that trains it
+        return "" if self.mode == "scratch" else f"runs/{script}/checkpoint.pt"
+
 
 # Sizes are those of the pretraining's presets: for --mode scratch, which may have no file.
 _recipe = dict(frames=16, stride=4, sampling="dense", tubelet=2, smoothing=0.1, erase=0.25,
@@ -470,8 +448,7 @@ PRESETS = {
                     init="runs/mae_image_cifar10/checkpoint.pt"),
     # MAE Table 9 (ViT-B; the public code has 5e-4 and 0.65), random erasing from the public code
     "mae_paper": dict(smoothing=0.1, min_crop=0.08, erase=0.25, rand_augment=9, mixup=0.8,
-                      cutmix=1.0, batch=1024, lr=1e-3, epochs=100, warmup=5, layer_decay=0.75,
-                      drop_path=0.1),
+                      cutmix=1.0, batch=1024, lr=1e-3, warmup=5),
     # MAE Table 10; the class token of MAE, the mean of others
     "mae_probe_paper": dict(mode="linear", min_crop=0.08, batch=16384, probe_lr=0.1, epochs=90,
                             warmup=10),
@@ -479,12 +456,6 @@ PRESETS = {
 FROZEN = ("linear", "knn", "features")  # modes in which the encoder learns nothing
 
 
-def default_file(cfg):
-    """Where a classifier or encoder is looked for without --init."""
-    if cfg.eval_only or cfg.predict:
-        return f"{cfg.out}/checkpoint.pt"
-    script = MODELS[cfg.model].__module__  # a model stands in the file that trains it
-    return "" if cfg.mode == "scratch" else f"runs/{script}/checkpoint.pt"
 
 
 def is_video(cfg):
@@ -496,13 +467,10 @@ def planes_of(cfg):
     return parse_modalities(f"{cfg.inputs},{cfg.dense}")
 
 
-# ==================================================================================================
-#  THE RUN, part 2: from a file to a classifier
-# ==================================================================================================
-
+# ==== THE RUN, part 2: from a file to a classifier ================================================
 
 def build(cfg, classes, found=None):
-    """-> Classifier or DenseHead, what was loaded in words.   found None: random weights"""
+    """-> Classifier or DenseHead.   found None: random weights"""
     stored, state = {}, {}
     if found:  # a flag corrects a guess; "encoder.": names in a classifier of ours
         stored = {k: v for k, v in found.settings.items() if k not in found.guesses}
@@ -526,28 +494,30 @@ def build(cfg, classes, found=None):
         encoder = MODELS[cfg.model](frames, size, cfg.tubelet, cfg.patch, *shape, **options)
     frozen = cfg.mode in FROZEN
     keeps_norm = frozen or cfg.model == "mae_st" or cfg.pool == "first"
-    fresh_norm = cfg.model == "multimae" or not keeps_norm
+    fresh_norm = not keeps_norm or cfg.model == "multimae"
     model = Classifier(encoder, classes, cfg.pool, fresh_norm, cfg.drop_path, cfg.dropout,
                        "blocks.0.gamma_1" in state, frozen)
-    text = load_encoder(model, state, cfg, found.path, fresh_norm) if found else "random weights"
+    if found:
+        load_encoder(model, state, cfg, found.path, fresh_norm)
     # built for the size in the file; now for the size that is wanted
     frames, tubelet = (cfg.frames, cfg.tubelet) if hasattr(encoder, "tubelet") else (1, 1)
     change_grid(encoder, grid_of(frames, data.height_width(cfg.img_size), tubelet, cfg.patch))
     if cfg.dense:
         model = DenseHead(encoder, model.norm, parse_modalities(cfg.inputs))
-    return model, text
+    return model
 
 
 def load_encoder(model, state, cfg, path, fresh_norm):
-    """Copy a file's weights into a classifier, every one if it is tested.   -> what was done"""
+    """Copy a file's weights into a classifier, every one if it is tested."""
     new = [] if cfg.eval_only or cfg.predict else ["head"] + ["norm"] * fresh_norm
     names = {r"^(?!norm\.|fc_norm\.|head\.)": "encoder.", r"^fc_norm\.": "norm."}
     if new:  # what the file has of these is set aside
         names[rf"^({'|'.join(new)})\."] = r"old.\1."
     fresh = new + ["encoder.pos_embed"] * (not isinstance(model.encoder, MAEST))  # a fixed table
     unused = ["old.", "encoder.input_adapters.", *(f"encoder.{name}" for name in DECODER)]
-    count, _, _ = load_into(model, rename(state, names), fresh, unused)
-    return f"{path}: {count} tensors used; new: {', '.join(new) or 'nothing'}"
+    count, _ = load_into(model, rename(state, names), fresh, unused)
+    if not cfg.resume:
+        report(f"{path}: {count} tensors used; new: {', '.join(new) or 'nothing'}")
 
 
 def as_it_was_built(cfg, found):
@@ -555,14 +525,11 @@ def as_it_was_built(cfg, found):
     if not any(k in found.state for k in ("head.weight", "head.1.weight")):
         raise ValueError(f"{found.path} holds an encoder, no classifier: fine-tune it first")
     pool = "mean" if "fc_norm.weight" in found.state or cfg.model in ("mae_st", "omni") else "first"
-    mode = "linear" if "head.1.weight" in found.state else "finetune"
-    return dataclasses.replace(cfg, mode=mode, pool=found.settings.get("pool", pool))
+    cfg.pool = found.settings.get("pool", pool)
+    cfg.mode = "linear" if "head.1.weight" in found.state else "finetune"
 
 
-# ==================================================================================================
-#  THE RUN, part 3: data, results, main
-# ==================================================================================================
-
+# ==== THE RUN, part 3: data, results, main ========================================================
 
 def open_images(files, cfg, train):
     """Images, with the maps that belong to them where some are needed."""
@@ -573,38 +540,30 @@ def open_images(files, cfg, train):
 
 
 def open_data(cfg):
-    """-> dataset for training, files for training, files for testing."""
+    """-> dataset for training, files for training, files for testing.
+
+    Raises ValueError for data from which nothing can be learnt
+    """
     if is_video(cfg):
-        train, test = list_both(data.list_videos, cfg.data, cfg.fold, cfg.allow_missing)
+        train, test = list_both(cfg, data.list_videos, cfg.data, cfg.fold)
     else:
         root = Path(cfg.data, planes_of(cfg)[0]) if cfg.model == "multimae" else cfg.data
-        train, test = list_both(data.list_images, root, cfg.allow_missing)
+        train, test = list_both(cfg, data.list_images, root)
     if not cfg.dense and cfg.mode != "features":
-        train, test = train.select(train.labels >= 0), test.select(test.labels >= 0)
+        train, test = (files.select(files.labels >= 0) for files in (train, test))
         report(f"of known class: {len(train.paths)} training files, {len(test.paths)} held out")
-        check_classes(train, test, cfg)
+        names = train.classes
+        if len(names) < 2:
+            raise ValueError(f"{cfg.data} has one class or none: {', '.join(names)}. Is it the "
+                             "right folder? Classes are folders, or labels in a list")
+        if test.labels.max(initial=-1) >= len(names):
+            raise ValueError(f"{cfg.data} has labels beyond the {len(names)} classes in training")
     train = take_share(train, cfg.share, cfg.seed)
     open_files = ClipDataset if is_video(cfg) else open_images
     dataset = open_files(train, cfg, True)
     if cfg.rand_augment:
-        dataset = Augmented(dataset, cfg.rand_ops, cfg.rand_augment)
+        dataset = Augmented(dataset, cfg)
     return dataset, train, test
-
-
-def check_classes(train, test, cfg):
-    """Raises ValueError for data from which nothing can be learnt."""
-    classes = len(train.classes)
-    if classes < 2:
-        one = f"{cfg.data} has one class or none: {', '.join(train.classes)}"
-        raise ValueError(f"{one}. Is it the right folder? Classes are folders, or labels in a list")
-    if test.labels.max(initial=-1) >= classes:
-        raise ValueError(f"{cfg.data} has labels beyond the {classes} classes in training")
-    for files, what in ((train, "training"), (test, "test")):
-        if lost := [name for i, name in enumerate(train.classes) if i not in files.labels]:
-            text = f"{len(lost)} of {classes} classes have no {what} file, e.g. {lost[0]}"
-            if what == "training" and not cfg.allow_missing:
-                raise ValueError(text)
-            report(f"warning: {text}")
 
 
 def take_share(files, share, seed):
@@ -625,59 +584,53 @@ def write(cfg, name, content):
 
 def write_results(probabilities, files, cfg):
     """Print accuracies; write predictions.csv, results.json, confusion.png.   -> the last line"""
-    classes, scores = files.classes, summarise(probabilities, torch.from_numpy(files.labels))
-    five = ", top-5 {top5:.1%}" * (len(classes) > 5)
-    lines = ["test: {files} files x {views} views; {unreadable} unreadable files are left out",
-             "  of files: top-1 {top1:.1%}" + five + ", mean over classes {class_mean:.1%}",
-             "  of single views: top-1 {view_top1:.1%}",
-             "  always the most frequent class: {most_frequent:.1%}"]
-    for line in lines:
-        report(line.format(**scores))
+    classes, s = files.classes, summarise(probabilities, torch.from_numpy(files.labels))
+    five = f", top-5 {s['top5']:.1%}" * (len(classes) > 5)
+    report(f"test: {s['files']} files x {s['views']} views")
+    report(f"  of files: top-1 {s['top1']:.1%}{five}, mean over classes {s['class_mean']:.1%}")
+    report(f"  of single views: top-1 {s['view_top1']:.1%}")
+    report(f"  always the most frequent class: {s['most_frequent']:.1%}")
     table = csv.writer(text := io.StringIO())
     table.writerow(["path", "label", "answer", "score"])
     for path, label, p in zip(files.paths, files.labels, probabilities.mean(dim=1)):
-        answer = classes[p.argmax()] if p.isfinite().all() else "unreadable"
-        row = [path, classes[label], answer, f"{p.max():.4f}"]
+        row = [path, classes[label], classes[p.argmax()], f"{p.max():.4f}"]
         # a spreadsheet must not take a name for a formula
         table.writerow([re.sub("^([=+@-])", r"'\1", cell) for cell in row])
     # surrogateescape: a name on a disk need not be valid text, and is written as it is
     write(cfg, "predictions.csv", text.getvalue().encode("utf-8", "surrogateescape"))
-    draw_confusion(torch.tensor(scores["confusion"]), classes, Path(cfg.out, "confusion.png"))
-    scores |= {"mode": cfg.mode, "init": cfg.init or default_file(cfg)}
-    write(cfg, "results.json", json.dumps(scores, indent=1).encode())
-    return "top-1 {top1:.1%} (most frequent class {most_frequent:.1%})".format(**scores)
-
-
-def draw_confusion(confusion, classes, path):
-    """A row for each class, a column for each answer; the darker, the more often.   (C, C) int"""
+    s |= {"mode": cfg.mode, "init": cfg.init or cfg.default_file()}
+    write(cfg, "results.json", json.dumps(s, indent=1).encode())
+    # a row for each class, a column for each answer; the darker, the more often
+    confusion, color = torch.tensor(s["confusion"]), torch.tensor([0.8, 0.65, 0.2])
     share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    color = torch.tensor([0.8, 0.65, 0.2])[:, None, None]
-    cells = 1 - share[:, :, None, None, None] * color  # (C, C, 3, 1, 1): enlarged to 24 x 24
-    rows = [f"{i} {name}" for i, name in enumerate(classes, 1)]
-    columns, note = [row.split()[0] for row in rows], "rows: true class, columns: answer"
-    save_picture(picture_table(cells, columns, rows, note, side=24), path)
+    cells = 1 - share[..., None, None, None] * color[:, None, None]  # (C, C, 3, 1, 1)
+    columns = [f"{i}" for i in range(1, len(classes) + 1)]
+    rows = [f"{i} {name}" for i, name in zip(columns, classes)]
+    table = picture_table(cells, columns, rows, "rows: true class, columns: answer", 24)
+    save_picture(table, Path(cfg.out, "confusion.png"))
+    return f"top-1 {s['top1']:.1%} (most frequent class {s['most_frequent']:.1%})"
 
 
 def draw_neighbours(test_files, train_files, neighbours, cfg):
     """neighbours.png: some test files, each beside the training files that are most like it."""
-    test, train = (ViewDataset(files, cfg) for files in (test_files, train_files))
+    test, train = (ViewDataset(files, cfg, False) for files in (test_files, train_files))
     some, rows = evenly(len(test)).tolist(), []
     for i in some:
         views = [test[i][0], *(train[k][0] for k in neighbours[i, :5].tolist())]
         frames = [x.flatten(0, -4) for x in views]  # each (frames, H, W, planes)
         rows.append(torch.stack([x[len(x) // 2, ..., :3] for x in frames]))
     cells = torch.stack(rows).movedim(-1, 2) / 255  # (8, 6, 3, H, W)
-    titles = ["test", "training files, nearest first"]
     names = [test_files.classes[test_files.labels[i]] for i in some]
-    save_picture(picture_table(cells, titles, names), Path(cfg.out, "neighbours.png"))
+    table = picture_table(cells, ["test", "training files, nearest first"], names)
+    save_picture(table, Path(cfg.out, "neighbours.png"))
 
 
 @torch.random.fork_rng(devices=[])  # the caller's random numbers stay as they are
 def main(argv=None):
-    cfg, found, device = begin(Config, PRESETS, __doc__, READERS, argv, default_file)
+    cfg, found, device = begin(Config, PRESETS, __doc__, READERS, argv)
     tested = cfg.eval_only or cfg.predict
     if tested:
-        cfg = as_it_was_built(cfg, found)
+        as_it_was_built(cfg, found)
     if cfg.pool == "paper":
         cfg.pool = "first" if cfg.model == "mae" and cfg.mode in FROZEN else "mean"
     if cfg.mode == "linear":
@@ -685,16 +638,16 @@ def main(argv=None):
         cfg.erase = cfg.mixup = cfg.cutmix = cfg.dropout = 0.0
     if cfg.dense and (cfg.model != "multimae" or tested or cfg.mode in FROZEN
                       or cfg.dense in parse_modalities(cfg.inputs)):
-        what = "--model multimae, --mode finetune or scratch, training, and other --inputs"
-        raise ValueError(f"--dense {cfg.dense} takes {what}")
+        raise ValueError(f"--dense {cfg.dense} takes --model multimae, --mode finetune or scratch, "
+                         "training, and other --inputs")
     if cfg.model == "multimae" and (cfg.erase or cfg.rand_augment or cfg.mixup or cfg.cutmix):
         raise ValueError("--model multimae takes no --erase, --rand-augment, --mixup or --cutmix")
     if found and (fold := found.settings.get("fold", cfg.fold)) != cfg.fold:
         report(f"warning: {found.path} has seen fold {fold}, and with it tests of fold {cfg.fold}")
     if cfg.predict:
         return predict(cfg, found, device)
-    trained = Path(cfg.out, "checkpoint.pt").exists()
-    if trained and (cfg.mode == "knn" or cfg.eval_only and cfg.init):
+    own_results = cfg.mode == "knn" or cfg.eval_only and cfg.init
+    if own_results and Path(cfg.out, "checkpoint.pt").exists():
         raise ValueError(f"{cfg.out} holds a run, whose results would be lost: name another --out")
     fetch(cfg.data)
     dataset, train_files, test_files = open_data(cfg)
@@ -702,15 +655,11 @@ def main(argv=None):
     if cfg.eval_only and found.classes and found.classes != classes:
         raise ValueError(f"{cfg.data} has other classes than {found.path}")
     weights = None if cfg.mode == "scratch" else found
-    model, text = build(cfg, max(len(classes), 1), weights)
-    if not cfg.resume:
-        report(text)
-    model.to(device)
+    model = build(cfg, max(len(classes), 1), weights).to(device)
     if cfg.mode in ("knn", "features"):
         result = use_features(model, train_files, test_files, cfg)
     elif cfg.eval_only:
-        answers = run_views(model, test_files, cfg, model.answers)
-        result = write_results(answers, test_files, cfg)
+        result = write_results(*run_views(model, test_files, cfg, model.answers), cfg)
     else:
         return train_classifier(model, dataset, test_files, cfg)
     report(f"done: {result}, see {cfg.out}")
@@ -719,10 +668,10 @@ def main(argv=None):
 def train_classifier(model, dataset, test_files, cfg):
     """Supervised training, then the test."""
     classes, one_view = len(dataset.classes), dataclasses.replace(cfg, clips=1, crops=1)
-    decay = 1.0 if cfg.mode == "scratch" else cfg.layer_decay
     if cfg.mode == "linear":  # without weight decay: MAE Table 10
-        optimizer = LARS(model.head.parameters())
+        optimizer = LARS(model.head.parameters(), momentum=0.9)
     else:
+        decay = 1.0 if cfg.mode == "scratch" else cfg.layer_decay
         groups = layer_groups(model, cfg.weight_decay, decay)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
@@ -737,24 +686,21 @@ def train_classifier(model, dataset, test_files, cfg):
 
     def look(path):
         """One view of every test file, for the log only; what is reported is the final test."""
-        answers = run_views(model, test_files, one_view, model.answers)[:, 0]
-        good = answers[:, 0].isfinite()
+        answers, files = run_views(model, test_files, one_view, model.answers)
         if cfg.dense:
-            return model.score(answers[good])
-        answers, labels = answers[good], torch.from_numpy(test_files.labels)[good]
+            return model.score(answers[:, 0])
+        answers, labels = answers[:, 0], torch.from_numpy(files.labels)
         loss = F.nll_loss(answers.clamp(min=1e-9).log(), labels).item()
         top1 = (answers.argmax(dim=1) == labels).float().mean().item()
         return {"val_loss": loss, "baseline": math.log(classes), "top-1": top1}
 
     run, result = train(model, dataset, loss_of, optimizer, look, cfg), ""
     if cfg.dense and not run.stopping:
-        scores = look(None)
-        write(cfg, "results.json", json.dumps({"task": cfg.dense, **scores}).encode())
-        (name, ours), (_, constant) = scores.items()
-        result = f"{cfg.dense}: {name} {ours:.3f} (the same map for all: {constant:.3f})"
+        run.scores = look(None)
+        write(cfg, "results.json", json.dumps({"task": cfg.dense, **run.scores}).encode())
     elif not run.stopping:
         answers = run_views(model, test_files, cfg, model.answers)
-        result = f"{cfg.mode}: " + write_results(answers, test_files, cfg)
+        result = f"{cfg.mode}: {write_results(*answers, cfg)}"
     run.finish(result)
 
 
@@ -762,17 +708,15 @@ def use_features(model, train_files, test_files, cfg):
     """--mode knn: classify by the nearest training files; features: save a vector of every file."""
     cfg, kept = dataclasses.replace(cfg, clips=1, crops=1), []
     for files in (train_files, test_files):
-        x = run_views(model, files, cfg, model.features)[:, 0]  # (files, D)
-        good = x[:, 0].isfinite().numpy()
-        kept.append((x[good], files.select(good)))
+        x, files = run_views(model, files, cfg, model.features)
+        kept.append((x[:, 0], files))  # x (files, D)
     (x, known), (y, asked) = kept
     if cfg.mode == "knn":
-        labels, classes = torch.from_numpy(known.labels), len(known.classes)
-        answers, neighbours = nearest_neighbours(x, labels, y, classes)
-        result = write_results(answers[:, None], asked, cfg)
+        votes, neighbours = nearest_neighbours(
+            x, torch.from_numpy(known.labels), y, len(known.classes))
         if is_first() and planes_of(cfg)[0] == "rgb":
             draw_neighbours(asked, known, neighbours, cfg)
-        return result
+        return write_results(votes[:, None], asked, cfg)
     np.savez(file := io.BytesIO(),
              train_features=x, train_labels=known.labels, train_paths=known.paths,
              test_features=y, test_labels=asked.labels, test_paths=asked.paths)
@@ -786,12 +730,11 @@ def predict(cfg, found, device):
         raise ValueError(f"--predict: {found.path} needs {cfg.inputs}, not one file")
     head = found.state.get("head.weight", found.state.get("head.1.weight"))
     classes = found.classes or [f"class {i}" for i in range(len(head))]
-    model = build(cfg, len(classes), found)[0].to(device)
-    kinds = data.VIDEO if is_video(cfg) else data.IMAGE
-    one, cfg.workers = data.one_file(cfg.predict, kinds, classes), 0
-    answers = run_views(model, one, cfg, model.answers)
-    best = answers[0].mean(dim=0).topk(min(5, len(classes)))
-    for p, i in zip(*best):
+    model = build(cfg, len(classes), found).to(device)
+    one = data.one_file(cfg.predict, data.VIDEO if is_video(cfg) else data.IMAGE, classes)
+    cfg.workers = 0
+    answers, _ = run_views(model, one, cfg, model.answers)
+    for p, i in zip(*answers[0].mean(dim=0).topk(min(5, len(classes)))):
         report(f"{p:6.1%}  {classes[i]}")
 
 

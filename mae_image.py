@@ -58,15 +58,12 @@ ENCODERS = {
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-# ==================================================================================================
-#  THE PAPER, part 1: from pixels to patches and back                          (needs: torch, F, nn)
-# ==================================================================================================
-
+# ==== THE PAPER, part 1: from pixels to patches and back (needs: torch, F, nn) ====================
 
 def parts_of(length, part, what):
     """How many parts a side has.   Raises ValueError if it cannot be cut evenly"""
-    if part < 1 or length % part:
-        low = max(length // max(part, 1), 1) * part
+    if length % part:
+        low = max(length // part, 1) * part
         raise ValueError(f"{what} {length} is not a multiple of {part}: {low} and {low + part} are")
     return length // part
 
@@ -94,6 +91,12 @@ def unpatchify(patches, p, h, w):
     return x.reshape(B, P // (p * p), h * p, w * p)
 
 
+def check_shape(x, *sizes):
+    """Raises ValueError for another size than the model's: positions would be wrong. (B, C, ...)"""
+    if tuple(x.shape[2:]) not in sizes:
+        raise ValueError(f"an input of {tuple(x.shape[2:])}, but the model takes {sizes}")
+
+
 class PatchEmbed(nn.Module):
     """The strided convolution of the papers, applied to patches that are already cut out.
 
@@ -114,30 +117,23 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.movedim(1, -1).flatten(1), self.proj.bias)
 
 
-def sincos_1d(width, positions):
-    """(N,) -> (N, width) float64: [sines | cosines] of 10000^(-k / (width/2)) * position."""
-    frequency = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
-    angle = positions.double()[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
 def sincos_2d(width, h, w):
     """Fixed table of 2-D positions (h*w, width), float32: MAE App. A.1 "ViT architecture".
 
+    Sines, then cosines of 10000^(-4k / width) * column, then the same of the row.
     important: the first half of the channels encodes the column, the second the row. The official
     variable names suggest the opposite, and public checkpoints depend on it. Computed in float64,
     as the official table is.
     """
-    parts_of(width, 4, "2-D sine-cosine positions: width")
+    n = parts_of(width, 4, "2-D sine-cosine positions: width")  # frequencies
+    frequency = 10000.0 ** (-torch.arange(n, dtype=torch.float64) / (width / 4))
     rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    halves = [sincos_1d(width // 2, axis.flatten()) for axis in (cols, rows)]
-    return torch.cat(halves, dim=1).float()
+    angles = [axis.flatten()[:, None] * frequency for axis in (cols, rows)]  # each (h*w, n)
+    return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1).float()
 
 
-# ==================================================================================================
-#  THE PAPER, part 2: the Transformer block (ViT, arXiv 2010.11929)         (needs: F, nn, parts_of)
-# ==================================================================================================
-
+# ==== THE PAPER, part 2: the Transformer block (ViT, arXiv 2010.11929) ============================
+# (needs: F, nn, parts_of)
 
 class Attention(nn.Module):
     """Multi-head self-attention; heads are consecutive slices of the width."""
@@ -167,17 +163,19 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """Pre-norm Transformer block, in every encoder and decoder of this project.
+def layer_norm(width):
+    """important: epsilon is 1e-6 in all five papers' code, not PyTorch's 1e-5."""
+    return nn.LayerNorm(width, eps=1e-6)
 
-    important: LayerNorm's epsilon is 1e-6 in all five papers' code, not PyTorch's 1e-5.
-    """
+
+class Block(nn.Module):
+    """Pre-norm Transformer block, in every encoder and decoder of this project."""
 
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = layer_norm(width)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = layer_norm(width)
         self.mlp = MLP(width)
 
     def forward(self, x):
@@ -197,11 +195,8 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# ==================================================================================================
-#  THE PAPER, part 3: the model
-#  (needs: torch, F, nn, ENCODERS, IMAGENET_*, parts 1, 2; masking.py part 3)
-# ==================================================================================================
-
+# ==== THE PAPER, part 3: the model ================================================================
+# (needs: torch, F, nn, ENCODERS, IMAGENET_*, parts 1, 2; masking.py part 3)
 
 class MAE(nn.Module):
     """Masked autoencoder for images.   loss, pred = model(imgs, mask)
@@ -233,13 +228,13 @@ class MAE(nn.Module):
         self.patch_embed = PatchEmbed((patch, patch), channels, D)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.blocks = transformer(D, depth, heads)
-        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.norm = layer_norm(D)
 
         # decoder: sees all patches, hidden ones as one learned vector; dropped after pretraining
         self.decoder_embed = nn.Linear(D, E)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
         self.decoder_blocks = transformer(*decoder)
-        self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
+        self.decoder_norm = layer_norm(E)
         self.decoder_pred = nn.Linear(E, patch * patch * channels)
 
         # Fixed tables, (1, N, D) and (1, N, E), not in the state dict: weights load at any image
@@ -270,11 +265,12 @@ class MAE(nn.Module):
         """Only visible patches enter: Sec. 3 "MAE encoder".   -> (B, 1+K, D), class token first"""
         patches = self.patches(imgs)  # (B, N, P)
         B, N, P = patches.shape
-        x = self.patch_embed(visible(patches, mask))  # (B, K, D)
-        x = x + visible(self.pos_embed.expand(B, -1, -1), mask)  # (B, K, D)
+        x = self.patch_embed(visible(patches, mask)) + visible(self.pos_embed, mask)  # (B, K, D)
         # App. A.1: the class token is a dummy for later use. Its position is zero: nothing is added
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # (B, 1+K, D)
         return self.norm(self.blocks(x))
+
+    encode = forward_encoder  # without a mask every token: fine-tuning, probing, features
 
     def forward_decoder(self, latent, mask):
         """All tokens, the hidden ones as one learned vector: Sec. 3 "MAE decoder" -> (B, M, P)"""
@@ -289,9 +285,7 @@ class MAE(nn.Module):
 
     def patches(self, imgs):
         """The image cut into patches: input of the encoder, without norm_pix the target, too."""
-        size = self.grid[1] * self.patch, self.grid[2] * self.patch
-        if imgs.shape[2:] != size:
-            raise ValueError(f"images of {tuple(imgs.shape[2:])}, but the model takes {size}")
+        check_shape(imgs, (self.grid[1] * self.patch, self.grid[2] * self.patch))
         return patchify(imgs, self.patch)
 
     def normalize_patches(self, patches):
@@ -315,9 +309,6 @@ class MAE(nn.Module):
             return pred.float().sum()  # nothing hidden: 0, where the public code has 0 / 0
         return F.mse_loss(pred.float(), self.target(imgs, mask))
 
-    def encode(self, imgs):
-        """Every token, no mask: for fine-tuning, probing, features.   -> (B, 1+N, D)"""
-        return self.forward_encoder(imgs)
 
     def to_pictures(self, patches):
         """Patches (B, N, P) -> pictures (B, 1, C, H, W) in [0, 1]; 1 is the number of frames."""
@@ -337,11 +328,8 @@ def to_unit_range(x, mean, std):
     return (x.movedim(1, -1) * x.new_tensor(std) + x.new_tensor(mean)).movedim(-1, 1)
 
 
-# ==================================================================================================
-#  THE PAPER, part 4: how it is trained (App. A.1, Table 8)
-#  train() uses batches() and start_loader() of data.py, and the class Run, at the end of this file.
-# ==================================================================================================
-
+# ==== THE PAPER, part 4: how it is trained (App. A.1, Table 8) ====================================
+# train() uses batches() and start_loader() of data.py, and the class Run, at the end of this file.
 
 def lr_at(step, peak, floor, warmup, total, inclusive=False):
     """Linear warm-up from 0, then half a cosine from `peak` to `floor`.   All counted in updates.
@@ -445,10 +433,7 @@ def pretrain(model, dataset, draw_mask, look, cfg, plan=None):
     train(model, dataset, loss_of, optimizer, look, cfg, plan).finish()
 
 
-# ==================================================================================================
-#  THE RUN, part 1: what a model paints, in pictures
-# ==================================================================================================
-
+# ==== THE RUN, part 1: what a model paints, in pictures ===========================================
 
 @torch.no_grad()
 def reconstruct(model, imgs, mask):
@@ -477,27 +462,18 @@ def reconstruct(model, imgs, mask):
     if model.norm_pix:
         _, mean, std = model.normalize_patches(hidden(patches, mask))
         pictures["knowing nothing*"], pred = fill(mean), pred * std + mean
-    pictures["prediction" + star] = torch.where(hole, fill(pred), pink)  # here the visible are pink
-    pictures["pasted in" + star] = fill(pred)
+    pictures[f"prediction{star}"] = torch.where(hole, fill(pred), pink)  # the visible are pink
+    pictures[f"pasted in{star}"] = fill(pred)
     return loss.item(), target.var(correction=0).item(), pictures, hole
-
-
-def explained(painted, original, where):
-    """R2, the share of some pixels' variance that is explained: 1 perfect, 0 their mean colour.
-
-    painted, original (B, frames, 3, H, W), where (B, frames, 1, H, W) bool
-    """
-    a, b = (x.movedim(2, -1)[where[:, :, 0]] for x in (painted, original))  # (pixels, 3)
-    return 1 - ((a - b).square().sum() / (b - b.mean(dim=0)).square().sum()).item()
 
 
 def object_maps(val, items):
     """Where objects are in held-out files, (B, T, 1, H, W) bool; None without the toy's maps."""
     maps = []
     for i in items:
-        path = re.sub(r"/(videos|rgb)/", "/object/", os.path.abspath(val.paths[i]))
-        path = Path(path).with_suffix(".png")
-        if not path.exists():
+        path = os.path.abspath(val.paths[i])
+        path, toy = re.subn(r"/(videos|rgb)/(.*)\.\w+$", r"/object/\2.png", path)
+        if not toy or not os.path.exists(path):
             return None
         x = np.array(Image.open(path), dtype=np.uint8)
         x = x.reshape(-1, x.shape[1], x.shape[1], 1)  # (n, S, S, 1): frames lie below each other
@@ -512,9 +488,9 @@ def held_out(val, draw_mask, seed, count=64):
     -> uint8 batch, mask (B, N), see object_maps
     """
     count = min(count, len(val), max(6, 2**25 // val[0, 0][0].numel()))  # 64 large clips: 5 GB
-    chosen = np.linspace(0, len(val) - 1, count).astype(int)  # over all classes
-    batch, used, problems = data.collate([val[0, int(i)] for i in chosen])
-    for path, problem in dict.fromkeys(problems):
+    batch, used, problems = data.collate(  # over all classes
+        [val[0, int(i)] for i in np.linspace(0, len(val) - 1, count)])
+    for path, problem in problems:
         report(f"held-out file {path}: {problem}")
     mask = draw_mask(batch, len(batch), data.seeded(seed, 2))
     if not mask.any():
@@ -523,7 +499,11 @@ def held_out(val, draw_mask, seed, count=64):
 
 
 def paint_held_out(model, sample, draw, path):
-    """Draw what a model makes of held_out().   -> numbers; "object": see explained"""
+    """Draw what a model makes of held_out().   -> numbers
+
+    "object", in the toy world: R2 of the hidden pixels of objects, the share of their variance that
+    is explained: 1 perfect, 0 their mean colour.
+    """
     batch, mask, objects = sample
     x = model.normalize(batch.to(next(model.parameters()).device))
     loss, baseline, pictures, hole = reconstruct(model, x, mask)
@@ -532,21 +512,21 @@ def paint_held_out(model, sample, draw, path):
     scores = {"val_loss": loss, "baseline": baseline}
     if objects is not None:
         frames = getattr(model, "frame_index", slice(None))  # MAE-ST paints some of them
-        where = hole & objects.to(hole.device)[:, frames]
-        scores["object"] = explained(list(pictures.values())[-1], pictures["original"], where)
+        where = (hole & objects.to(hole.device)[:, frames])[:, :, 0]  # (B, frames, H, W)
+        both = [*pictures.values()][-1], pictures["original"]
+        a, b = (x.movedim(2, -1)[where] for x in both)  # each (pixels, 3)
+        scores["object"] = 1 - ((a - b).square().sum() / (b - b.mean(dim=0)).square().sum()).item()
     return scores
 
 
-def draw_losses(folder, baseline):
-    """loss.png: training and held-out loss over the updates, beside what is called the baseline."""
+def draw_losses(folder):
+    """loss.png: training and held-out loss over the updates, beside the baseline."""
     records = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
-    if not records:
-        return  # nothing could be written: a full disk
     right = records[-1]["step"] or 1
-    top = 1.5 * records[-1].get("baseline", 0)  # untrained, a network may be far above
-    top = top or max(r.get("loss", 0) for r in records) or 1
+    # untrained, a network may be far above
+    top = 1.5 * records[-1].get("baseline", 0) or max(r.get("loss", 0) for r in records) or 1
     kinds = [("loss", "training", "#8899cc"), ("val_loss", "held out", "#cc4433"),
-             ("baseline", baseline, "#777777")]
+             ("baseline", "baseline", "#777777")]
     picture, font = Image.new("RGB", (640, 360), "white"), ImageFont.load_default(size=14)
     pen = ImageDraw.Draw(picture)
     pen.line([(60, 30), (60, 320), (620, 320)], "black")
@@ -573,20 +553,18 @@ def not_fatal(path):
     """A full disk must not end a run for a picture or a line of the log."""
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: half a line, after a full disk
+    except (OSError, ValueError, IndexError) as error:  # a disk that was full: half a line or none
         report(f"warning: cannot write {path}: {error}")
 
 
-# ==================================================================================================
-#  THE RUN, part 2: settings and main
-# ==================================================================================================
-
+# ==== THE RUN, part 2: settings and main ==========================================================
 
 @dataclasses.dataclass
 class RunConfig:
     """What every training script can be told."""
 
     # data
+    allow_missing: bool = False  # a list may name files that are not there: use the others
     img_size: str = "48"  # side of what the model sees in pixels, or HEIGHTxWIDTH
     # model
     size: str = "nano"  # encoder: nano, tiny, small, base, large, huge, or WIDTHxBLOCKSxHEADS
@@ -600,13 +578,17 @@ class RunConfig:
     init: str = ""  # start from the weights in this file, ours or a public one, and from its sizes
     resume: bool = False  # continue the run in --out
     seed: int = 0  # random seed of weights, masks, order, crops
-    workers: int = min(8, os.cpu_count() or 1)  # processes that load data
+    workers: int = min(8, os.cpu_count())  # processes that load data
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: typing.Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products
     compile: bool = False  # torch.compile: slow start, faster steps
     log_every: int = 10  # updates between two lines of the log
     pictures: int = 5  # how often held-out data are looked at, evenly over the run; and once before
     smoke: bool = False  # three updates only, to see that everything runs
+
+    def default_file(self):
+        """Where weights are looked for without --init."""
+        return f"{self.out}/checkpoint.pt" if getattr(self, "picture", "") else ""
 
 
 @dataclasses.dataclass
@@ -617,7 +599,6 @@ class Config(RunConfig):
     data: str = "toy"  # folder of images, list file, or cifar10; the toy world is made
     min_crop: float = 0.2  # smallest share of the image area that a random crop takes
     flip: bool = True  # mirror half of the images
-    allow_missing: bool = False  # a list may name files that are not there: use the others
     picture: str = ""  # no training: paint the hidden parts of this one image, with --init
     # model
     decoder: str = "64x2x4"  # WIDTHxBLOCKSxHEADS; the paper's is 512x8x16
@@ -658,29 +639,25 @@ def main(argv=None):
         file = data.one_file(cfg.picture, data.IMAGE)
         return show_one(model, data.ImageDataset(file, cfg, False), draw_mask, draw_images, cfg)
     fetch(cfg.data)
-    train_files, val_files = list_both(data.list_images, cfg.data, cfg.allow_missing)
-    dataset = data.ImageDataset(train_files, cfg, True)
+    train_files, val_files = list_both(cfg, data.list_images, cfg.data)
     sample = held_out(data.ImageDataset(val_files, cfg, False), draw_mask, cfg.seed)
 
     def look(path):
         return paint_held_out(model, sample, draw_images, path)
 
-    pretrain(model, dataset, draw_mask, look, cfg)
+    pretrain(model, data.ImageDataset(train_files, cfg, True), draw_mask, look, cfg)
 
 
 def draw_images(pictures, path, note):
     """Some images as a PNG with a row for each, a column for each kind of picture."""
-    cells = torch.cat(list(pictures.values()), dim=1)  # (images, kinds, 3, H, W)
-    table = picture_table(cells[evenly(len(cells), 6)], list(pictures), note=note, side=128)
+    cells = torch.cat([*pictures.values()], dim=1)  # (images, kinds, 3, H, W)
+    table = picture_table(cells[evenly(len(cells), 6)], [*pictures], note=note, side=128)
     save_picture(table, path)
 
 
 def show_one(model, dataset, draw_mask, draw, cfg):
     """--picture: what the model makes of one image or clip, drawn like the held-out ones."""
-    try:
-        batch, _ = dataset.read(0, None)
-    except data.BrokenFile as error:
-        raise ValueError(f"{cfg.picture}: {error}") from None
+    batch, _ = dataset.read(0, None)
     sample = batch, draw_mask(batch, 1, data.seeded(cfg.seed, 2)), None
     path = Path(f"{Path(cfg.picture).stem}_painted.png")
     found = paint_held_out(model.eval(), sample, draw, path)
@@ -703,19 +680,17 @@ def fetch(*names):
         torch.distributed.barrier()
 
 
-def list_both(list_files, root, *options):
+def list_both(cfg, list_files, root, *options):
     """-> training and held-out files, reported.   list_files: data.list_images or list_videos"""
     train, val = (list_files(root, split, *options) for split in ("train", "val"))
-    classes = f" of {len(train.classes)} classes" if train.classes else ""
-    found = f"training: {len(train.paths)} files{classes} ({train.how})"
-    report(f"{found}; held out: {len(val.paths)} ({val.how})")
+    report(f"training: {len(train.paths)} files of {len(train.classes)} classes ({train.how}); "
+           f"held out: {len(val.paths)} ({val.how})")
+    if train.missing + val.missing and not cfg.allow_missing:
+        raise ValueError(f"{root}: listed files are missing; --allow-missing uses the others")
     return train, val
 
 
-# --------------------------------------------------------------------------------------------------
-#  Below nothing is about how MAE works: settings, processes, the folder of a run, files of weights.
-# --------------------------------------------------------------------------------------------------
-
+# ---- Nothing below is about MAE: settings, processes, the folder of a run, files of weights ------
 
 def encoder_size(text):
     """--size, a name in ENCODERS or numbers as in 128x4x4 -> (width, blocks, heads)."""
@@ -736,19 +711,14 @@ FROM_FILE = ("frames stride sampling img_size norm_pix modalities class_width fo
              "classify").split()
 
 
-def file_to_show(cfg):
-    return f"{cfg.out}/checkpoint.pt" if getattr(cfg, "picture", "") else ""
-
-
-def begin(Config, presets, doc, readers, argv, default_file=file_to_show):
+def begin(Config, presets, doc, readers, argv):
     """What every script does first.   -> config, what is in the file of --init or None, device
 
     default < preset < file < flag. A resumed run has the settings it had, except for MAY_CHANGE.
-    default_file  where to look without --init
     """
     preset, flags = settings(Config, presets, doc, argv)
     cfg, found = Config(**(preset | flags)), None
-    path, stored = cfg.init or default_file(cfg), {}
+    path, stored = cfg.init or cfg.default_file(), {}
     free = MAY_CHANGE  # settings in which a flag may differ from the file
     if cfg.resume:
         path, found = cfg.out, read_file(f"{cfg.out}/checkpoint.pt", readers)
@@ -758,18 +728,14 @@ def begin(Config, presets, doc, readers, argv, default_file=file_to_show):
         told = found.settings | {"model": found.model}
         stored = {k: told[k] for k in FIXED + FROM_FILE if k in told and hasattr(cfg, k)}
         free = [*FROM_FILE, *found.guesses]
-        if getattr(cfg, "mode", "") == "scratch":  # which takes sizes from a file, not weights
-            free += FIXED
-    fields = dataclasses.fields(Config)
-    known = {f.name: (float, int) if f.type is float else type(f.default) for f in fields}
+    known = {f.name: (float, int) if f.type is float else type(f.default)
+             for f in dataclasses.fields(Config)}
     for name, value in stored.items():
         if not isinstance(value, known.get(name, ())):
             raise ValueError(f"{path} says {name} = {value!r}, unknown to {Config.SCRIPT}.py")
-        flag = flags.get(name, value)
-        same = flag == value or name == "size" and encoder_size(flag) == encoder_size(value)
-        if name not in free and not same:
-            what = f"{path} has {value}, which cannot be changed"
-            raise ValueError(f"--{name.replace('_', '-')} {flag}: {what}")
+        if name not in free and flags.get(name, value) != value:
+            raise ValueError(f"--{name.replace('_', '-')} {flags[name]}: "
+                             f"{path} has {value}, which cannot be changed")
     cfg = Config(**(preset | stored | flags | {"out": cfg.out}))
     device = start_processes(cfg)
     torch.manual_seed(cfg.seed)
@@ -787,15 +753,12 @@ def start_processes(cfg):
         device = torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:  # torch raises many kinds
-        cause = str(error).splitlines()[0]
-        raise ValueError(f"--device {cfg.device} cannot be used: {cause}") from None
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        patience = datetime.timedelta(hours=2)  # the first process may have data to download
-        torch.distributed.init_process_group(backend, timeout=patience)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -813,12 +776,12 @@ def count_updates(plan, dataset, cfg, world):
     """-> updates in an epoch.   Raises ValueError if a batch cannot be filled, or not be shared"""
     share, files = world * cfg.accum * dataset.repeat, cfg.batch // dataset.repeat
     if cfg.batch % share:
-        what = f"{world} processes x --accum {cfg.accum} x {dataset.repeat} clips of a video"
-        raise ValueError(f"--batch {cfg.batch} must be a multiple of {share}: {what}")
+        raise ValueError(f"--batch {cfg.batch} must be a multiple of {share}: {world} processes x "
+                         f"--accum {cfg.accum} x {dataset.repeat} clips of a video")
     per_epoch = len(plan(0))
     if cfg.epochs and not per_epoch:
-        what = f"{len(dataset)} training files do not fill one update of {files}"
-        raise ValueError(f"{what} (held-out files do not count): use a smaller --batch")
+        raise ValueError(f"{len(dataset)} training files do not fill one update of {files} "
+                         "(held-out files do not count): use a smaller --batch")
     return per_epoch
 
 
@@ -846,8 +809,8 @@ class Run:
 
     def __enter__(self):
         self.open()
-        stop = {signal.SIGINT, signal.SIGTERM}
-        stop.add(getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has none
+        # Windows has no SIGHUP
+        stop = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
         self.handlers = {number: signal.signal(number, self.on_signal) for number in stop}
         self.threads = torch.get_num_threads()
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -855,11 +818,9 @@ class Run:
         if self.cfg.compile:
             self.model.compile()
         learn = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
-        where = f"{self.dtype} on {self.world} x {self.device}".replace("torch.", "")
-        report(f"{learn:.3g} M parameters learn, {where}")
-        lr, batch = self.cfg.lr, self.cfg.batch
-        rate = f"{lr:g} x batch {batch} / 256 = {lr * batch / 256:g}"
-        report(f"{self.total} updates, {self.per_epoch} an epoch; learning rate {rate}")
+        report(f"{learn:.3g} M parameters learn, {self.dtype} on {self.world} x {self.device}")
+        report(f"{self.total} updates, {self.per_epoch} an epoch; learning rate {self.cfg.lr:g} x "
+               f"batch {self.cfg.batch} / 256 = {self.cfg.lr * self.cfg.batch / 256:g}")
         return self
 
     def __exit__(self, *error):
@@ -878,8 +839,8 @@ class Run:
         if self.cfg.resume:
             state, files = data.load_file(path), data.fingerprint(self.dataset)
             if state["files"] != files:
-                counts = f"{state['files'][0]} training files then, {files[0]} now"
-                raise ValueError(f"{self.cfg.data} is not the data of {self.out} ({counts})")
+                raise ValueError(f"{self.cfg.data} is not the data of {self.out} "
+                                 f"({state['files'][0]} training files then, {files[0]} now)")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty if the run began on a device that needs none
@@ -895,9 +856,8 @@ class Run:
                 part.unlink()
             log.touch()
             os.truncate(log, state["log"] if self.cfg.resume else 0)  # lines of lost updates go
-            if not self.cfg.resume and path.exists():  # of a smoke test
-                for old in (path, *self.out.glob("pictures/update_*")):
-                    old.unlink()
+            if not self.cfg.resume:
+                path.unlink(missing_ok=True)  # of a smoke test
 
     def next(self, loader):
         """-> batch on the device, file numbers. If the loader fails, the run is saved and ends."""
@@ -907,8 +867,8 @@ class Run:
         except ValueError as error:
             if self.done > self.saved:
                 self.save()
-            hint = f"; resume with: --resume --out {self.out}" if self.saved else ""
-            raise ValueError(f"{error}{hint}") from None
+            raise ValueError(f"{error}; saved up to update {self.saved}, resume with: --resume "
+                             f"--out {self.out}") from None
         self.waited += time.monotonic() - tick
         for path, problem in problems:
             if path not in self.problems:
@@ -944,20 +904,18 @@ class Run:
         """A line of the log: the mean loss since the last one."""
         for update, loss, items in self.recent:
             if not math.isfinite(loss):
-                names = ", ".join(self.dataset.paths[items])
-                hint = f"try a lower --lr, --clip 1 or --precision float32. The batch was: {names}"
-                raise FloatingPointError(f"the loss is {float(loss)} in update {update}: {hint}")
-        loss = sum(float(loss) for _, loss, _ in self.recent) / len(self.recent)
-        loss = self.average(loss)
+                raise FloatingPointError(
+                    f"the loss is {float(loss)} in update {update}: try a lower --lr, --clip 1 or "
+                    f"--precision float32. The batch was: {', '.join(self.dataset.paths[items])}")
+        loss = self.average(sum(float(x) for _, x, _ in self.recent) / len(self.recent))
         seconds = time.monotonic() - self.clock
         speed, waiting = len(self.recent) * self.cfg.batch / seconds, self.waited / seconds
         left = (self.total - self.done) * self.cfg.batch / speed
-        epoch = self.done / self.per_epoch
-        report(f"epoch {epoch:6.1f}  update {self.done:6d}/{self.total}  loss {loss:.4f}"
-               f"{self.beside()}  lr {lr:.1e}  {speed:7.1f} samples/s  waiting {waiting:4.0%}"
-               f"  ETA {datetime.timedelta(seconds=round(left))}")
-        self.log(step=self.done, epoch=epoch, loss=loss, lr=lr, samples_per_second=speed,
-                 data_wait=waiting)
+        report(f"epoch {self.done / self.per_epoch:6.1f}  update {self.done:6d}/{self.total}  "
+               f"loss {loss:.4f}{self.beside()}  lr {lr:.1e}  {speed:7.1f} samples/s  "
+               f"waiting {waiting:4.0%}  ETA {datetime.timedelta(seconds=round(left))}")
+        self.log(step=self.done, epoch=self.done / self.per_epoch, loss=loss, lr=lr,
+                 samples_per_second=speed, data_wait=waiting)
         self.clock, self.waited, self.recent = time.monotonic(), 0.0, []
 
     def log(self, **record):
@@ -973,12 +931,10 @@ class Run:
 
     def result(self):
         """The held-out numbers; those with a "_" in their name are for the log alone."""
-        shown = []
-        for name, value in self.scores.items():
-            if name == "val_loss":
-                shown.append(f"held-out loss {value:.4f}{self.beside()}")
-            elif name != "baseline" and "_" not in name:
-                shown.append(f"{name} {value:.3f}")
+        shown = [f"{name} {value:.3f}" for name, value in self.scores.items()
+                 if name != "baseline" and "_" not in name]
+        if "val_loss" in self.scores:
+            shown.insert(0, f"held-out loss {self.scores['val_loss']:.4f}{self.beside()}")
         return ", ".join(shown)
 
     def score(self, look):
@@ -988,9 +944,8 @@ class Run:
             self.scores = look(self.out / "pictures" / f"update_{self.done:06d}.png")
         report(self.result())
         self.log(step=self.done, **self.scores)
-        if is_first():
-            with not_fatal(self.out / "loss.png"):
-                draw_losses(self.out, self.cfg.BASELINE)
+        with not_fatal(self.out / "loss.png"):
+            draw_losses(self.out)
         self.clock = time.monotonic()
 
     def save(self):
@@ -1021,24 +976,22 @@ class Run:
             data.write_whole(path, save_state)
             self.saved = self.done
         except (OSError, RuntimeError) as error:  # in a RuntimeError torch hides the reason
-            last = f"the last one written is of update {self.saved}"
-            report(f"warning: cannot write {path}: {error.__context__ or error}; {last}")
+            report(f"warning: cannot write {path}: {error.__context__ or error}; "
+                   f"the last one written is of update {self.saved}")
         now = time.monotonic()
         self.save_after = now + 50 * (now - tick)  # it costs at most 2 % of the time
 
     def finish(self, result=""):
         """The last lines of a script."""
-        if self.problems:
-            few = ", ".join(sorted(self.problems)[:20])
-            report(f"{len(self.problems)} files with problems: {few}")
         if self.stopping:
-            how = f"python {self.cfg.SCRIPT}.py --resume --out {self.out}"
-            report(f"stopped after update {self.done}; resume with: {how}")
+            report(f"stopped after update {self.done}; "
+                   f"resume with: python {self.cfg.SCRIPT}.py --resume --out {self.out}")
             raise SystemExit(130)  # what a shell expects after Ctrl-C
         if not self.total:  # --epochs 0: as it was before any training
             self.save()
-        spent = datetime.timedelta(seconds=round(time.monotonic() - self.began))
-        report(f"done: {result or self.result()} after {spent}, see {self.out}")
+        report(f"done: {result or self.result()} after "
+               f"{datetime.timedelta(seconds=round(time.monotonic() - self.began))}, "
+               f"see {self.out}")
         if is_first() and self.saved < self.done:  # the last checkpoint could not be written
             raise SystemExit(1)
 
@@ -1064,33 +1017,28 @@ def read_file(path, readers):
     content = data.load_file(path)
     if "script" in content:
         config, script, state = content.get("config"), content["script"], content.get("model")
-        only = {"mae_image": "mae"}.get(script, script)  # a script of one model
+        only = script.replace("mae_image", "mae")  # a script of one model
         model = isinstance(config, dict) and config.get("model", only)
         if model not in readers or not isinstance(state, dict):
             raise ValueError(f"{path}: a {model or 'strange'} model, written by {script}.py")
-        return Found(str(path), model, config, state, classes=content.get("classes", ()))
-    state = fuse_qkv(rename(unwrap(content), HUGGINGFACE))
-    for model, reader in readers.items():
-        if found := reader(state):
-            return Found(str(path), model, *found)
-    first = ", ".join(map(str, [*state, *content][:3]))
-    known = f"{', '.join(readers)}, as their papers' code or HuggingFace wrote it"
-    raise ValueError(f"{path} is in no format known here ({known}); its first names are: {first}")
-
-
-def unwrap(content):
-    """The weights in a public file: perhaps in a dict of their own, with a prefix to all names."""
+        return Found(path, model, config, state, classes=content.get("classes", ()))
+    # the weights of a public file: perhaps in a dict of their own, with a prefix to all names
     places = ("model", "module", "model_state", "state_dict", "model_state_dict", "model_ema")
-    content = next((content[k] for k in places if isinstance(content.get(k), dict)), content)
-    state = {k: v for k, v in content.items() if torch.is_tensor(v)}
+    inner = next((content[k] for k in places if isinstance(content.get(k), dict)), content)
+    state = {k: v for k, v in inner.items() if torch.is_tensor(v)}
     for prefix in ("module.", "_orig_mod.", "model.") * 2:
         if all(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
+    state = fuse_qkv(rename(state, HUGGINGFACE))
+    for model, reader in readers.items():
+        if found := reader(state):
+            return Found(path, model, *found)
+    raise ValueError(f"{path} is in no format known here ({', '.join(readers)}, as their papers' "
+                     f"code or HuggingFace wrote it); it has {[*state, *inner][:3]}")
 
 
 def load_into(model, state, fresh=(), unused=("pos_embed", "decoder_pos_embed")):
-    """Copy weights by name.   -> how many, names that start new, names that are left over
+    """Copy weights by name.   -> how many, names that start new
 
     fresh, unused  prefixes of names that the file may lack, that it may have in addition
     raises  ValueError for anything else: a tensor that is unknown, missing or of another shape
@@ -1098,13 +1046,13 @@ def load_into(model, state, fresh=(), unused=("pos_embed", "decoder_pos_embed"))
     try:
         missing, left = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # a heading, then a line for each tensor of another shape
-        first = str(error).splitlines()[1].strip()
-        raise ValueError(f"the file does not fit this model: {first}") from None
+        raise ValueError("the file does not fit this model: "
+                         f"{str(error).splitlines()[1].strip()}") from None
     wrong = [f"no {k}" for k in missing if not k.startswith(tuple(fresh))]
     wrong += [f"unknown {k}" for k in left if not k.startswith(tuple(unused))]
     if wrong:
         raise ValueError(f"the file does not fit this model: {'; '.join(wrong[:3])}")
-    return len(state) - len(left), missing, left
+    return len(state) - len(left), missing
 
 
 def load_pretrained(model, found, resume):
@@ -1114,11 +1062,11 @@ def load_pretrained(model, found, resume):
     whole = any(k.startswith(DECODER) for k in found.state)
     if whole and hasattr(model, "norm") and "norm.weight" not in found.state:
         model.norm = nn.Identity()  # HuggingFace's VideoMAE with use_mean_pooling has none
-    count, missing, _ = load_into(model, found.state, fresh=() if whole else DECODER)
-    guessed = ", ".join(f"{name} {found.settings[name]}" for name in found.guesses)
+    count, missing = load_into(model, found.state, fresh=() if whole else DECODER)
     if not resume:
-        report(f"{found.path}: {count} tensors used" + ", the decoder starts new" * bool(missing)
-               + f"; guessed, for no file tells them: {guessed}" * bool(guessed))
+        guessed = [f"{name} {found.settings[name]}" for name in found.guesses]
+        report(f"{found.path}: {count} tensors used, {len(missing)} start new; guessed, for no "
+               f"file tells them: {', '.join(guessed) or 'nothing'}")
 
 
 HUGGINGFACE = {  # names on the hub and those of transformers 5: public names of MAE and VideoMAE
@@ -1183,7 +1131,7 @@ def sizes_in(state, places=0, decoder_heads=16):
         sizes["tubelet"] = kernel.shape[2]
     if places:
         side = math.isqrt(places)
-        sizes["img_size"] = str(side * kernel.shape[-1])
+        sizes["img_size"] = f"{side * kernel.shape[-1]}"
         guesses += ["img_size"] * (side**2 != places)
     if "decoder_embed.weight" in state:
         E, blocks = len(state["decoder_embed.weight"]), blocks_in(state, "decoder_blocks.")

@@ -46,17 +46,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from mae_image import (ENCODERS, MAE, PatchEmbed, RunConfig, begin, evenly, fetch, held_out,
-                       init_weights, list_both, load_pretrained, mean_and_std, paint_held_out,
-                       parts_of, pretrain, rename, rows_and_columns, save_picture, shapes, show_one,
-                       sizes_in, to_unit_range, transformer)
+from mae_image import (ENCODERS, MAE, PatchEmbed, RunConfig, begin, check_shape, evenly, fetch,
+                       held_out, init_weights, layer_norm, list_both, load_pretrained, mean_and_std,
+                       paint_held_out, parts_of, pretrain, rename, rows_and_columns, save_picture,
+                       shapes, show_one, sizes_in, to_unit_range, transformer)
 from masking import MASKS, hidden, picture_table, restore, run_script, visible
 
-# ==================================================================================================
-#  THE PAPERS, part 1: from frames to cubes and back, positions, the target
-#  (needs: torch, F; mae_image.py parts_of, rows_and_columns)
-# ==================================================================================================
-
+# ==== THE PAPERS, part 1: from frames to cubes and back, positions, the target ====================
+# (needs: torch, F; mae_image.py parts_of, rows_and_columns)
 
 def grid_of(frames, img_size, tubelet, patch):
     """-> token grid (t, h, w).   Raises ValueError if a side cannot be cut evenly"""
@@ -100,12 +97,9 @@ def resize_table(table, old, new, mode="bicubic"):
     """
     (t, h, w), D = old, table.shape[2]
     x = table.reshape(t, h, w, D).permute(0, 3, 1, 2)  # (t, D, h, w)
-    if (h, w) != tuple(new[1:]):
-        x = F.interpolate(x, new[1:], mode=mode, align_corners=False)
-    if t != new[0]:
-        x = F.interpolate(x.flatten(1).T[None], new[0], mode="linear")  # (1, D*h*w, t')
-        x = x[0].T.reshape(new[0], D, *new[1:])
-    return x.permute(0, 2, 3, 1).reshape(1, -1, D)
+    x = F.interpolate(x, new[1:], mode=mode, align_corners=False)  # (t, D, h', w')
+    x = F.interpolate(x.flatten(1).T[None], new[0], mode="linear")  # (1, D*h'*w', t')
+    return x[0].T.reshape(new[0], D, *new[1:]).permute(0, 2, 3, 1).reshape(1, -1, D)
 
 
 def normalize_channels(patches, channels, deviation):
@@ -123,11 +117,8 @@ def normalize_channels(patches, channels, deviation):
     return tuple(x.expand_as(values).reshape(B, M, P) for x in ((values - mean) / std, mean, std))
 
 
-# ==================================================================================================
-#  THE PAPERS, part 2: VideoMAE
-#  (needs: math, torch, nn, part 1; mae_image.py parts 1-3; masking.py part 3)
-# ==================================================================================================
-
+# ==== THE PAPERS, part 2: VideoMAE ================================================================
+# (needs: math, torch, nn, part 1; mae_image.py parts 1-3; masking.py part 3)
 
 class VideoMAE(nn.Module):
     """VideoMAE.   loss, pred = model(clips, mask)
@@ -157,12 +148,12 @@ class VideoMAE(nn.Module):
 
         self.patch_embed = PatchEmbed((tubelet, patch, patch), channels, D)
         self.blocks = transformer(D, depth, heads)
-        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.norm = layer_norm(D)
 
         self.decoder_embed = nn.Linear(D, E, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
         self.decoder_blocks = transformer(*decoder)
-        self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
+        self.decoder_norm = layer_norm(E)
         self.decoder_pred = nn.Linear(E, tubelet * patch * patch * channels)
 
         # fixed tables, (1, N, D) and (1, N, E)
@@ -184,25 +175,22 @@ class VideoMAE(nn.Module):
         """Joint space-time attention over the visible cubes.   -> (B, K, D)"""
         patches = self.cubes(clips)  # (B, N, P)
         B, N, P = patches.shape
-        x = self.patch_embed(visible(patches, mask))  # (B, K, D)
-        x = x + visible(self.pos_embed.expand(B, -1, -1), mask)  # (B, K, D)
+        pos = self.pos_embed[:, :N]  # all of them; in OmniMAE an image has those of one slot
+        x = self.patch_embed(visible(patches, mask)) + visible(pos, mask)  # (B, K, D)
         return self.norm(self.blocks(x))
 
     def forward_decoder(self, latent, mask):
         """Visible tokens, then mask tokens; positions say where each belongs.   -> (B, M, P)"""
         B, K, D = latent.shape
-        pos = self.decoder_pos_embed.expand(B, -1, -1)  # (B, N, E)
-        vis = self.decoder_embed(latent) + visible(pos, mask)  # (B, K, E)
-        hid = self.mask_token + hidden(pos, mask)  # (B, M, E)
+        vis = self.decoder_embed(latent) + visible(self.decoder_pos_embed, mask)  # (B, K, E)
+        hid = self.mask_token + hidden(self.decoder_pos_embed, mask)  # (B, M, E)
         x = self.decoder_blocks(torch.cat([vis, hid.to(vis.dtype)], dim=1))  # (B, N, E)
         return self.decoder_pred(self.decoder_norm(x[:, K:]))
 
     def cubes(self, clips):
         """The network's input, cut.   (B, C, T, H, W) -> (B, N, u*p*p*C)"""
         t, h, w = self.grid
-        size = t * self.tubelet, h * self.patch, w * self.patch
-        if clips.shape[2:] != size:
-            raise ValueError(f"clips of {tuple(clips.shape[2:])}, but the model takes {size}")
+        check_shape(clips, (t * self.tubelet, h * self.patch, w * self.patch))
         return patchify_clips(clips, self.tubelet, self.patch)
 
     def patches(self, clips):
@@ -218,18 +206,17 @@ class VideoMAE(nn.Module):
         return normalize_channels(patches, len(self.mean), lambda var: var.sqrt() + 1e-6)
 
     # as in MAE: mean squared error on hidden cubes only, Eq. (1)
-    normalize, target = MAE.normalize, MAE.target
-    forward_loss, encode = MAE.forward_loss, MAE.encode
+    normalize, target, forward_loss = MAE.normalize, MAE.target, MAE.forward_loss
+    encode = forward_encoder
 
     def to_pictures(self, patches):
         """Cubes (B, N, P) -> frames (B, T, C, H, W) in [0, 1]."""
         return unpatchify_clips(patches, self.patch, *self.grid[1:], len(self.mean)).transpose(1, 2)
 
 
-# ==================================================================================================
-#  THE PAPERS, part 3: MAE-ST
-#  (needs: torch, nn, parts 1, 2; mae_image.py parts 1-3; masking.py part 3)
-# ==================================================================================================
+# ==== THE PAPERS, part 3: MAE-ST ==================================================================
+# (needs: torch, nn, parts 1, 2; mae_image.py parts 1-3; masking.py part 3)
+
 
 
 def target_frames(frames, predicted):
@@ -272,12 +259,12 @@ class MAEST(nn.Module):
 
         self.patch_embed = PatchEmbed((tubelet, patch, patch), channels, D)
         self.blocks = transformer(D, depth, heads)
-        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.norm = layer_norm(D)
 
         self.decoder_embed = nn.Linear(D, E)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
         self.decoder_blocks = transformer(*decoder)
-        self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
+        self.decoder_norm = layer_norm(E)
         self.decoder_pred = nn.Linear(E, P)
         self.register_buffer("frame_index", target_frames(frames, predicted), persistent=False)
 
@@ -315,12 +302,11 @@ class MAEST(nn.Module):
     def forward_encoder(self, clips, mask=None):
         """Visible cubes, wherever in space-time they are.   -> (B, [1+]K, D)"""
         patches = self.cubes(clips)  # (B, N, u*p*p*C)
-        B, N, _ = patches.shape
         table, cls_row = self.positions()
-        x = self.patch_embed(visible(patches, mask))  # (B, K, D)
-        x = x + visible(table.expand(B, -1, -1), mask)  # (B, K, D)
+        x = self.patch_embed(visible(patches, mask)) + visible(table, mask)  # (B, K, D)
         if self.cls:
-            x = torch.cat([(self.cls_token + cls_row).expand(B, -1, -1), x], dim=1)  # (B, 1+K, D)
+            cls = (self.cls_token + cls_row).expand(x.shape[0], -1, -1)
+            x = torch.cat([cls, x], dim=1)  # (B, 1+K, D)
         return self.norm(self.blocks(x))
 
     def forward_decoder(self, latent, mask):
@@ -341,8 +327,8 @@ class MAEST(nn.Module):
 
     # each cube is normalised by its own mean and variance, over all channels together, as in MAE
     forward, normalize_patches, cubes = VideoMAE.forward, MAE.normalize_patches, VideoMAE.cubes
-    normalize, target = MAE.normalize, MAE.target
-    forward_loss, encode = MAE.forward_loss, MAE.encode
+    normalize, target, forward_loss = MAE.normalize, MAE.target, MAE.forward_loss
+    encode = forward_encoder
 
     def to_pictures(self, patches):
         """Cubes (B, N, P) -> the painted frames (B, predicted, C, H, W) in [0, 1]."""
@@ -350,14 +336,9 @@ class MAEST(nn.Module):
         return to_unit_range(x, self.mean, self.std).transpose(1, 2)
 
 
-# ==================================================================================================
-#  THE PAPERS, part 4: which frames, which crop
-#  (needs: np, torch; data.py parts 2-4)
-#
-#  n is the number of frames of the video. Frame numbers are int (T,) in [0, n); a video that is too
-#  short gives its last frames several times.
-# ==================================================================================================
-
+# ==== THE PAPERS, part 4: which frames, which crop (needs: np, torch; data.py parts 2-4) ==========
+# n is the number of frames of the video. Frame numbers are int (T,) in [0, n); a video that is too
+# short gives its last frames several times.
 
 def dense_clip(n, length, stride, start):
     """`length` frames, `stride` apart: VideoMAE Sec. 3.3 "temporal downsampling" (4, on SSv2 2)."""
@@ -384,13 +365,6 @@ def segment_clip(n, length, generator):
     return edges[:-1] + (u * np.maximum(np.diff(edges), 1)).astype(np.int64)
 
 
-def segment_views(n, length, views):
-    """Test-time clips of one frame per segment -> (views, T). One view: the middle of each segment.
-
-    Two views, as in VideoMAE's public code for SSv2: the starts of the segments, and their middles.
-    """
-    shifts = np.array([0.5]) if views == 1 else np.arange(views) / views
-    return ((np.arange(length) + shifts[:, None]) * n / length).astype(np.int64)
 
 
 def random_clip(sampling, n, length, stride, generator):
@@ -412,9 +386,14 @@ def even_starts(room, count):
 
 
 def views_of(sampling, n, length, stride, views):
-    """Test-time clips of a video of n frames: frame numbers (views, T). One view: the middle."""
+    """Test-time clips of a video of n frames: frame numbers (views, T). One view: the middle.
+
+    Of "segments" one frame each. Two views are their starts and their middles, as in VideoMAE's
+    public code for SSv2.
+    """
     if sampling == "segments":
-        return segment_views(n, length, views)
+        shifts = np.array([0.5]) if views == 1 else np.arange(views) / views
+        return ((np.arange(length) + shifts[:, None]) * n / length).astype(np.int64)
     if sampling == "dense":  # VideoMAE's code moves a window over every stride-th frame
         room = max(-(-n // stride) - length, 0)
         starts = even_starts(room, views)
@@ -429,9 +408,8 @@ def multi_scale_box(shape, size, generator):
 
     Sides are 1, .875, .75 or .66 of the largest box of the shape of `size`, height and width at
     most one step apart, and `size` itself where they are within 2 pixels of it. The corner is one
-    of 13 places on a grid of quarters.
+    of 13 places, every second one on a grid of quarters.
     """
-
     def pick(n):
         return int(torch.randint(n, (1,), generator=generator))
 
@@ -440,9 +418,7 @@ def multi_scale_box(shape, size, generator):
     for k, side, goal in zip(pairs[pick(len(pairs))], data.center_box(shape, size)[2:], size):
         x = max(1, int(side * scales[k]))
         sides.append(goal if abs(x - goal) <= 2 and goal <= side else x)
-    h, w = sides
-    row, col = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2),
-                (1, 1), (1, 3), (3, 1), (3, 3)][pick(13)]
+    (h, w), (row, col) = sides, divmod(2 * pick(13), 5)
     return row * ((shape[0] - h) // 4), col * ((shape[1] - w) // 4), h, w
 
 
@@ -460,7 +436,11 @@ class ClipDataset(data.FileDataset):
 
     def read(self, i, generator):
         clips, problem = data.read_clips(self.paths[i], lambda n: self.choose(n, generator))
-        return torch.stack([self.cut(clip, generator) for clip in clips]), problem
+        samples = []
+        for clip in clips:
+            box, flip = self.draw_crop(clip.shape[1:3], generator)
+            samples.append(data.make_crop(clip, self.size, box, flip))
+        return torch.stack(samples), problem
 
     def choose(self, n, generator=None):
         """Frame numbers (R, T) for a video of n frames."""
@@ -469,19 +449,13 @@ class ClipDataset(data.FileDataset):
             return views_of(*how, 1)
         return np.stack([random_clip(*how, generator) for _ in range(self.repeat)])
 
-    def cut(self, clip, generator):
-        shape = clip.shape[1:3]
-        if self.train and self.cfg.crop == "multiscale":
-            box = multi_scale_box(shape, self.size, generator)
-            flip = self.cfg.flip and torch.rand(1, generator=generator) < 0.5
-        else:
-            box, flip = self.draw_crop(shape, generator)
-        return data.make_crop(clip, self.size, box, flip)
+    def draw_box(self, shape, generator):
+        if self.cfg.crop == "multiscale":
+            return multi_scale_box(shape, self.size, generator)
+        return super().draw_box(shape, generator)
 
 
-# ==================================================================================================
-#  THE RUN
-# ==================================================================================================
+# ==== THE RUN =====================================================================================
 
 MODELS = {"videomae": VideoMAE, "mae_st": MAEST}
 Mask = typing.Literal["paper", "tube", "random", "frame", "block", "causal"]
@@ -492,12 +466,11 @@ class ClipConfig(RunConfig):
     """What every script that reads clips can be told, in addition."""
 
     # data
-    fold: typing.Literal[1, 2, 3] = 1  # of the official lists
+    fold: int = 1  # of the official lists: 1, 2 or 3
     frames: int = 8  # frames per clip; the papers have 16
     stride: int = 2  # frames from one to the next (Kinetics, UCF101: 4; SSv2, HMDB51: 2)
     sampling: typing.Literal["segments", "dense", "linspace"] = "segments"  # whole video or window
     repeat: int = 1  # clips of every decoded video: repeated sampling, augmentation, replication
-    allow_missing: bool = False  # a list may name files that are not there: use the others
     crop: typing.Literal["random", "multiscale"] = "random"  # multiscale: VideoMAE's
     # model
     tubelet: int = 4  # frames in a cube; the papers have 2
@@ -571,7 +544,7 @@ def main(argv=None):
         one = ClipDataset(data.one_file(cfg.picture, data.VIDEO), cfg, False)
         return show_one(model, one, draw_mask, draw_clips, cfg)
     fetch(cfg.data)
-    files, val_files = list_both(data.list_videos, cfg.data, cfg.fold, cfg.allow_missing)
+    files, val_files = list_both(cfg, data.list_videos, cfg.data, cfg.fold)
     sample = held_out(ClipDataset(val_files, cfg, False), draw_mask, cfg.seed)
 
     def look(path):
@@ -582,21 +555,18 @@ def main(argv=None):
 
 def draw_clips(pictures, path, note):
     """Some clips as a film, a column for each, and as a PNG, a column for each frame."""
-    kinds, clips = list(pictures), torch.stack(list(pictures.values()), dim=1)
+    kinds, clips = [*pictures], torch.stack([*pictures.values()], dim=1)
     clips = clips[evenly(len(clips), 6)]  # (clips, kinds, frames, 3, H, W)
     film = [picture_table(cells, (), kinds, note, 128) for cells in clips.transpose(0, 2)]
-    options = dict(save_all=True, append_images=film[1:], duration=150, loop=0)
-    save_picture(film[0], path.with_suffix(".gif"), **options)
+    save_picture(film[0], path.with_suffix(".gif"), save_all=True, append_images=film[1:],
+                 duration=150, loop=0)
     frames = evenly(clips.shape[2])
-    rows, columns = clips[:, :, frames].flatten(0, 1), [f"frame {f}" for f in frames.tolist()]
+    rows, columns = clips[:, :, frames].flatten(0, 1), [f"frame {f}" for f in frames]
     table = picture_table(rows, columns, kinds * len(clips), note, apart=len(kinds))
     save_picture(table, path)
 
 
-# --------------------------------------------------------------------------------------------------
-#  Public files of the two papers
-# --------------------------------------------------------------------------------------------------
-
+# ---- Public files of the two papers --------------------------------------------------------------
 
 def public_videomae(state):
     """MCG-NJU/VideoMAE, HuggingFace's VideoMAE -> settings, our names, guesses."""

@@ -31,10 +31,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-# ==================================================================================================
-#  THE PAPER, part 1: how many tokens are hidden                                    (needs: nothing)
-# ==================================================================================================
-
+# ==== THE PAPER, part 1: how many tokens are hidden (needs: nothing) ==============================
 
 def num_hidden(tokens, ratio, rule):
     """How many of `tokens` tokens a mask of `ratio`, in [0, 1), hides.
@@ -55,13 +52,9 @@ def num_hidden(tokens, ratio, rule):
     return hidden
 
 
-# ==================================================================================================
-#  THE PAPER, part 2: which tokens are hidden                             (needs: np, torch, part 1)
-#
-#  The kinds in MASKS take (batch, grid, ratio, generator) and return a mask (B, N) on the CPU. The
-#  generator is an explicit torch.Generator: the same seed gives the same masks on every machine.
-# ==================================================================================================
-
+# ==== THE PAPER, part 2: which tokens are hidden (needs: np, torch, part 1) =======================
+# The kinds in MASKS take (batch, grid, ratio, generator) and return a mask (B, N) on the CPU. The
+# generator is an explicit torch.Generator: the same seed gives the same masks on every machine.
 
 def hide_largest(noise, count):
     """Mask that hides, in each row, the `count` tokens with the largest noise.
@@ -69,8 +62,7 @@ def hide_largest(noise, count):
     MAE Sec. 3 "Simple implementation", except that kept tokens stay in raster order: no unshuffle.
     Uniform noise makes it a draw without replacement.   noise (B, N) float -> mask (B, N) bool
     """
-    order = noise.argsort(dim=1)  # (B, N)
-    rank = order.argsort(dim=1)  # (B, N), of each token by its noise
+    rank = noise.argsort(dim=1).argsort(dim=1)  # (B, N), of each token by its noise
     return rank >= noise.shape[1] - count
 
 
@@ -155,7 +147,7 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
                   option of the public code)
     returns       mask (B, sum(sizes)) bool; `mask.split(sizes, dim=1)` gives one per modality
     """
-    total, modalities = sum(sizes), len(sizes)
+    modalities = len(sizes)
     # torch's Dirichlet takes no generator; numpy's does, so it is seeded from ours
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     shares = rng.dirichlet([alpha] * modalities, batch)  # (batch, modalities)
@@ -167,28 +159,24 @@ def dirichlet_mask(batch, sizes, num_visible, generator, alpha=1.0, subset_first
     counts = torch.from_numpy(shares * num_visible).round()  # (B, modalities)
     masks = []
     for size, count in zip(sizes, counts.T):
-        order = torch.rand(batch, size, generator=generator).argsort(dim=1)  # (B, size)
-        rank = order.argsort(dim=1)  # (B, size), of each token in a random order
+        noise = torch.rand(batch, size, generator=generator)
+        rank = noise.argsort(dim=1).argsort(dim=1)  # (B, size), of each token in a random order
         masks.append(rank >= count[:, None])
     # Rounding, or a share above its modality's size, makes the sum miss num_visible. The repair:
     # visible tokens first, hidden ones behind, both in random order, cut after num_visible. A
     # missing token comes at random from the hidden ones of all modalities; a surplus one goes.
     draft = torch.cat(masks, dim=1).float()  # (B, N), 1 = hidden
     noise = draft + torch.rand(draft.shape, generator=generator)  # (B, N)
-    return hide_largest(noise, total - num_visible)
+    return hide_largest(noise, sum(sizes) - num_visible)
 
 
 MASKS = {"random": random_mask, "tube": tube_mask, "frame": frame_mask, "block": block_mask,
          "causal": causal_mask, "grid": grid_mask}
 
 
-# ==================================================================================================
-#  THE PAPER, part 3: applying a mask                                                 (needs: torch)
-#
-#  All gathering and scattering of tokens. Keep masks on the CPU even where x is on a GPU: counting
-#  the visible tokens of a mask on the GPU would make the CPU wait for it.
-# ==================================================================================================
-
+# ==== THE PAPER, part 3: applying a mask (needs: torch) ===========================================
+# All gathering and scattering of tokens. Keep masks on the CPU even where x is on a GPU: counting
+# the visible tokens of a mask on the GPU would make the CPU wait for it.
 
 @torch.compiler.disable  # K is a Python number: torch.compile takes what is before and after this
 def token_order(mask, device):
@@ -207,18 +195,18 @@ def token_order(mask, device):
 def visible(x, mask):
     """The tokens that are not hidden, in raster order.   x (B, N, D), mask (B, N) -> (B, K, D)
 
-    mask None: nothing is hidden, as in fine-tuning.
+    A table (1, N, D) is the same for all samples. mask None: nothing is hidden, as in fine-tuning.
     """
     if mask is None:
         return x
     order, K = token_order(mask, x.device)
-    return x.gather(1, order[:, :K, None].expand(-1, -1, x.shape[2]))
+    return x.expand(len(mask), -1, -1).gather(1, order[:, :K, None].expand(-1, -1, x.shape[2]))
 
 
 def hidden(x, mask):
     """The tokens that are hidden, in raster order.   x (B, N, D), mask (B, N) -> (B, M, D)"""
     order, K = token_order(mask, x.device)
-    return x.gather(1, order[:, K:, None].expand(-1, -1, x.shape[2]))
+    return x.expand(len(mask), -1, -1).gather(1, order[:, K:, None].expand(-1, -1, x.shape[2]))
 
 
 def restore(vis, mask, token):
@@ -232,9 +220,7 @@ def restore(vis, mask, token):
     return full.scatter(1, order[:, :K, None].expand(-1, -1, D), vis)
 
 
-# ==================================================================================================
-#  THE RUN, part 1: pictures and printing
-# ==================================================================================================
+# ==== THE RUN, part 1: pictures and printing ======================================================
 
 HOLE = (1.0, 0.8, 0.85)  # left-out patches in every picture: pink, as depth maps have all greys
 
@@ -273,15 +259,12 @@ def picture_table(cells, columns=(), rows=(), note="", side=96, apart=1000):
     apart          rows of a sample: the next one stands a little apart
     """
     R, C, _, H, W = cells.shape
-    zoom = max(1, round(side / max(H, W)))
-    cells = (cells.clamp(0, 1) * 255).round().byte().cpu()
-    cells = cells.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)  # (R, C, 3, zoom*H, zoom*W)
+    zoom, cells = max(1, round(side / max(H, W))), (cells.clamp(0, 1) * 255).round().byte().cpu()
     H, W, gap, line, font = zoom * H, zoom * W, 3, 22, ImageFont.load_default(size=14)
-    left = gap + max([0, *(8 + int(font.getlength(title)) for title in rows)])
+    left = gap + int(max([0, *(8 + font.getlength(title) for title in rows)]))
     lefts = [left + c * (W + gap) for c in range(C + 1)]  # where columns begin and the last ends
     tops = [line + r * (H + gap) + r // apart * 5 * gap for r in range(R)]
-    ends = [x + font.getlength(title) for x, title in zip(lefts, columns)]
-    width = int(max(lefts[C], gap + font.getlength(note) + 8, *ends))
+    width = int(max(lefts[C], gap + font.getlength(note) + 8))
     table = Image.new("RGB", (width, tops[-1] + H + gap + line * bool(note)), "white")
     pen = ImageDraw.Draw(table)
     for x, title in zip(lefts, columns):
@@ -290,7 +273,8 @@ def picture_table(cells, columns=(), rows=(), note="", side=96, apart=1000):
         pen.text((gap, y + 4), title, "black", font)
     for y, row in zip(tops, cells):
         for x, cell in zip(lefts, row):
-            table.paste(Image.fromarray(cell.permute(1, 2, 0).numpy()), (x, y))
+            cell = Image.fromarray(cell.permute(1, 2, 0).numpy())
+            table.paste(cell.resize((W, H), Image.Resampling.NEAREST), (x, y))
     pen.text((gap, table.height - line + 2), note, "black", font)
     return table
 
@@ -302,10 +286,7 @@ def as_pixels(mask, frames, H, W, h, w):
     return x.repeat_interleave(H // h, 2).repeat_interleave(W // w, 3)[:, :, None]
 
 
-# ==================================================================================================
-#  THE RUN, part 2: the command line of all scripts. To understand a paper nothing below is needed.
-# ==================================================================================================
-
+# ==== THE RUN, part 2: the command line of all scripts (no paper needs it) ========================
 
 def run_script(main):
     """main(), in which an error that the user can fix becomes one line and exit code 2.
@@ -315,15 +296,13 @@ def run_script(main):
     """
     try:
         main()
-    except (ValueError, OSError, MemoryError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, FloatingPointError,
+            torch.OutOfMemoryError) as error:
         if sys.flags.dev_mode:
             raise
-        if isinstance(error, MemoryError):
-            error = "the memory of this machine is full: lower --batch or --workers"
-        if isinstance(error, torch.OutOfMemoryError):
-            error = "the memory of the GPU is full: raise --accum, or lower --batch or the sizes"
-        script = sys.argv[0].rpartition("/")[2]
-        print(f"{script}: error: {printable(error)}", file=sys.stderr)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            error = "the memory is full: raise --accum, or lower --batch, --workers or the sizes"
+        print(f"{sys.argv[0].rpartition('/')[2]}: error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -340,7 +319,7 @@ def numbers(text, count):
 
 
 LEAST = dict.fromkeys(
-    "batch accum log_every frames stride repeat clips crops patch tubelet".split(), 1)
+    "batch accum log_every fold frames stride repeat clips crops patch tubelet".split(), 1)
 
 
 def settings(Config, presets, doc, argv=None):
@@ -350,18 +329,15 @@ def settings(Config, presets, doc, argv=None):
     comment line above some fields is the name of their group.
     """
     summary, example = doc.split("\n\n")[:2], re.search(r"^Run +(python .*)$", doc, re.M)[1]
-    lines = ["presets:"] if presets else []
+    lines = []
     for name, preset in presets.items():
-        lines.append(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in preset.items()))
+        lines.append(f"preset {name}: {', '.join(f'{k} {v}' for k, v in preset.items())}")
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--flag value ...]    (--help explains every flag)",
-        description="\n\n".join(summary) + f"\n\nexample: {example}",
-        epilog="\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    what = "many settings at once, see below; --out ends in its name"
-    parser.add_argument("--preset", choices=presets, help=what)
+        description="\n\n".join([*summary, f"example: {example}"]), epilog="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", choices=presets,
+                        help="many settings at once, see below; --out ends in its name")
     fields, groups, group = {f.name: f for f in dataclasses.fields(Config)}, {}, None
     for line in "".join(inspect.getsource(cls) for cls in Config.__mro__[:-1]).splitlines():
         title, found = re.fullmatch(r"    # (.*)", line), re.match(r"    (\w+): .*?  # (.*)", line)
@@ -370,26 +346,24 @@ def settings(Config, presets, doc, argv=None):
         elif found:
             add_flag(group, fields[found[1]], found[2])
     given = vars(parser.parse_args(argv))
-    chosen, preset = given.pop("preset"), {}
-    if chosen:
-        preset = {"out": f"{Config.out}_{chosen}"} | presets[chosen]
     for name, value in given.items():
         if isinstance(value, (int, float)) and value < LEAST.get(name, 0) and name != "ignore":
             parser.error(f"--{name.replace('_', '-')} {value} is too small")
-    return preset, given
+    chosen = given.pop("preset")
+    return {"out": f"{Config.out}_{chosen}"} | presets[chosen] if chosen else {}, given
 
 
 def add_flag(group, field, text):
     """One flag: on and off for a bool, one of several words for a Literal, else a value."""
-    text += f" (default: {field.default})" * (field.default != "")
+    text = f"{text} (default: {field.default})" if field.default != "" else text
     options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if field.type is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif words := getattr(field.type, "__args__", None):
-        options |= {"choices": words, "type": type(words[0])}
+        options["choices"] = words
     else:
         options["type"] = field.type
-    group.add_argument("--" + field.name.replace("_", "-"), **options)
+    group.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
 @dataclasses.dataclass
@@ -414,11 +388,10 @@ def main(argv=None):
     # a row for each kind of mask, a column for each time slot
     rows = [f"{name}: {int(mask.sum())} of {n} hidden" for name, mask in masks.items()]
     where = as_pixels(torch.stack(list(masks.values())), t, 9 * h, 9 * w, h, w)
-    hole, seen = (torch.tensor(color)[:, None, None] for color in (HOLE, (0.24, 0.26, 0.32)))
-    cells = torch.where(where, hole, seen)
+    cells = torch.where(where, torch.tensor(HOLE)[:, None, None], 0.27)  # visible: dark grey
     cells[..., ::9, :], cells[..., ::9] = 1, 1  # lines between the tokens
     picture_table(cells, [f"slot {s}" for s in range(t)], rows, apart=1).save(cfg.out)
-    print("\n".join(rows) + f"\nwrote {cfg.out}")
+    print(*rows, f"wrote {cfg.out}", sep="\n")
 
 
 if __name__ == "__main__":

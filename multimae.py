@@ -48,8 +48,8 @@ from torchvision.transforms import InterpolationMode
 
 import data
 from mae_image import (ENCODERS, MAE, MLP, PatchEmbed, RunConfig, begin, blocks_in, evenly, fetch,
-                       held_out, init_weights, list_both, load_pretrained, mean_and_std, parts_of,
-                       patchify, pretrain, rename, rows_and_columns, save_picture, shapes,
+                       held_out, init_weights, layer_norm, list_both, load_pretrained, mean_and_std,
+                       parts_of, patchify, pretrain, rename, rows_and_columns, save_picture, shapes,
                        sincos_2d, sizes_in, to_unit_range, transformer)
 from mae_video import resize_table
 from masking import (HOLE, as_pixels, dirichlet_mask, picture_table, report, restore, run_script,
@@ -60,10 +60,7 @@ PLANES = {"rgb": 3, "depth": 2, "semseg": 1}  # bytes of a pixel in a batch; dep
 STRIDE = 4  # class maps have a quarter of the height and width, and so have their patches
 
 
-# ==================================================================================================
-#  THE PAPER, part 1: from modalities to tokens                     (needs: nn; mae_image.py part 1)
-# ==================================================================================================
-
+# ==== THE PAPER, part 1: from modalities to tokens (needs: nn; mae_image.py part 1) ===============
 
 def sincos_rows_first(width, h, w):
     """Fixed positions (1, h*w, width): the first half of the channels is the row (MAE: column)."""
@@ -96,15 +93,12 @@ def standardize_depth(depth):
     values = depth.flatten(1).sort(dim=1).values  # (B, H*W)
     n = values.shape[1]
     middle = values[:, int(0.1 * n) : int(0.9 * n)]
-    mean, var = middle.mean(dim=1), middle.var(dim=1)
-    return (depth - mean[:, None, None, None]) / (var + 1e-6).sqrt()[:, None, None, None]
+    mean, std = middle.mean(dim=1, keepdim=True), (middle.var(dim=1, keepdim=True) + 1e-6).sqrt()
+    return ((depth.flatten(1) - mean) / std).reshape(depth.shape)
 
 
-# ==================================================================================================
-#  THE PAPER, part 2: one decoder per task
-#  (needs: torch, F, nn; mae_image.py part 2; masking.py part 3)
-# ==================================================================================================
-
+# ==== THE PAPER, part 2: one decoder per task =====================================================
+# (needs: torch, F, nn; mae_image.py part 2; masking.py part 3)
 
 class CrossAttention(nn.Module):
     """Queries look at another set of tokens.   x (B, N, E), context (B, K, E) -> (B, N, E)"""
@@ -139,9 +133,9 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         drawn = {m: nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02) for m in modalities}
         self.task_embeddings = nn.ParameterDict(drawn)
-        self.query_norm = nn.LayerNorm(width, eps=1e-6)
-        self.context_norm = nn.LayerNorm(width, eps=1e-6)
-        self.out_norm = nn.LayerNorm(width, eps=1e-6)
+        self.query_norm = layer_norm(width)
+        self.context_norm = layer_norm(width)
+        self.out_norm = layer_norm(width)
         self.decoder = CrossAttention(width, heads)
         self.mlp = MLP(width)
         self.decoder_transformer = transformer(width, depth, heads)
@@ -170,12 +164,9 @@ class Decoder(nn.Module):
         return self.out_proj(self.decoder_transformer(x))
 
 
-# ==================================================================================================
-#  THE PAPER, part 3: the model
-#  (needs: torch, F, nn, MODALITIES, PLANES, STRIDE, parts 1, 2; mae_image.py parts 1-3;
-#  mae_video.py resize_table; masking.py part 3)
-# ==================================================================================================
-
+# ==== THE PAPER, part 3: the model ================================================================
+# (needs: torch, F, nn, MODALITIES, PLANES, STRIDE, parts 1, 2; mae_image.py parts 1-3;
+# mae_video.py resize_table; masking.py part 3)
 
 class MultiMAE(nn.Module):
     """MultiMAE.   loss, preds = model(inputs, mask)
@@ -268,8 +259,8 @@ class MultiMAE(nn.Module):
         given = [m for m in self.modalities if m in inputs]
         grids = {m: rows_and_columns(x.shape[-2:], self.side(m)) for m, x in inputs.items()}
         if len(given) < len(inputs) or len(set(grids.values())) != 1:
-            takes = f"{', '.join(self.modalities)}, all of one size (classes: a quarter)"
-            raise ValueError(f"inputs of {grids} patches: this model takes any of {takes}")
+            raise ValueError(f"inputs of {grids} patches: this model takes any of "
+                             f"{', '.join(self.modalities)}, all of one size (classes: a quarter)")
         return given, (1, *grids[given[0]])
 
     def forward(self, inputs, mask):
@@ -300,8 +291,8 @@ class MultiMAE(nn.Module):
         """
         given, grid = self.given(inputs)
         table = resize_table(self.decoder_pos_embed, self.grid, grid, "bilinear")
-        decoders = self.output_adapters.items()
-        return {task: decoder(latent, mask, given, table) for task, decoder in decoders}
+        return {task: decoder(latent, mask, given, table)
+                for task, decoder in self.output_adapters.items()}
 
     def target(self, task, x):
         """What a task is compared with: (B, N, P) as its prediction; classes (B, N, p*p)."""
@@ -407,11 +398,8 @@ def mean_iou(guess, truth, classes):
     return (right / union)[pairs.sum(1) > 0].mean().item()
 
 
-# ==================================================================================================
-#  THE PAPER, part 4: aligned files
-#  (needs: Path, np, torch, InterpolationMode; data.py IMAGE, parts 2-4)
-# ==================================================================================================
-
+# ==== THE PAPER, part 4: aligned files ============================================================
+# (needs: Path, np, torch, InterpolationMode; data.py IMAGE, parts 2-4)
 
 class AlignedDataset(data.FileDataset):
     """Items uint8 (1, H, W, planes): RGB 3, depth 2 (high, low byte), classes 1.
@@ -429,8 +417,8 @@ class AlignedDataset(data.FileDataset):
 
     def find(self, i, m):
         """The file of modality m that belongs to file i."""
-        inside = Path(self.paths[i]).relative_to(self.root / self.modalities[0])
-        path = self.root / m / inside
+        own = self.root / self.modalities[0]
+        path = self.root / m / Path(self.paths[i]).relative_to(own)
         for suffix in (path.suffix, *data.IMAGE):
             if path.with_suffix(suffix).is_file():
                 return path.with_suffix(suffix)
@@ -445,8 +433,8 @@ class AlignedDataset(data.FileDataset):
             classes = maps["semseg"]
             found = classes[classes != self.cfg.ignore].max(initial=0)
             if found >= self.cfg.classes:
-                hint = f"raise --classes {self.cfg.classes}, or name a void class with --ignore"
-                raise ValueError(f"{self.find(i, 'semseg')} has class {found}: {hint}")
+                raise ValueError(f"{self.find(i, 'semseg')} has class {found}: raise --classes "
+                                 f"{self.cfg.classes}, or name a void class with --ignore")
         box, flip = self.draw_crop(sizes[self.modalities[0]], generator)
         planes = []
         for m, x in maps.items():
@@ -471,17 +459,14 @@ def read_map(path, m):
         x = np.array(image)  # a palette image gives its numbers
     bits = 8 if m == "semseg" else 16
     if x.ndim != 2 or x.dtype.kind not in "iu" or not 0 <= x.min() <= x.max() < 2**bits:
-        what = f"{x.ndim}-D {x.dtype} {x.min()} to {x.max()}"
-        raise ValueError(f"{path} is no {m} map, one channel of whole numbers < 2^{bits}: {what}")
+        raise ValueError(f"{path} is no {m} map, one channel of whole numbers < 2^{bits}: "
+                         f"{x.ndim}-D {x.dtype} {x.min()} to {x.max()}")
     if m == "semseg":
         return x.astype(np.uint8)[..., None]
     return x.astype(np.float32)[..., None] * (257 if x.dtype == np.uint8 else 1)
 
 
-# ==================================================================================================
-#  THE RUN
-# ==================================================================================================
-
+# ==== THE RUN =====================================================================================
 
 @dataclasses.dataclass
 class Config(RunConfig):
@@ -512,8 +497,6 @@ PRESETS = {
     # The public recipe: ViT-B on ImageNet with pseudo-labels, 8 GPUs
     "paper": dict(classes=133, img_size="224", patch=16, size="base", class_width=64, visible=1 / 6,
                   decoder="256x2x8", epochs=1600, batch=2048, lr=1e-4, warmup=40),
-    "gpu": dict(img_size="64", patch=8, size="tiny", decoder="192x2x3", visible=1 / 6, epochs=400,
-                batch=256, lr=1e-3, warmup=20),
 }
 
 
@@ -537,11 +520,10 @@ def constant_maps(model, reference):
         if task == "semseg":
             classes = torch.arange(model.classes, device=target.device)
             there = (target[..., None] == classes) & (classes != model.ignore)  # (B, N, p*p, C)
-            maps[task] = (there.float().mean(dim=0) + 1e-3).log().transpose(1, 2).flatten(1)[None]
-        elif task == "depth":
-            maps[task] = target.median(dim=0).values[None]
+            best = (there.float().mean(dim=0) + 1e-3).log().transpose(1, 2).flatten(1)
         else:
-            maps[task] = target.mean(dim=0)[None]
+            best = target.median(dim=0).values if task == "depth" else target.mean(dim=0)
+        maps[task] = best[None]
     return maps
 
 
@@ -624,12 +606,12 @@ def main(argv=None):
         return dirichlet_mask(rows, sizes, count, generator, cfg.alpha)
 
     fetch(cfg.data)
-    root = Path(cfg.data, modalities[0])  # whose files have counterparts in the other folders
-    train_files, val_files = list_both(data.list_images, root)
+    # files that have counterparts in the folders of the other modalities
+    train_files, val_files = list_both(cfg, data.list_images, Path(cfg.data, modalities[0]))
     val = AlignedDataset(val_files, modalities, cfg, False)
-    batch, mask, _ = held_out(val, draw_mask, cfg.seed)
     some = AlignedDataset(train_files, modalities, cfg, False)
-    reference, _, _ = held_out(some, draw_mask, cfg.seed, 128)
+    batch, mask, _ = held_out(val, draw_mask, cfg.seed)
+    reference = held_out(some, draw_mask, cfg.seed, 128)[0]
 
     def look(path):
         """Losses beside those of a constant map, and what one map alone tells of the others."""
@@ -645,8 +627,8 @@ def main(argv=None):
             record |= {f"{task}_loss": loss.item(), f"{task}_constant": baseline[task].item()}
         first = modalities[0]
         for name, (alone, fixed, other) in cross_modal(model, inputs, first, constant).items():
-            text = f"constant map {fixed:.3f}, from another's {first} {other:.3f}"
-            report(f"  from {first} alone: {name} {alone:.3f} ({text})")
+            report(f"  from {first} alone: {name} {alone:.3f} (constant map {fixed:.3f}, "
+                   f"from another's {first} {other:.3f})")
             record |= {f"{name}_alone": alone, f"{name}_constant": fixed, f"{name}_other": other}
         draw(model, inputs, mask, preds, path)
         return record
@@ -665,8 +647,8 @@ def public_multimae(state):
     sizes, guesses = sizes_in(renamed | {"patch_embed.proj.weight": kernel})
     p, given = sizes["patch"], [m for m in MODALITIES if f"input_adapters.{m}.proj.weight" in state]
     table = state.get("input_adapters.rgb.pos_emb", torch.empty(1, 1, 14, 14))  # (1, D, h, w)
-    img_size = "x".join(str(n * p) for n in table.shape[2:])
-    sizes |= {"modalities": ",".join(given), "img_size": img_size}
+    h, w = table.shape[2:]
+    sizes |= {"modalities": ",".join(given), "img_size": f"{h * p}x{w * p}"}
     if (embedding := state.get("input_adapters.semseg.class_emb.weight")) is not None:
         sizes |= {"classes": embedding.shape[0], "class_width": embedding.shape[1]}
     if "output_adapters.rgb.proj_context.weight" in state:

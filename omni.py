@@ -44,18 +44,15 @@ import torch
 from torch import nn
 
 import data
-from mae_image import (ENCODERS, MAE, PatchEmbed, begin, draw_images, fetch, held_out, init_weights,
-                       list_both, load_pretrained, mean_and_std, paint_held_out, pretrain, rename,
-                       shapes, show_one, sizes_in, transformer)
+from mae_image import (ENCODERS, MAE, PatchEmbed, begin, check_shape, draw_images, fetch, held_out,
+                       init_weights, layer_norm, list_both, load_pretrained, mean_and_std,
+                       paint_held_out, pretrain, rename, shapes, show_one, sizes_in, transformer)
 from mae_video import (ClipConfig, ClipDataset, VideoMAE, draw_clips, grid_of, normalize_channels,
                        patchify_clips, sinusoid)
-from masking import hidden, random_mask, rank_and_world, report, restore, run_script, visible
+from masking import hidden, random_mask, rank_and_world, report, restore, run_script
 
-# ==================================================================================================
-#  THE PAPER, part 1: the model
-#  (needs: math, torch, nn; mae_image.py parts 1-3; mae_video.py parts 1, 2; masking.py part 3)
-# ==================================================================================================
-
+# ==== THE PAPER, part 1: the model ================================================================
+# (needs: math, torch, nn; mae_image.py parts 1-3; mae_video.py parts 1, 2; masking.py part 3)
 
 class OmniMAE(nn.Module):
     """OmniMAE.   loss, pred = model(x, mask)
@@ -83,12 +80,12 @@ class OmniMAE(nn.Module):
 
         self.patch_embed = PatchEmbed((tubelet, patch, patch), channels, D)
         self.blocks = transformer(D, depth, heads)
-        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.norm = layer_norm(D)
 
         self.mask_token = nn.Parameter(torch.zeros(1, D))  # important: encoder width, begun at zero
         self.decoder_embed = nn.Linear(D, E)
         self.decoder_blocks = transformer(*decoder)
-        self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
+        self.decoder_norm = layer_norm(E)
         self.decoder_pred = nn.Linear(E, tubelet * patch * patch * channels)
 
         # One table serves encoder and decoder: both are encoder width.   (1, N, D)
@@ -102,13 +99,6 @@ class OmniMAE(nn.Module):
         """An image is repeated to the length of a cube: (B, C, H, W) -> (B, C, u, H, W)."""
         return x[:, :, None].expand(-1, -1, self.tubelet, -1, -1) if x.ndim == 4 else x
 
-    def forward_encoder(self, x, mask=None):
-        """Visible patches only.   -> (B, K, D)"""
-        patches = self.cubes(x)  # (B, N, P)
-        B, N, P = patches.shape
-        pos = self.pos_embed[:, :N].expand(B, -1, -1)  # (B, N, D), of an image the first slot's
-        x = self.patch_embed(visible(patches, mask)) + visible(pos, mask)  # (B, K, D)
-        return self.norm(self.blocks(x))
 
     def forward_decoder(self, latent, mask):
         """All tokens in raster order.   (B, K, D) -> (B, M, P)"""
@@ -121,10 +111,8 @@ class OmniMAE(nn.Module):
     def cubes(self, x):
         """The network's input, cut; an image is one time slot.   -> (B, N, u*p*p*C)"""
         x, (t, h, w) = self.as_clip(x), self.grid
-        frames, size = t * self.tubelet, (h * self.patch, w * self.patch)
-        if x.shape[3:] != size or x.shape[2] not in (self.tubelet, frames):
-            takes = f"{frames} frames or one image of {size}"
-            raise ValueError(f"an input of {tuple(x.shape[2:])}, but the model takes {takes}")
+        size = h * self.patch, w * self.patch
+        check_shape(x, (self.tubelet, *size), (t * self.tubelet, *size))
         return patchify_clips(x, self.tubelet, self.patch)
 
     def patches(self, x):
@@ -135,9 +123,11 @@ class OmniMAE(nn.Module):
         """Each channel of a cube by itself; epsilon inside the root."""
         return normalize_channels(patches, len(self.mean), lambda var: (var + 1e-6).sqrt())
 
-    # as in MAE: mean squared error on hidden cubes only; no weight for either kind of input
-    forward, normalize, target = VideoMAE.forward, MAE.normalize, MAE.target
-    forward_loss, encode = MAE.forward_loss, MAE.encode
+    # Visible cubes only, as in VideoMAE; of an image those of the first slot with their positions.
+    forward_encoder, forward = VideoMAE.forward_encoder, VideoMAE.forward
+    # As in MAE: mean squared error on hidden cubes only; no weight for either kind of input.
+    normalize, target, forward_loss = MAE.normalize, MAE.target, MAE.forward_loss
+    encode = forward_encoder
 
     def to_pictures(self, patches):
         """Cubes (B, N, P) -> frames (B, T, C, H, W) in [0, 1]; of an image one of its copies."""
@@ -145,12 +135,9 @@ class OmniMAE(nn.Module):
         return frames[:, :1] if patches.shape[1] < math.prod(self.grid) else frames
 
 
-# ==================================================================================================
-#  THE PAPER, part 2: joint training                      (needs: np, torch; data.py seeded, part 4)
-# ==================================================================================================
+# ==== THE PAPER, part 2: joint training (needs: np, torch; data.py seeded, part 4) ================
 
-
-class JointDataset(torch.utils.data.Dataset):
+class JointDataset(data.FileDataset):
     """Images and videos as one dataset: items 0 .. I-1 are the images, I .. I+V-1 the videos."""
 
     def __init__(self, images, videos):
@@ -158,8 +145,6 @@ class JointDataset(torch.utils.data.Dataset):
         self.paths = np.concatenate([images.paths, videos.paths])
         self.labels = np.concatenate([images.labels, videos.labels])
 
-    def __len__(self):
-        return len(self.paths)
 
     def __getitem__(self, key):
         epoch, i = key
@@ -169,7 +154,7 @@ class JointDataset(torch.utils.data.Dataset):
         return pixels, number + len(self.images), problems
 
 
-def joint_plan(epoch, images, videos, batch, repeat, shares, seed):
+def joint_plan(epoch, images, videos, batch, repeat, seed, shares):
     """The updates of an epoch, each of images only or of videos only (public code).
 
     images, videos  how many there are; videos are numbered behind the images
@@ -187,7 +172,7 @@ def joint_plan(epoch, images, videos, batch, repeat, shares, seed):
     return [updates[i] for i in order]
 
 
-def mixed_plan(epoch, images, videos, batch, repeat, pieces, seed):
+def mixed_plan(epoch, images, videos, batch, repeat, seed, pieces):
     """The updates of an epoch, each of as many images as clips: a list of pieces, images first.
 
     Each piece is of one kind, and the gradients of all are added up: the same loss and the same
@@ -202,10 +187,7 @@ def mixed_plan(epoch, images, videos, batch, repeat, pieces, seed):
     return updates
 
 
-# ==================================================================================================
-#  THE RUN
-# ==================================================================================================
-
+# ==== THE RUN =====================================================================================
 
 @dataclasses.dataclass
 class Config(ClipConfig):
@@ -243,9 +225,6 @@ PRESETS = {
                   size="base", decoder="384x4x16", mask_ratio=0.95, mask_ratio_image=0.9,
                   norm_pix=True, min_crop=0.08, repeat=4, image_share=1.0, video_share=0.25,
                   batch=2048, lr=2e-4, epochs=800, warmup=40),
-    "gpu": dict(frames=16, stride=4, sampling="dense", img_size="112", tubelet=2, patch=8,
-                size="small", decoder="192x4x3", mask_ratio=0.9, norm_pix=True, repeat=4,
-                image_share=1.0, batch=128, lr=3e-4, epochs=200, warmup=10),
 }
 
 
@@ -272,32 +251,31 @@ def main(argv=None):
         return show_one(model, kind(file, cfg, False), draw_mask, draw, cfg)
     fetch(cfg.data, cfg.images)
     report("images, then videos:")
-    images, val_images = list_both(data.list_images, cfg.images, cfg.allow_missing)
-    videos, val_videos = list_both(data.list_videos, cfg.data, cfg.fold, cfg.allow_missing)
-    images = data.ImageDataset(images, of_images, True)
-    dataset = JointDataset(images, ClipDataset(videos, cfg, True))
-    val_images = data.ImageDataset(val_images, of_images, False)
-    val_clips = ClipDataset(val_videos, cfg, False)
-    kinds = [("images", held_out(val_images, draw_mask, cfg.seed), draw_images),
-             ("videos", held_out(val_clips, draw_mask, cfg.seed), draw_clips)]
-    counts, shares = (len(dataset.images), len(dataset.videos)), (cfg.image_share, cfg.video_share)
-    world = rank_and_world()[1]
-    if cfg.joint == "mixed" and world * cfg.accum % 2:
+    images, val_images = list_both(cfg, data.list_images, cfg.images)
+    videos, val_videos = list_both(cfg, data.list_videos, cfg.data, cfg.fold)
+    dataset = JointDataset(data.ImageDataset(images, of_images, True),
+                           ClipDataset(videos, cfg, True))
+    val = data.ImageDataset(val_images, of_images, False), ClipDataset(val_videos, cfg, False)
+    samples = [held_out(x, draw_mask, cfg.seed) for x in val]
+    sizes = len(images.paths), len(videos.paths), cfg.batch, cfg.repeat, cfg.seed
+    world, mixed = rank_and_world()[1], cfg.joint == "mixed"
+    if mixed and world * cfg.accum % 2:
         cfg.accum *= 2  # at least a piece of images and one of clips
 
     def plan(epoch):
-        if cfg.joint == "mixed":
-            return mixed_plan(epoch, *counts, cfg.batch, cfg.repeat, world * cfg.accum, cfg.seed)
-        return joint_plan(epoch, *counts, cfg.batch, cfg.repeat, shares, cfg.seed)
+        if mixed:
+            return mixed_plan(epoch, *sizes, world * cfg.accum)
+        return joint_plan(epoch, *sizes, (cfg.image_share, cfg.video_share))
 
     def look(path):
         """Losses and pictures of both."""
         # the share of image updates in an epoch: both losses are averaged with it, as in the log
         share, updates = 0.5, plan(0)
-        if cfg.joint == "interleaved" and updates:
-            share = sum(update[0] < counts[0] for update in updates) / len(updates)
+        if updates and not mixed:
+            share = sum(update[0] < len(images.paths) for update in updates) / len(updates)
         scores = {"val_loss": 0.0, "baseline": 0.0}
-        for (name, sample, draw), weight in zip(kinds, (share, 1 - share)):
+        kinds = zip(("images", "videos"), samples, (draw_images, draw_clips), (share, 1 - share))
+        for name, sample, draw, weight in kinds:
             found = paint_held_out(model, sample, draw, path.with_stem(f"{path.stem}_{name}"))
             loss, baseline = found["val_loss"], found["baseline"]
             report(f"held-out {name} {loss:.4f} ({cfg.BASELINE} {baseline:.4f})")

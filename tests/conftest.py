@@ -36,7 +36,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A small toy world: 96 clips of 24 frames (6 classes x 4 groups x 4) and 64 + 16 images, 48 px."""
+    """A small toy world: 96 clips of 24 frames (6 classes, 4 groups), 64 + 16 images, 48 px."""
     folder = tmp_path_factory.mktemp("world") / "toy"
     data.make_toy(folder, groups=4, images=(64, 16), labelled=3)
     return folder
@@ -58,9 +58,8 @@ def run(tmp_path, monkeypatch, capsys):
     def call(module, *flags, code=0):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-        status = 0
         try:
-            run_script(module.main)
+            status = run_script(module.main) or 0
         except SystemExit as stop:
             status = stop.code or 0
         text = "".join(capsys.readouterr())
@@ -88,9 +87,8 @@ def script(tmp_path):
     """script("mae_image.py", "--flag", "value") -> what it prints. In a process of its own."""
 
     def call(name, *flags):
-        command = [sys.executable, ROOT / name, *map(str, flags)]
-        options = dict(cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        result = subprocess.run(command, **options)
+        result = subprocess.run([sys.executable, ROOT / name, *map(str, flags)], cwd=tmp_path,
+                                capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout + result.stderr
 

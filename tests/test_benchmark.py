@@ -4,20 +4,14 @@ import pytest
 import torch
 
 import data
-import mae_image
-import mae_video
-import multimae
-import omni
 
 TABLES = {  # a row of each table, and the number of rows
     "models": ("| ours, nothing dropped | ", 6),
     "levers": ("| attention written out | ", 6),
-    "cost": ("| 50%, 4 x 32 px (32 tokens), batch 2 | ", 2),
-    "joint": ("| 90% / 95% | ", 3),
     # MAE-ST Table 1: 7.7x; by 12 D^2 n + 2 n^2 D products a block 81.6 (ours embeds less), 628.6
     "counts": ("| MAE-ST ViT-L, 90 % | 79.3 | 627.8 | 7.9x |", 3),
-    "loader": ("| AVI with B-frames, middle | ", 10),
-    "plan": ("| omni gpu | 100k images + 10k videos | ", 5),
+    "loader": ("| AVI with B-frames, 4 clips anywhere | ", 12),
+    "plan": ("| omni paper | ImageNet + SSv2 | ", 2),
 }
 
 
@@ -27,25 +21,21 @@ def test_a_table_is_printed_as_markdown(run, name):
     for table in run(benchmark, "--quick", "--only", name).split("\n**")[1:]:
         lines = [line for line in table.splitlines() if line.startswith("|")]
         assert set(lines[1]) == set("| -") and len({line.count("|") for line in lines}) == 1
-        assert row in "\n".join(lines) or name == "models"
+        assert any(line.startswith(row) for line in lines)
         count -= len(lines) - 2
     assert count <= 0  # more rows where others' models are installed
 
 
-SMALL = {
-    "mae": ((1, 64, 1, 8), (96, 3, 3), (64, 2, 2), 32, 0.75),
-    "videomae": ((8, 64, 2, 8), (96, 3, 3), (64, 1, 2), 16, 0.9),
-    "multimae": ((1, 64, 1, 8), (96, 2, 3), (64, 1, 2), 16, 5 / 6),
-}
-
-
-@pytest.mark.parametrize("kind", SMALL)
-def test_planned_memory_is_what_an_update_takes(kind):
+@pytest.mark.parametrize("kind, clip, size, decoder, batch, ratio", [
+    ("mae", (1, 64, 1, 8), (96, 3, 3), (64, 2, 2), 32, 0.75),
+    ("videomae", (8, 64, 2, 8), (96, 3, 3), (64, 1, 2), 16, 0.9),
+    ("multimae", (1, 64, 1, 8), (96, 2, 3), (64, 1, 2), 16, 5 / 6)])
+def test_planned_memory_is_what_an_update_takes(kind, clip, size, decoder, batch, ratio):
     """What fake tensors and a plan predict beside what torch allocates, moments being there."""
-    clip, size, decoder, batch, ratio = SMALL[kind]
-    fake = benchmark.fake_update(*benchmark.example(kind, *SMALL[kind], device="meta"))
-    n, each, _, _ = benchmark.estimate(kind, clip, size, decoder, ratio, 0, ())
-    model, x, mask = benchmark.example(kind, *SMALL[kind])
+    sizes = kind, clip, size, decoder
+    fake = benchmark.fake_update(*benchmark.example(*sizes, batch, ratio, "meta"))
+    n, each, *_ = benchmark.estimate(*sizes, ratio)
+    model, x, mask = benchmark.example(*sizes, batch, ratio)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def forward_and_backward():
@@ -55,33 +45,21 @@ def test_planned_memory_is_what_an_update_takes(kind):
 
     forward_and_backward()
     optimizer.step()
-    inputs = x.values() if isinstance(x, dict) else [x]
-    there = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes()
-             for v in [*inputs, *model.buffers()]}
+    tensors = [*(x.values() if isinstance(x, dict) else [x]), *model.buffers()]
+    there = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in tensors}
     measured = benchmark.peak_bytes(forward_and_backward) + sum(there.values())
     assert abs(fake / measured - 1) < 0.05  # the estimate of a plan may be off by much more
     assert abs((2 * n + batch * each) / fake - 1) < 0.03  # what 64 samples tell of one
-
-
-def test_every_preset_for_a_gpu_has_a_plan():
-    scripts = mae_image, mae_video, omni, multimae
-    there = {(script, preset) for script in scripts for preset in script.PRESETS}
-    assert there - {plan[:2] for plan in benchmark.PLANS} == {(mae_video, "small")}  # for a CPU
 
 
 @pytest.mark.parametrize("name, codec, b_frames", [
     ("a.avi", "mpeg4", 0), ("b.avi", "mpeg4", 2), ("c.mp4", "libx264", 2)])
 def test_all_readers_of_the_loader_table_find_the_same_frames(tmp_path, name, codec, b_frames):
     """Except in an AVI with B-frames: there torchcodec 0.17 and decord 0.6 return other frames."""
-    path = str(tmp_path / name)
+    path, wanted = str(tmp_path / name), 130 + 4 * np.arange(16)[None]
     benchmark.write_clip(path, codec, b_frames)
-    jumps = data.frame_times(path)[1] is not None
-    assert jumps == (name != "b.avi")
-    readers = benchmark.usable_readers(path)
-    del readers["limit"]
-    for start in (0, 130):
-        wanted = start + 4 * np.arange(16)
-        clip = data.read_clips(path, lambda n: wanted[None])[0][0]
-        assert (benchmark.bare_loop(path, wanted).to_ndarray(format="rgb24") == clip[-1]).all()
-        ours, *others = (read(path, wanted).float() for read in readers.values())
-        assert not jumps or all((other - ours).abs().max() <= 2 for other in others)  # rounding
+    clip = data.read_clips(path, lambda n: wanted)[0][0]
+    assert (benchmark.bare_loop(path, wanted).to_ndarray(format="rgb24") == clip[-1]).all()
+    _, *readers = benchmark.usable_readers(path).values()
+    ours, *others = (read(path, wanted)[0].float() for read in readers)
+    assert name == "b.avi" or all((other - ours).abs().max() <= 2 for other in others)  # rounding

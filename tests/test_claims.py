@@ -1,15 +1,11 @@
-"""The claims' script: its commands are valid, and a tiny run of it ends in a verdict."""
-
 import importlib
 import re
 import types
 
-import numpy as np
 import pytest
 import torch
 
 import claims
-import data
 import finetune
 import mae_image
 import mask_tokens
@@ -23,8 +19,7 @@ def test_every_command_of_a_claim_is_one_that_its_script_takes(number, tmp_path)
     for name in claim.sets:
         assert claims.SETS[name].long or number != "M8"  # or long training is the short one again
         before, after = claims.plan(claim, name, args)
-        assert len(after) == len(claim.arms) * 2
-        assert len({run for run, _ in after.values()}) == len(after)  # each in a folder of its own
+        assert len({run for run, _ in after.values()}) == len(claim.arms) * 2  # each has its folder
         for command in [*before.values(), *(command for _, command in after.values())][::2]:
             script, *flags = command.replace("tests/mask_tokens", "mae_image").split()
             module = importlib.import_module(script.removesuffix(".py"))
@@ -42,13 +37,12 @@ def test_a_tiny_run_ends_in_verdicts_and_is_not_repeated(run, toy, tmp_path):
     assert rows == [line for line in again.splitlines() if line.startswith("|")]
     assert " min\n" in first and " min\n" not in again  # lines of the runs
     scratch, pretrained, gap = (float(re.search(r"[+-]?\d+\.\d", row)[0]) for row in rows)
-    assert abs(pretrained - scratch - gap) < 0.11 and " min, then 1 x " in rows[1]
-    assert rows[2].startswith("| toy | pretrained - scratch | ") and "cannot be seen" in rows[2]
+    assert abs(pretrained - scratch - gap) < 0.11
+    assert rows[2].startswith("| toy | pretrained - (scratch) | ") and "cannot be seen" in rows[2]
 
 
 @pytest.mark.parametrize("gaps, equal, text", [
-    ((0.1, 0.12, 0.14), False, "holds"), ((-0.1, -0.12, -0.14), False, "does not hold here"),
-    ((-0.1, -0.12, -0.14), True, "does not hold here"),
+    ((0.1, 0.12, 0.14), False, "holds"), ((-0.1, -0.12, -0.14), True, "does not hold here"),
     ((0.3, -0.3, 0.1), False, "cannot be seen at this size"),
     ((0.3, -0.3, 0.1), True, "no difference can be seen at this size"),
     ((0.5,), True, "cannot be seen at this size")])
@@ -59,45 +53,12 @@ def test_a_verdict_compares_the_mean_difference_of_pairs_with_its_spread(gaps, e
 def test_arms_and_gains_are_compared_run_by_run():
     runs = {"a": (0.9, 0.8), "b": (0.5, 0.5), "c": (0.6, 0.7), "d": (0.4, 0.5)}
     scores = {(arm, 1, seed): x for arm, row in runs.items() for seed, x in enumerate(row)}
-    assert np.allclose(claims.differences(scores, "a", "b"), [0.4, 0.3])
-    assert np.allclose(claims.differences(scores, "a - b", "c - d"), [0.2, 0.1])
+    assert claims.differences(scores, "a", "b") == pytest.approx([0.4, 0.3])
+    assert claims.differences(scores, "a - b", "c - d") == pytest.approx([0.2, 0.1])
 
 
-def test_ridge_regression_is_that_of_the_normal_equations_and_chooses_its_strength():
-    """One of 40 inputs matters, all are noisy: strength 1 fits the noise of 50 files."""
-    g, wanted = torch.Generator().manual_seed(1), {}
-    x, z = (torch.randn(n, 40, generator=g).double() for n in (50, 400))
-    labels = (x[:, 0] + 0.7 * torch.randn(50, generator=g) > 0).long()
-    a, b = ((part - x.mean(0)) / (x.std(0) + 1e-6) for part in (x, z))
-    y = torch.nn.functional.one_hot(labels).double()
-    for strength in (1, 1000):
-        penalty = strength * 40 / 100 * torch.eye(40).double()
-        w = torch.linalg.solve(a.T @ a + penalty, a.T @ (y - y.mean(0)))
-        wanted[strength] = (b @ w + y.mean(0)).argmax(1)
-        assert torch.equal(claims.ridge(x, labels, z, 2, (strength,)), wanted[strength])
-    assert not torch.equal(wanted[1], wanted[1000])
-    assert torch.equal(claims.ridge(x, labels, z, 2, (1, 1000)), wanted[1000])
-
-
-def test_trivial_baselines_see_motion_and_the_most_frequent_class(tmp_path):
-    """A dot moves to the right or to the left: where there was motion does not tell which."""
-    for split, count, every in (("train", 20, 4), ("val", 8, 2)):
-        for i in range(count):
-            frames, row = np.full((16, 32, 32, 3), 120, np.uint8), 4 + 2 * (i % 9)
-            for t in range(16):
-                frames[t, row : row + 8, max(2 * t - 4, 0) : 2 * t + 4] = 250
-            name, step = ("right", 1) if i % every else ("left", -1)
-            path = tmp_path / split / name / f"{i}.mp4"
-            data.write_whole(path, lambda p: data.write_video(frames[::step], 25, p))
-    scores = claims.trivial_baselines(tmp_path, 1)
-    assert scores["majority"] == 0.5 and scores["motion over time"] == 1.0 > scores["motion energy"]
-    assert set(scores) == {"majority", "small clip", "motion energy", "motion over time"}
-
-
-def test_mask_tokens_in_the_encoder_hide_as_much_and_their_checkpoint_can_be_fine_tuned(
-        script, run, toy):
+def test_mask_tokens_in_the_encoder_hide_as_much_and_can_be_fine_tuned(script, run, toy):
     """A hidden patch has no part in the latent, and where nothing is hidden the model is MAE."""
-    torch.manual_seed(0)
     model, mae = (kind(16, 4, (32, 2, 2), (16, 1, 2), True)
                   for kind in (mask_tokens.MAEWithMaskTokens, mae_image.MAE))
     imgs, mask = torch.randn(2, 3, 16, 16), torch.arange(16).expand(2, 16) % 4 > 0

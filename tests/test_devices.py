@@ -1,8 +1,8 @@
 """Every model and script on a GPU that is not there.
 
-Tensors on the device "cuda" are fake: they have a shape, a type and a device, but no values. Those
-on the CPU, such as masks, are real. An operation on both raises, as on a GPU, and so does one for
-which the CPU would have to wait for the GPU. Not checked: train() with its backward passes; values.
+Tensors on "cuda" are fake: shape, type and device, but no values. Those on the CPU, such as masks,
+are real. An operation on both raises, as on a GPU, and one for which the CPU would wait for the
+GPU. Not checked: train() with its backward passes; values.
 """
 
 import types
@@ -25,18 +25,14 @@ from conftest import TINY_IMAGE, TINY_VIDEO
 
 
 class FakeGPU(TorchFunctionMode):
-    """`with FakeGPU():` there is a device "cuda".
+    """`with FakeGPU():` there is a device "cuda"; where the CPU `waits` for values they are zero."""
 
-    waits  whether the CPU may ask it for values, as for the log: all of them are zero then
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.fake, self.waits = FakeTensorMode(allow_non_fake_inputs=True), False
+    fake, waits = FakeTensorMode(allow_non_fake_inputs=True), False
 
     def __torch_function__(self, function, _, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not any(concerns_gpu(x) for x in tree_leaves((args, kwargs))):
+        if not any(is_fake(x) or isinstance(x, (str, torch.device)) and str(x).startswith("cuda")
+                   for x in tree_leaves((args, kwargs))):  # a tensor there, or the device itself
             return function(*args, **kwargs)
         if function is torch.Tensor.__getitem__ and not is_fake(args[0]):
             raise IndexError("a tensor on the CPU is indexed by one on the GPU")
@@ -55,11 +51,6 @@ class FakeGPU(TorchFunctionMode):
 
 def is_fake(x):
     return isinstance(x, FakeTensor)
-
-
-def concerns_gpu(x):
-    """A tensor there, or the device itself."""
-    return is_fake(x) or isinstance(x, (str, torch.device)) and str(x).startswith("cuda")
 
 
 def zeros(x):
@@ -81,9 +72,7 @@ def gpu(monkeypatch):
 def test_what_was_left_on_the_cpu_and_waiting_for_the_gpu_are_noticed(gpu):
     model = mae_image.MAE(16, 4, (36, 2, 3), (20, 1, 4)).to("cuda")
     batch = torch.zeros(2, 16, 16, 3, dtype=torch.uint8).to("cuda")
-    mask = masking.random_mask(2, model.grid, 0.75, torch.Generator())
-    assert not is_fake(mask)
-    x = model.normalize(batch)
+    x, mask = model.normalize(batch), masking.random_mask(2, model.grid, 0.75, torch.Generator())
     model(x, mask)
     with pytest.raises(DataDependentOutputException):  # for the number of visible tokens
         model(x, mask.to("cuda"))
