@@ -291,8 +291,8 @@ def as_pixels(mask, frames, H, W, h, w):
 def run_script(main):
     """main(), in which an error that the user can fix becomes one line and exit code 2.
 
-    That is a ValueError, an OSError (paths, disks), a loss that is not finite, a full GPU; to see
-    where it was raised: python -X dev SCRIPT.
+    That is a ValueError, an OSError (paths, disks), a missing package, a full memory, a loss that
+    is not finite. To see where it was raised: python -X dev SCRIPT.
     """
     try:
         main()
@@ -318,6 +318,7 @@ def numbers(text, count):
     return tuple(int(n) for n in text.split("x"))
 
 
+# The smallest value of some settings; of all others but --ignore it is 0.
 LEAST = dict.fromkeys(
     "batch accum log_every fold frames stride repeat clips crops patch tubelet".split(), 1)
 

@@ -1,13 +1,12 @@
-"""Helpers of the tests: a small toy world, and two ways to run a script.
+"""Helpers of the tests: a small toy world, and how to run a script.
 
 Tests with real data are skipped unless MAE_TEST_DATA names a folder with gestures10/, lips20/,
-weizmann4/, real_clips/{ucf101,hmdb51}/ and camvid128.tar.gz, in the official layouts.
+weizmann4/ and real_clips/{ucf101,hmdb51}/, in the official layouts.
 """
 
 import functools
 import inspect
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -82,20 +81,8 @@ def refused(run):
     return call
 
 
-@pytest.fixture
-def script(tmp_path):
-    """script("mae_image.py", "--flag", "value") -> what it prints. In a process of its own."""
-
-    def call(name, *flags):
-        result = subprocess.run([sys.executable, ROOT / name, *map(str, flags)], cwd=tmp_path,
-                                capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout + result.stderr
-
-    return call
-
-
 # The smallest runs that still go through every line.
-TINY_IMAGE = ["--img-size", 16, "--patch", 8, "--size", "24x1x2", "--decoder", "16x1x2", "--batch", 16,
-              "--epochs", 2, "--warmup", 1, "--workers", 0, "--log-every", 1, "--pictures", 1]
+TINY_IMAGE = ["--img-size", 16, "--patch", 8, "--size", "24x1x2", "--decoder", "16x1x2",
+              "--batch", 16, "--epochs", 2, "--warmup", 1, "--workers", 0, "--log-every", 1,
+              "--pictures", 1]
 TINY_VIDEO = ["--frames", 4, "--tubelet", 2, *TINY_IMAGE]
