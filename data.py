@@ -46,8 +46,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from masking import numbers, report, run_script
 
-# Endings of files, and the only formats that are opened, whatever a file claims to be.
-VIDEO = ".avi .mp4 .m4v .mov .3gp .mkv .webm .mpg .mpeg .vob .mts .m2ts .wmv .asf .flv .ogv".split()
+# Endings of files, and the only formats that are opened, whatever a file claims to be. The first
+# five can hold MPEG-4, which shrink writes.
+VIDEO = ".avi .mp4 .m4v .mov .mkv .3gp .webm .mpg .mpeg .vob .mts .m2ts .wmv .asf .flv .ogv".split()
 IMAGE = ".jpg .jpeg .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm".split()
 CONTAINERS = "avi,mov,mp4,matroska,webm,mpeg,mpegvideo,mpegts,asf,flv,ogg"  # FFmpeg's names
 PICTURES = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow's
@@ -220,9 +221,9 @@ def resolve(wanted, classes, folder, kinds, how):
         else:
             missing.append(listed)
     if not paths:
-        raise ValueError(f"{folder} has no file of {how}, e.g. {missing[:1]}")
+        raise ValueError(f"{folder} has no file of the {len(wanted)} in {how}, e.g. {missing[:1]}")
     if missing:
-        how += f": {len(missing)} of {len(wanted)} files are not in {folder}, e.g. {missing[0]}"
+        how += f": {len(missing)} of {len(wanted)} files not found in {folder}, e.g. {missing[0]}"
     return Files(paths, labels, classes, how, len(missing))
 
 
@@ -234,7 +235,7 @@ def walk(folder, kinds):
         raise error  # a folder that may not be listed
 
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = sorted(f for f in folders if f[0] not in "._" and f != "lost+found")
+        folders[:] = sorted(f for f in folders if not re.match(r"\.|__MACOSX|lost\+found", f))
         real = os.path.realpath(parent)
         if real in seen:  # links to folders are followed, but not in circles
             folders.clear()
@@ -566,8 +567,6 @@ def center_box(shape, size):
     return (H - h) // 2, (W - w) // 2, h, w
 
 
-
-
 @contextlib.contextmanager
 def torchvision_draws_from(generator):
     """torchvision draws from the global generator: lend it a seed, and put it back as it was."""
@@ -617,7 +616,7 @@ class FileDataset(Dataset):
                 problems.append((path, f"broken, another file is used: {error}"))
                 other = seeded(self.cfg.seed, 3, epoch, i, attempt)
                 i = int(torch.randint(len(self), (1,), generator=other))
-        raise ValueError(f"10 files in a row cannot be read, e.g. {': '.join(problems[0])}: "
+        raise ValueError(f"10 files in a row cannot be read, e.g. {': '.join(problems[0])!r}: "
                          "python data.py check lists them")
 
     def choose(self, n):
@@ -778,8 +777,8 @@ def lock(folder):
 def load_file(path):
     """Read a checkpoint, ours or a public one: tensors and plain values.   Raises ValueError"""
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is no checkpoint file: python mae_video.py writes "
-                         "runs/mae_video/checkpoint.pt, other scripts the same in their --out")
+        raise ValueError(f"{path} is no file. A run of SCRIPT.py writes runs/SCRIPT/checkpoint.pt: "
+                         "python mae_video.py, for example, runs/mae_video/checkpoint.pt")
     if str(path).endswith(".safetensors"):
         import safetensors.torch  # not in requirements.txt: pip install safetensors
 
@@ -970,8 +969,6 @@ def check_file(path):
     return problems
 
 
-
-
 def shrink_file(job):
     """Re-encode one video with a smaller short side; a broken one is left out.   -> problems"""
     source, target, short = job
@@ -991,7 +988,7 @@ def shrink_file(job):
 
 
 def shrink(source, target, short):
-    """Re-encode every video below source into target, as NAME.mp4, and copy the lists.
+    """Re-encode every video below source into target, with the same names, and copy the lists.
 
     A copy that is there is kept: a second call does what the first left undone.   Exit code 1 if a
     file is broken or damaged
@@ -1002,8 +999,11 @@ def shrink(source, target, short):
     videos = find_files(source, VIDEO)[0]
     for path in walk(source, (".txt", ".csv"))[0]:
         write_whole(target / path.relative_to(source), functools.partial(shutil.copyfile, path))
-    copies = [(target / path.relative_to(source)).with_suffix(".mp4") for path in videos]
-    jobs = [(path, copy, short) for path, copy in zip(videos, copies)]
+    jobs = []
+    for path in videos:
+        copy = target / path.relative_to(source)
+        jobs.append((path, copy if copy.suffix.lower() in VIDEO[:5] else copy.with_suffix(".mp4"),
+                     short))
     report(f"the copies go to {target}")
     finish(videos, in_parallel(shrink_file, jobs, f"shrinking into {target}"))
 

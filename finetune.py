@@ -56,8 +56,8 @@ READERS = {"multimae": public_multimae, "omni": public_omni, "mae": public_mae,
 
 
 # ==== THE PAPERS, part 1: a classifier around the encoder =========================================
-# (needs: math, torch, nn; mae_image.py DECODER, part 3; mae_video.py parts 1, 3; multimae.py part
-# 3)
+# (needs: math, torch, nn; mae_image.py DECODER, part 3; mae_video.py parts 1, 3;
+# multimae.py part 3)
 
 class TunedBlock(nn.Module):
     """The pretrained block with what only fine-tuning adds; the names of its tensors stay.
@@ -456,8 +456,6 @@ PRESETS = {
 FROZEN = ("linear", "knn", "features")  # modes in which the encoder learns nothing
 
 
-
-
 def is_video(cfg):
     return cfg.model in ("videomae", "mae_st") or cfg.model == "omni" and cfg.classify == "videos"
 
@@ -551,8 +549,9 @@ def open_data(cfg):
         train, test = list_both(cfg, data.list_images, root)
     if not cfg.dense and cfg.mode != "features":
         train, test = (files.select(files.labels >= 0) for files in (train, test))
-        report(f"of known class: {len(train.paths)} training files, {len(test.paths)} held out")
         names = train.classes
+        report(f"of known class: {len(train.paths)} training files of {len({*train.labels})} of "
+               f"the {len(names)} classes, {len(test.paths)} held out")
         if len(names) < 2:
             raise ValueError(f"{cfg.data} has one class or none: {', '.join(names)}. Is it the "
                              "right folder? Classes are folders, or labels in a list")
@@ -654,8 +653,7 @@ def main(argv=None):
     classes = test_files.classes = train_files.classes
     if cfg.eval_only and found.classes and found.classes != classes:
         raise ValueError(f"{cfg.data} has other classes than {found.path}")
-    weights = None if cfg.mode == "scratch" else found
-    model = build(cfg, max(len(classes), 1), weights).to(device)
+    model = build(cfg, max(len(classes), 1), None if cfg.mode == "scratch" else found).to(device)
     if cfg.mode in ("knn", "features"):
         result = use_features(model, train_files, test_files, cfg)
     elif cfg.eval_only:
@@ -672,12 +670,12 @@ def train_classifier(model, dataset, test_files, cfg):
         optimizer = LARS(model.head.parameters(), momentum=0.9)
     else:
         decay = 1.0 if cfg.mode == "scratch" else cfg.layer_decay
-        groups = layer_groups(model, cfg.weight_decay, decay)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+        optimizer = torch.optim.AdamW(layer_groups(model, cfg.weight_decay, decay),
+                                      betas=(0.9, 0.999), fused=True)
 
     def loss_of(net, batch, items, step, piece):
-        labels = torch.from_numpy(dataset.labels[items]).to(batch.device)
-        labels = labels.repeat_interleave(dataset.repeat)  # clips of one video stand together
+        # clips of one video stand together
+        labels = torch.from_numpy(dataset.labels[items].repeat(dataset.repeat)).to(batch.device)
         x = erase(model.encoder.normalize(batch), cfg.erase)
         x, labels = mix(x, labels, classes, cfg.mixup, cfg.cutmix)
         if cfg.dense:

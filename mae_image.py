@@ -92,9 +92,10 @@ def unpatchify(patches, p, h, w):
 
 
 def check_shape(x, *sizes):
-    """Raises ValueError for another size than the model's: positions would be wrong. (B, C, ...)"""
+    """Raises ValueError unless x (B, C, ...) has one of the sizes: positions would be wrong."""
     if tuple(x.shape[2:]) not in sizes:
-        raise ValueError(f"an input of {tuple(x.shape[2:])}, but the model takes {sizes}")
+        raise ValueError(f"an input of {tuple(x.shape[2:])}, but the model takes "
+                         f"{' or '.join(map(str, sizes))}")
 
 
 class PatchEmbed(nn.Module):
@@ -129,6 +130,7 @@ def sincos_2d(width, h, w):
     frequency = 10000.0 ** (-torch.arange(n, dtype=torch.float64) / (width / 4))
     rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     angles = [axis.flatten()[:, None] * frequency for axis in (cols, rows)]  # each (h*w, n)
+    # sines and cosines of the column, then of the row
     return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1).float()
 
 
@@ -309,7 +311,6 @@ class MAE(nn.Module):
             return pred.float().sum()  # nothing hidden: 0, where the public code has 0 / 0
         return F.mse_loss(pred.float(), self.target(imgs, mask))
 
-
     def to_pictures(self, patches):
         """Patches (B, N, P) -> pictures (B, 1, C, H, W) in [0, 1]; 1 is the number of frames."""
         x = unpatchify(patches, self.patch, *self.grid[1:])  # (B, C, H, W)
@@ -428,8 +429,8 @@ def pretrain(model, dataset, draw_mask, look, cfg, plan=None):
         mask = draw_mask(batch, cfg.batch, data.seeded(cfg.seed, 1, step)).chunk(pieces)[piece]
         return net(model.normalize(batch), mask)[0]
 
-    groups = param_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)  # Table 8
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95),
+                                  fused=True)  # Table 8
     train(model, dataset, loss_of, optimizer, look, cfg, plan).finish()
 
 
@@ -523,7 +524,7 @@ def draw_losses(folder):
     """loss.png: training and held-out loss over the updates, beside the baseline."""
     records = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     right = records[-1]["step"] or 1
-    # untrained, a network may be far above
+    # 1.5 baselines: the loss of an untrained network may be far above
     top = 1.5 * records[-1].get("baseline", 0) or max(r.get("loss", 0) for r in records) or 1
     kinds = [("loss", "training", "#8899cc"), ("val_loss", "held out", "#cc4433"),
              ("baseline", "baseline", "#777777")]
@@ -636,8 +637,8 @@ def main(argv=None):
         return MASKS[cfg.mask](rows, model.grid, cfg.mask_ratio, generator)
 
     if cfg.picture:
-        file = data.one_file(cfg.picture, data.IMAGE)
-        return show_one(model, data.ImageDataset(file, cfg, False), draw_mask, draw_images, cfg)
+        one = data.ImageDataset(data.one_file(cfg.picture, data.IMAGE), cfg, False)
+        return show_one(model, one, draw_mask, draw_images, cfg)
     fetch(cfg.data)
     train_files, val_files = list_both(cfg, data.list_images, cfg.data)
     sample = held_out(data.ImageDataset(val_files, cfg, False), draw_mask, cfg.seed)
@@ -672,10 +673,11 @@ def evenly(count, most=8):
 
 def fetch(*names):
     """Data that are made or downloaded: by the first process, while the others wait."""
-    if is_first() and "toy" in names:
-        data.make_toy("toy")
-    if is_first() and "cifar10" in names:
-        data.list_images("cifar10")
+    if is_first():
+        if "toy" in names:
+            data.make_toy("toy")
+        if "cifar10" in names:
+            data.list_images("cifar10")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -867,7 +869,7 @@ class Run:
         except ValueError as error:
             if self.done > self.saved:
                 self.save()
-            raise ValueError(f"{error}; saved up to update {self.saved}, resume with: --resume "
+            raise ValueError(f"{error}; what is saved, if anything, is continued by: --resume "
                              f"--out {self.out}") from None
         self.waited += time.monotonic() - tick
         for path, problem in problems:
@@ -966,6 +968,7 @@ class Run:
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+
         def save_state(part):
             with open(part, "wb") as file:
                 torch.save(state, file)
@@ -976,7 +979,8 @@ class Run:
             data.write_whole(path, save_state)
             self.saved = self.done
         except (OSError, RuntimeError) as error:  # in a RuntimeError torch hides the reason
-            report(f"warning: cannot write {path}: {error.__context__ or error}; "
+            report(f"warning: cannot write {path}: "
+                   f"{error if isinstance(error, OSError) else error.__context__ or error}; "
                    f"the last one written is of update {self.saved}")
         now = time.monotonic()
         self.save_after = now + 50 * (now - tick)  # it costs at most 2 % of the time
@@ -1017,7 +1021,7 @@ def read_file(path, readers):
     content = data.load_file(path)
     if "script" in content:
         config, script, state = content.get("config"), content["script"], content.get("model")
-        only = script.replace("mae_image", "mae")  # a script of one model
+        only = f"{script}".replace("mae_image", "mae")  # a script of one model
         model = isinstance(config, dict) and config.get("model", only)
         if model not in readers or not isinstance(state, dict):
             raise ValueError(f"{path}: a {model or 'strange'} model, written by {script}.py")
@@ -1065,8 +1069,8 @@ def load_pretrained(model, found, resume):
     count, missing = load_into(model, found.state, fresh=() if whole else DECODER)
     if not resume:
         guessed = [f"{name} {found.settings[name]}" for name in found.guesses]
-        report(f"{found.path}: {count} tensors used, {len(missing)} start new; guessed, for no "
-               f"file tells them: {', '.join(guessed) or 'nothing'}")
+        report(f"{found.path}: {count} tensors used, {len(missing)} start new; guesses, for no "
+               f"file tells them: {', '.join(guessed) or 'none'}")
 
 
 HUGGINGFACE = {  # names on the hub and those of transformers 5: public names of MAE and VideoMAE

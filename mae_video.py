@@ -95,6 +95,8 @@ def resize_table(table, old, new, mode="bicubic"):
     By `mode` over rows and columns, as MAE's public code does for fine-tuning; linear over time
     slots, which is ours.
     """
+    if old == new:
+        return table
     (t, h, w), D = old, table.shape[2]
     x = table.reshape(t, h, w, D).permute(0, 3, 1, 2)  # (t, D, h, w)
     x = F.interpolate(x, new[1:], mode=mode, align_corners=False)  # (t, D, h', w')
@@ -175,7 +177,7 @@ class VideoMAE(nn.Module):
         """Joint space-time attention over the visible cubes.   -> (B, K, D)"""
         patches = self.cubes(clips)  # (B, N, P)
         B, N, P = patches.shape
-        pos = self.pos_embed[:, :N]  # all of them; in OmniMAE an image has those of one slot
+        pos = self.pos_embed[:, :N]  # (1, N, D); OmniMAE's images are one slot: the first N
         x = self.patch_embed(visible(patches, mask)) + visible(pos, mask)  # (B, K, D)
         return self.norm(self.blocks(x))
 
@@ -216,7 +218,6 @@ class VideoMAE(nn.Module):
 
 # ==== THE PAPERS, part 3: MAE-ST ==================================================================
 # (needs: torch, nn, parts 1, 2; mae_image.py parts 1-3; masking.py part 3)
-
 
 
 def target_frames(frames, predicted):
@@ -365,8 +366,6 @@ def segment_clip(n, length, generator):
     return edges[:-1] + (u * np.maximum(np.diff(edges), 1)).astype(np.int64)
 
 
-
-
 def random_clip(sampling, n, length, stride, generator):
     """A clip for training: frame numbers (T,) anywhere in a video of n frames."""
     if sampling == "segments":
@@ -408,8 +407,9 @@ def multi_scale_box(shape, size, generator):
 
     Sides are 1, .875, .75 or .66 of the largest box of the shape of `size`, height and width at
     most one step apart, and `size` itself where they are within 2 pixels of it. The corner is one
-    of 13 places, every second one on a grid of quarters.
+    of 13 places on a grid of quarters, rows and columns 0 to 4.
     """
+
     def pick(n):
         return int(torch.randint(n, (1,), generator=generator))
 
@@ -418,7 +418,8 @@ def multi_scale_box(shape, size, generator):
     for k, side, goal in zip(pairs[pick(len(pairs))], data.center_box(shape, size)[2:], size):
         x = max(1, int(side * scales[k]))
         sides.append(goal if abs(x - goal) <= 2 and goal <= side else x)
-    (h, w), (row, col) = sides, divmod(2 * pick(13), 5)
+    h, w = sides
+    row, col = map(int, "00 04 40 44 22 20 24 42 02 11 13 31 33".split()[pick(13)])
     return row * ((shape[0] - h) // 4), col * ((shape[1] - w) // 4), h, w
 
 

@@ -351,7 +351,7 @@ def settings(Config, presets, doc, argv=None):
         if isinstance(value, (int, float)) and value < LEAST.get(name, 0) and name != "ignore":
             parser.error(f"--{name.replace('_', '-')} {value} is too small")
     chosen = given.pop("preset")
-    return {"out": f"{Config.out}_{chosen}"} | presets[chosen] if chosen else {}, given
+    return ({"out": f"{Config.out}_{chosen}"} | presets[chosen] if chosen else {}), given
 
 
 def add_flag(group, field, text):

@@ -625,10 +625,10 @@ def main(argv=None):
         for task, loss in losses.items():
             report(f"held-out {task} {loss:.3f} (constant map {baseline[task]:.3f})")
             record |= {f"{task}_loss": loss.item(), f"{task}_constant": baseline[task].item()}
-        first = modalities[0]
-        for name, (alone, fixed, other) in cross_modal(model, inputs, first, constant).items():
-            report(f"  from {first} alone: {name} {alone:.3f} (constant map {fixed:.3f}, "
-                   f"from another's {first} {other:.3f})")
+        found = cross_modal(model, inputs, modalities[0], constant)
+        for name, (alone, fixed, other) in found.items():
+            report(f"  from {modalities[0]} alone: {name} {alone:.3f} (constant map {fixed:.3f}, "
+                   f"from another's {modalities[0]} {other:.3f})")
             record |= {f"{name}_alone": alone, f"{name}_constant": fixed, f"{name}_other": other}
         draw(model, inputs, mask, preds, path)
         return record

@@ -99,7 +99,6 @@ class OmniMAE(nn.Module):
         """An image is repeated to the length of a cube: (B, C, H, W) -> (B, C, u, H, W)."""
         return x[:, :, None].expand(-1, -1, self.tubelet, -1, -1) if x.ndim == 4 else x
 
-
     def forward_decoder(self, latent, mask):
         """All tokens in raster order.   (B, K, D) -> (B, M, P)"""
         # mask tokens and positions at encoder width: visible tokens get positions twice
@@ -138,13 +137,15 @@ class OmniMAE(nn.Module):
 # ==== THE PAPER, part 2: joint training (needs: np, torch; data.py seeded, part 4) ================
 
 class JointDataset(data.FileDataset):
-    """Images and videos as one dataset: items 0 .. I-1 are the images, I .. I+V-1 the videos."""
+    """Images and videos as one dataset: items 0 .. I-1 are the images, I .. I+V-1 the videos.
+
+    Of FileDataset only the length is used.
+    """
 
     def __init__(self, images, videos):
         self.images, self.videos, self.repeat, self.classes = images, videos, videos.repeat, []
         self.paths = np.concatenate([images.paths, videos.paths])
         self.labels = np.concatenate([images.labels, videos.labels])
-
 
     def __getitem__(self, key):
         epoch, i = key
@@ -255,8 +256,8 @@ def main(argv=None):
     videos, val_videos = list_both(cfg, data.list_videos, cfg.data, cfg.fold)
     dataset = JointDataset(data.ImageDataset(images, of_images, True),
                            ClipDataset(videos, cfg, True))
-    val = data.ImageDataset(val_images, of_images, False), ClipDataset(val_videos, cfg, False)
-    samples = [held_out(x, draw_mask, cfg.seed) for x in val]
+    samples = [held_out(val, draw_mask, cfg.seed) for val in (
+        data.ImageDataset(val_images, of_images, False), ClipDataset(val_videos, cfg, False))]
     sizes = len(images.paths), len(videos.paths), cfg.batch, cfg.repeat, cfg.seed
     world, mixed = rank_and_world()[1], cfg.joint == "mixed"
     if mixed and world * cfg.accum % 2:

@@ -5,19 +5,17 @@
     python tests/benchmark.py --quick         (tiny sizes, to see that it runs)
 
 Prints Markdown tables, for benchmark.md. Times are medians over interleaved rounds, A, B, A, B ...,
-so that a busy machine slows all alike. transformers, torchcodec and decord are compared where they
-are installed.
+so that a busy machine slows all alike. Of others' code what is installed is compared.
 """
 
-import argparse
 import importlib.util
 import itertools
 import math
 import os
-import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from unittest import mock
 
@@ -35,14 +33,13 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler need not talk
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
+import finetune  # noqa: E402
 import mae_image  # noqa: E402
 import mae_video  # noqa: E402
 import multimae  # noqa: E402
 import omni  # noqa: E402
 from masking import dirichlet_mask, random_mask, run_script, tube_mask, visible  # noqa: E402
 
-KINDS = {"mae": mae_image.MAE, "videomae": mae_video.VideoMAE, "mae_st": mae_video.MAEST,
-         "omni": omni.OmniMAE, "multimae": multimae.MultiMAE}
 SIZES = {  # image, clip: frames, side, tubelet, patch; encoder, its width; clips, rounds
     "quick": ((1, 32, 1, 8), (4, 32, 2, 8), "nano", 64, 2, 1),
     "cpu": ((1, 224, 1, 16), (16, 112, 2, 8), "small", 192, 2, 5),
@@ -55,13 +52,13 @@ def example(kind, clip, size, decoder, batch, ratio, device="cpu", **more):
     (frames, side, _, p), g = clip, torch.Generator().manual_seed(0)
     sides, shape = ((side, p), (side, side)) if frames == 1 else (clip, (frames, side, side))
     with torch.device(device):
-        model, x = KINDS[kind](*sides, size, decoder, **more), torch.randn(batch, 3, *shape)
+        model = finetune.MODELS[kind](*sides, size, decoder, **more)
+        x = torch.randn(batch, 3, *shape)
     if kind == "multimae":
         x = {"rgb": x, "depth": x[:, :1], "semseg": x[:, 0, ::4, ::4].abs().long()}
         sizes = [math.prod(model.grid)] * 3
         return model, x, dirichlet_mask(batch, sizes, round(sum(sizes) * (1 - ratio)), g)
-    draw = tube_mask if kind == "videomae" else random_mask
-    return model, x, draw(batch, model.grid, ratio, g)
+    return model, x, (tube_mask if kind == "videomae" else random_mask)(batch, model.grid, ratio, g)
 
 
 def print_table(title, columns, rows):
@@ -80,7 +77,7 @@ def medians(contestants, rounds):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t[1:]) for name, t in times.items()}
+    return {name: np.median(t[1:]) for name, t in times.items()}
 
 
 def peak_bytes(function):
@@ -92,29 +89,27 @@ def peak_bytes(function):
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return max(itertools.accumulate(e.nbytes() for e in events))
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
 
 
-def training_step(model, loss, setup, dtype=None, fused=True):
+def training_step(setup, model, loss, dtype=None, fused=True):
     """-> function that makes an update.   loss: model -> scalar"""
     optimizer = torch.optim.AdamW(model.to(setup.device).parameters(), 1e-4, fused=fused)
     dtype = dtype or setup.dtype
-
     def step():
         with torch.autocast(setup.device, dtype, enabled=dtype != torch.float32):
             value = loss(model)
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-
     return step
 
 
-def race(title, steps, rounds):
-    """Measure {name: step} side by side and print a line of each."""
-    seconds, rows = medians(steps, rounds), []
+def race(title, runs, setup, rounds):
+    """Measure {name: (model, loss ...)} side by side and print a line of each."""
+    steps, rows = {name: training_step(setup, *run) for name, run in runs.items()}, []
+    seconds = medians(steps, rounds)
     for name, t in seconds.items():
         times = f"{t:.4f}", f"{t / next(iter(seconds.values())):.2f}x"
         rows.append((name, *times, f"{peak_bytes(steps[name]) / 2**20:.0f}"))
@@ -130,21 +125,19 @@ def dense_loss(model, x, mask):
     return model.forward_loss(x, model.forward_decoder(latent, mask), mask)
 
 
-def of_transformers(model, x, mask, decoder):
+def of_transformers(model, x, mask):
     """HuggingFace's model of the same sizes and its loss, for MAE and VideoMAE."""
     import transformers as hf
-    block, mask = model.blocks[0], mask.to(x.device)
-    sizes = dict(
-        hidden_size=block.norm1.normalized_shape[0], num_hidden_layers=len(model.blocks),
-        num_attention_heads=block.attn.heads, intermediate_size=block.mlp.fc1.out_features,
-        image_size=model.grid[1] * model.patch, patch_size=model.patch,
-        decoder_hidden_size=decoder[0], decoder_num_hidden_layers=decoder[1],
-        decoder_num_attention_heads=decoder[2], decoder_intermediate_size=4 * decoder[0],
-        norm_pix_loss=True, layer_norm_eps=1e-6, attn_implementation="sdpa")
+    mask, sizes = mask.to(x.device), dict(
+        image_size=model.grid[1] * model.patch, patch_size=model.patch, norm_pix_loss=True,
+        layer_norm_eps=1e-6, attn_implementation="sdpa")
+    for part, blocks in (("", model.blocks), ("decoder_", model.decoder_blocks)):
+        D, attn = blocks[0].norm1.normalized_shape[0], blocks[0].attn
+        sizes |= {f"{part}hidden_size": D, f"{part}num_hidden_layers": len(blocks),
+                  f"{part}num_attention_heads": attn.heads, f"{part}intermediate_size": 4 * D}
     if x.ndim == 4:
-        noise = mask.float()  # sorting 0 and 1 hides the ones
         theirs = hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**sizes, mask_ratio=0.75))
-        return theirs, lambda m: m(x, noise=noise).loss
+        return theirs, lambda m: m(x, noise=mask.float()).loss  # sorting 0 and 1 hides the ones
     config = hf.VideoMAEConfig(**sizes, num_frames=x.shape[2], use_mean_pooling=False)
     frames = x.transpose(1, 2).contiguous()
     return hf.VideoMAEForPreTraining(config), lambda m: m(frames, bool_masked_pos=mask).loss
@@ -153,20 +146,18 @@ def of_transformers(model, x, mask, decoder):
 def table_models(setup):
     """A training step: forward, backward, AdamW.   Of images there are four times as many"""
     image, clip, size, width, batch, rounds = SIZES["quick" if setup.quick else setup.device]
-    for kind, *sizes, ratio in (
-            ("mae", image, size, (512, 8, 16), 4 * batch, 0.75),
-            ("videomae", clip, size, (width, 4, width // 64), batch, 0.9),
-            ("mae_st", clip, size, (512, 4, 16), batch, 0.9)):
-        model, x, mask = example(kind, *sizes, ratio)
+    for kind, *sizes in (("mae", image, size, (512, 8, 16), 4 * batch, 0.75),
+                         ("videomae", clip, size, (width, 4, width // 64), batch, 0.9),
+                         ("mae_st", clip, size, (512, 4, 16), batch, 0.9)):
+        model, x, mask = example(kind, *sizes)
         x = x.to(setup.device)
         runs = {"ours": (model, lambda m: m(x, mask)[0])}
         if kind != "mae_st" and importlib.util.find_spec("transformers"):
-            runs["transformers"] = of_transformers(model, x, mask, sizes[2])
+            runs["transformers"] = of_transformers(model, x, mask)
         for name, (net, loss) in list(runs.items()) if setup.compile else ():
             runs[f"{name}, compiled"] = net, lambda _, f=loss, m=torch.compile(net): f(m)
         runs["ours, nothing dropped"] = model, lambda m: dense_loss(m, x, mask)
-        steps = {name: training_step(*run, setup) for name, run in runs.items()}
-        race(f"{kind} {size}, {tuple(x.shape)}, {setup.dtype}", steps, rounds)
+        race(f"{kind} {size}, {tuple(x.shape)}, {setup.dtype}", runs, setup, rounds)
 
 
 def table_levers(setup):
@@ -174,35 +165,27 @@ def table_levers(setup):
     _, clip, size, width, batch, rounds = SIZES["quick" if setup.quick else setup.device]
     model, x, mask = example("videomae", clip, size, (width, 4, width // 64), batch, 0.9)
     x = x.to(setup.device)
-
     def as_it_is(m):
         return m(x, mask)[0]
-
     def embed_all(m):
         """Every cube is embedded before the hidden ones are dropped, as in the papers' code."""
-        conv = m.patch_embed.proj
-        tokens = F.conv3d(x, conv.weight, conv.bias, conv.stride).flatten(2).transpose(1, 2)
+        tokens = m.patch_embed.proj(x).flatten(2).transpose(1, 2)
         latent = m.norm(m.blocks(visible(tokens + m.pos_embed, mask)))
         return m.forward_loss(x, m.forward_decoder(latent, mask), mask)
-
-    def written_out(q, k, v):
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
-
-    def without_fused_attention(m):
-        with mock.patch.object(F, "scaled_dot_product_attention", written_out):
+    def written_out(m):
+        def attention(q, k, v):
+            return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+        with mock.patch.object(F, "scaled_dot_product_attention", attention):
             return as_it_is(m)
-
     other = torch.bfloat16 if setup.dtype == torch.float32 else torch.float32
-    runs = {"as it is": (as_it_is,), "every cube embedded, then dropped": (embed_all,),
-            "attention written out": (without_fused_attention,),
-            "AdamW not fused": (as_it_is, setup.dtype, False), f"in {other}": (as_it_is, other),
-            "nothing dropped": (lambda m: dense_loss(m, x, mask),)}
-    steps = {name: training_step(model, loss, setup, *more) for name, (loss, *more) in runs.items()}
-    race(f"Levers: VideoMAE {size}, {tuple(x.shape)}", steps, rounds)
+    runs = {"as it is": (model, as_it_is), "every cube embedded, then dropped": (model, embed_all),
+            "attention written out": (model, written_out), f"in {other}": (model, as_it_is, other),
+            "AdamW not fused": (model, as_it_is, None, False),
+            "nothing dropped": (model, lambda m: dense_loss(m, x, mask))}
+    race(f"Levers: VideoMAE {size}, {tuple(x.shape)}", runs, setup, rounds)
 
 
 def multiply_adds(forward, *args):
-    """Of the matrix products of a forward pass, in units of 1e9."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward(*args)
     return counter.get_total_flops() / 2e9  # torch counts a multiply-add as two
@@ -221,8 +204,13 @@ def table_counts(setup):
     print_table(title, ("", "hidden ones dropped", "nothing dropped", "ratio"), rows)
 
 
-def write_clip(path, codec, b_frames):
-    """300 frames: a drifting picture."""
+CODECS = {"AVI": ("a.avi", "mpeg4", 0), "AVI with B-frames": ("b.avi", "mpeg4", 2),
+          "MP4, H.264": ("c.mp4", "libx264", 2)}  # file, codec, B-frames
+
+
+def write_clip(folder, kind):
+    """300 frames: a drifting picture.   -> path"""
+    (name, codec, b_frames), path = CODECS[kind], f"{folder}/{CODECS[kind][0]}"
     picture = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     picture = np.asarray(Image.fromarray(picture).resize((480, 320), Image.Resampling.BICUBIC))
     with av.open(path, "w") as container:
@@ -232,6 +220,7 @@ def write_clip(path, codec, b_frames):
             frame = np.ascontiguousarray(picture[i % 60 : i % 60 + 240, i % 90 : i % 90 + 320])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    return path
 
 
 def bare_loop(path, wanted):
@@ -270,7 +259,8 @@ def with_decord(path, wanted):
 def usable_readers(path):
     """Those that are installed and find the libraries that they need."""
     readers = {"limit": bare_loop, "ours": ours}
-    for name, read in (("torchcodec", with_torchcodec), ("decord", with_decord)):
+    for read in (with_torchcodec, with_decord):
+        name = read.__name__.removeprefix("with_")
         try:
             read(path, np.arange(2)[None])
             readers[name] = read
@@ -286,10 +276,7 @@ def table_loader(setup):
     places = {"start": np.zeros((count, 1), int), "middle": 120 + np.arange(count)[:, None],
               "4 clips anywhere": np.random.default_rng(0).integers(0, 240, (count, 4))}
     with tempfile.TemporaryDirectory() as folder:
-        files = {"AVI": f"{folder}/a.avi", "AVI with B-frames": f"{folder}/b.avi",
-                 "MP4, H.264": f"{folder}/c.mp4", "shrunk": f"{folder}/d.mp4"}
-        for path, kind in zip(files.values(), (("mpeg4", 0), ("mpeg4", 2), ("libx264", 2))):
-            write_clip(path, *kind)
+        files = {name: write_clip(folder, name) for name in CODECS} | {"shrunk": f"{folder}/d.mp4"}
         data.shrink_file((files["MP4, H.264"], Path(files["shrunk"]), 128))
         readers = usable_readers(files["AVI"])
         for (name, path), (place, first) in itertools.product(files.items(), places.items()):
@@ -305,7 +292,7 @@ def table_loader(setup):
 
 
 # Clips a second of one worker, of files as they are and shrunk; a slow run of --only loader
-WORKER = {"AVI": (70, 138), "MP4": (22, 138), "MP4, 4 clips": (38, 200)}
+WORKER = {"AVI": (70, 138), "MP4": (22, 138), "MP4, 4 clips": (38, 200), "": ()}
 GPUS = {"T4": 65, "RTX 3090": 71, "A100": 312, "H100": 989}  # TFLOP/s, dense, half precision
 REACHED, CARDS, FULL = 0.3, (8, 16, 24, 80), 0.85  # share that a step reaches; GB; share used
 PLANS = [  # script, preset, data, images, videos, what they are: one of WORKER
@@ -319,8 +306,7 @@ PLANS = [  # script, preset, data, images, videos, what they are: one of WORKER
     (mae_video, "hmdb51_paper", "HMDB51", 0, 3_570, "AVI"),
     (mae_video, "mae_st_paper", "Kinetics-400", 0, 240_000, "MP4, 4 clips"),
     (omni, "paper", "ImageNet + SSv2", 1_281_167, 168_913, "MP4, 4 clips"),
-    (multimae, "paper", "ImageNet", 1_281_167, 0, ""),
-]
+    (multimae, "paper", "ImageNet", 1_281_167, 0, "")]
 USUAL = dict(frames=1, tubelet=1, repeat=1, mask_ratio_image=0, image_share=1, video_share=1)
 
 
@@ -355,16 +341,14 @@ def estimate(kind, clip, size, decoder, ratio, image_ratio=0, **more):
 def table_plan(setup):
     """Estimates, for every preset made for a GPU.   USUAL: settings that only some scripts have"""
     rows = []
-    for script, preset, sets, images, videos, worker in PLANS[-2:] if setup.quick else PLANS:
-        cfg = argparse.Namespace(**USUAL | vars(script.Config(**script.PRESETS[preset])))
-        kind, more = getattr(cfg, "model", script.__name__.removesuffix("_image")), {}
-        if script is multimae:
-            more = dict(classes=cfg.classes, class_width=cfg.class_width)
-            cfg.mask_ratio = 1 - cfg.visible
-        (side, _), size, decoder = mae_image.shapes(cfg)
-        sizes = (cfg.frames, side, cfg.tubelet, cfg.patch), size, decoder
-        ratios = cfg.mask_ratio, cfg.mask_ratio_image
-        n, each, of_image, of_clip = estimate(kind, *sizes, *ratios, **more)
+    for script, preset, name, images, videos, worker in PLANS[-2:] if setup.quick else PLANS:
+        cfg = Namespace(**USUAL | vars(script.Config(**script.PRESETS[preset])))
+        kind = getattr(cfg, "model", script.__name__.removesuffix("_image"))
+        more = {k: v for k, v in vars(cfg).items() if k in ("classes", "class_width")}
+        ratios = 1 - cfg.visible if kind == "multimae" else cfg.mask_ratio, cfg.mask_ratio_image
+        (side, _), *sizes = mae_image.shapes(cfg)
+        clip = cfg.frames, side, cfg.tubelet, cfg.patch
+        n, each, of_image, of_clip = estimate(kind, clip, *sizes, *ratios, **more)
         images *= cfg.epochs * cfg.image_share
         clips = videos * cfg.epochs * cfg.video_share * cfg.repeat
         # weights, gradients, two moments: 4 bytes each; copies in bfloat16: 2
@@ -375,13 +359,12 @@ def table_plan(setup):
         for peak in GPUS.values():
             # 2 operations x 3: forward once, backward twice
             seconds = 6e9 * (images * of_image + clips * of_clip) / (REACHED * peak * 1e12)
-            times.append(f"{seconds / 3600:.1f}")
-            if clips:
-                workers = [math.ceil(clips / seconds / speed) for speed in WORKER[worker]]
-                times[-1] += f"; {workers[0]} ({workers[1]})"
+            workers = [math.ceil(clips / seconds / speed) for speed in WORKER[worker]]
+            files = "; {} ({})".format(*workers) if workers else ""
+            times.append(f"{seconds / 3600:.1f}{files}")
         work = [f"{x / 1e6:,.1f} x {one:.2f}" if x else ""
                 for x, one in ((images, of_image), (clips, of_clip))]
-        rows.append((f"{script.__name__} {preset}", sets, *work, f"{n / 1e6:.1f}", cfg.batch,
+        rows.append((f"{script.__name__} {preset}", name, *work, f"{n / 1e6:.1f}", cfg.batch,
                      f"{each / 2**20:.1f}", f"{gigabytes[1]:.1f}", *fits, *times))
     title = "Plans, estimated: memory, --accum for cards, hours; workers for files as is (shrunk)"
     print_table(title, ("preset", "data", "M images x 1e9 multiply-adds", "M clips x the same",
@@ -390,8 +373,7 @@ def table_plan(setup):
 
 
 def main():
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     tables = {"models": table_models, "levers": table_levers, "counts": table_counts,
               "plan": table_plan, "loader": table_loader}
     device, usual = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")

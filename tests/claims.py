@@ -11,7 +11,7 @@ lines, for every split and seed; the last epoch on the test files counts. Finish
 Real data: set MAE_TEST_DATA to a folder with lips20/, gestures10/, sprites5/ and others.
 """
 
-import argparse
+import collections
 import concurrent.futures
 import itertools
 import json
@@ -22,8 +22,10 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("MAE_TEST_DATA", "/nowhere")).resolve()
@@ -38,30 +40,21 @@ VIDEO = ("--sampling segments --img-size 48 --size 96x4x3 --decoder 64x1x2 --tub
 TUNE = ("--batch 32 --lr 1.6e-2 --layer-decay 0.75 --drop-path 0.1 --smoothing 0.1 --min-crop 0.5 "
         "--epochs 15 --warmup 2")
 TUNE_TOY = f"{TUNE} --epochs 30 --batch 16 --warmup 3"
-MILD = "--batch 16 --lr 5e-2 --layer-decay 0.9 --drop-path 0 --min-crop 0.8"
+FEW = "--share 0.25"  # 400 labelled images of the toy world: with all, every arm is nearly perfect
 DENSE = "--sampling dense --frames 16 --stride 2 --batch 16"
-
-
-@dataclass
-class Set:
-    data: str
-    pretrain: str = ""  # flags
-    finetune: str = ""
-    script: str = "mae_video.py"  # of the pretraining
-    folds: int = 3  # splits of the data
-    short: int = 0  # side to which its videos are shrunk first, 0: as they are
-    images: str = ""  # a second data set, of images, for omni.py
-    scratch: str = ""  # from scratch, which learns best at a rate of its own (see claims.md)
-    long: str = ""  # the same for as many updates as pretraining and fine-tuning together
-
-
+# script: of the pretraining; folds: splits of the data; short: side to which it is shrunk, or 0;
+# images: a second data set, for omni.py; scratch: flags from scratch, which learns best at its own
+# rate; long: the same for as many updates as pretraining and fine-tuning together.
+Set = collections.namedtuple("Set", "data pretrain finetune script folds short images scratch long",
+                             defaults=["", "", "mae_video.py", 3, 0, "", "", ""])
 SETS = {
     "toy": Set("toy", folds=1, scratch="--lr 2e-2", long="--epochs 505 --lr 2e-2"),
     "lips20": Set("lips20", VIDEO, f"{TUNE} --clips 2", short=64,
                   scratch="--lr 4e-3 --min-crop 0.8 --smoothing 0 --drop-path 0",
                   long="--epochs 95 --min-crop 0.5 --smoothing 0.1 --drop-path 0.1"),
     "gestures10": Set("gestures10", f"{VIDEO} --no-flip --frames 16 --epochs 300 --warmup 15",
-                      f"{MILD} --frames 16 --no-flip --epochs 60 --warmup 3 --clips 2", short=64,
+                      "--batch 16 --lr 5e-2 --layer-decay 0.9 --drop-path 0 --min-crop 0.8 "
+                      "--frames 16 --no-flip --epochs 60 --warmup 3 --clips 2", short=64,
                       long="--epochs 210"),
     "sprites5": Set("sprites5", VIDEO, f"{TUNE} --epochs 10 --warmup 1.5 --clips 2", short=64,
                     scratch="--lr 4e-3", long="--epochs 90"),
@@ -80,34 +73,20 @@ SETS = {
                         "--epochs 40 --warmup 2 --image-share 0.2", f"{TUNE} --clips 1", "omni.py",
                         1, 64, "tin20"),
     "toy-maps": Set("toy", "", TUNE_TOY, "multimae.py", 1, scratch="--lr 4e-3"),
-    "toy-images": Set("toy", "", f"{TUNE_TOY} --share 0.25", "mae_image.py", 1,
-                      scratch="--lr 4e-3"),
+    "toy-images": Set("toy", "", f"{TUNE_TOY} {FEW}", "mae_image.py", 1, scratch="--lr 4e-3"),
 }
 
 
-@dataclass
-class Arm:
-    pretrain: str = ""  # flags on top of the set's
-    finetune: str = ""  # LONG in it: the set's flags `long`
-    source: str = ""  # the pretraining of another set
-    script: str = ""  # another script of pretraining with the set's flags
-
-
-@dataclass
-class Claim:
-    text: str
-    sets: tuple
-    arms: dict
-    pairs: tuple  # as the paper has it: (arm with the higher accuracy, lower one)
-    equal: bool = False  # the paper says that the first is as good as the second
-
-
+# Flags on top of the set's (LONG in them: its flags `long`); source: another set, whose pretraining
+# is taken; script: another one of pretraining.
+Arm = collections.namedtuple("Arm", "pretrain finetune source script", defaults=[""] * 4)
+# pairs, as the paper has it: (arm with the higher accuracy, lower one).   equal: as good as that
+Claim = collections.namedtuple("Claim", "text sets arms pairs equal", defaults=[False])
 LIPS, IMAGES = ("lips20",), ("toy-images", "cifar10")
 CLIPS = ("toy", "lips20", "gestures10", "sprites5", "weizmann4")
 JOINT = ("toy-joint-short", "toy-joint", "lips20+tin20")
 SCRATCH, KNN, UNTRAINED = "--mode scratch", "--mode knn --clips 1", "--epochs 0 --pictures 0"
 PROBE, TOKENS = "--mode linear --min-crop 0.8 --epochs 40", "tests/mask_tokens.py"
-FEW = "--share 0.25"  # 400 labelled images of the toy world: with all, every arm is nearly perfect
 QUARTER, SEMSEG = f"{FEW} --epochs 60 --warmup 8", f"{FEW} --dense semseg"
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 CLAIMS = {
@@ -169,8 +148,10 @@ CLAIMS = {
 
 def run_all(jobs, args):
     """Run {name: command} as processes, --jobs at a time; stop if one fails. Not what is done."""
+    if args.list:
+        print(*[f"  python {command}" for command in jobs.values()], sep="\n")
+        return
     env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs)), **os.environ}
-
     def run(name):
         folder, (script, *flags) = args.work / name, jobs[name].split()
         if (folder / "done").exists():
@@ -184,7 +165,6 @@ def run_all(jobs, args):
             raise SystemExit(f"{name} ended with code {code}: see {folder}.log")
         (folder / "done").touch()
         print(f"  {name}: {(time.perf_counter() - start) / 60:.1f} min", flush=True)
-
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(run, jobs))
 
@@ -193,16 +173,12 @@ def plan(claim, name, args):
     """-> pretrainings {name: command}, fine-tunings {(arm, fold, seed): (name, command)}."""
     before, after, s, usual = {}, {}, SETS[name], "--workers 1 --log-every 100"
     quick = "--smoke --batch 8 --workers 0" if args.quick else ""
-
     def where(of, fold):
         videos = of.script in ("mae_video.py", "omni.py")
         return f"--data {prepare(of.data, of.short, args)}" + f" --fold {fold}" * videos
-
     def key(text):  # flags -> part of a folder name
         return re.sub(r"[^\w.-]+", "_", text.replace("--", "").strip()) or "plain"
-
-    images = prepare(s.images, 0, args) if s.images else ""
-    both = f"--images {images}" if images else ""
+    both = f"--images {prepare(s.images, 0, args)}" if s.images else ""
     folds, seeds = range(1, min(s.folds, args.folds) + 1), range(args.seeds)
     for (arm, a), fold, seed in itertools.product(claim.arms.items(), folds, seeds):
         first, flags = SETS[a.source or name], key(f"{Path(a.script).stem} {a.pretrain}")
@@ -212,7 +188,7 @@ def plan(claim, name, args):
             f"--pictures 1 {first.pretrain} {a.pretrain} {quick} --out {pre}")
         mine, own = a.finetune.replace("LONG", s.long), s.scratch * (SCRATCH in a.finetune)
         run = f"{pre}-ft-{f'{name}-' * bool(a.source)}{key(mine)}"
-        on_images = f"--data {images}" * ("images" in mine)
+        on_images = both.replace("--images", "--data") * ("images" in mine)
         after[arm, fold, seed] = run, (
             f"finetune.py {where(s, fold)} {on_images} {usual} --seed {seed} --pictures 0 "
             f"{s.finetune} {own} {mine} {quick} --init {pre}/checkpoint.pt --out {run}")
@@ -221,66 +197,61 @@ def plan(claim, name, args):
 
 def prepare(name, short, args):
     """The folder of a data set. Real videos are shrunk once, or decoding is most of the work."""
-    folder, part = args.work / (f"{name}-{short}" if short else name), args.work / "part"
-    if name == "toy" and not args.list:
-        data.make_toy(folder)
-    if args.list or folder.exists():
+    folder, part, source = args.work / f"{name}-{short}", args.work / "part", REAL / name
+    folder = folder if short else args.work / name
+    if args.list or folder.exists() and name != "toy":  # whose files may be incomplete
         return folder.name
-    if short:
+    args.work.mkdir(parents=True, exist_ok=True)
+    if name == "toy":
+        data.make_toy(folder)
+    elif not source.is_dir():  # FileNotFoundError: there is no archive either
+        shutil.unpack_archive(f"{source}.tar.gz", args.work, filter="data")
+    elif not short:
+        folder.symlink_to(source)
+    else:
         shutil.rmtree(part, ignore_errors=True)  # what an earlier call left
-        command = [sys.executable, ROOT / "data.py", "shrink", REAL / name, part, "--short-side"]
+        command = [sys.executable, ROOT / "data.py", "shrink", source, part, "--short-side"]
         if subprocess.run([*command, str(short)]).returncode:
             raise SystemExit(f"{name} could not be shrunk")
         part.rename(folder)
-    elif (REAL / name).is_dir():
-        folder.symlink_to(REAL / name)
-    else:
-        shutil.unpack_archive(REAL / f"{name}.tar.gz", args.work, filter="data")
     return folder.name
 
 
-def differences(scores, more, less):
-    """Run by run; of what one has over another, too.   scores {(arm, fold, seed): value}"""
-
-    def value(arm, *run):
-        one, *other = arm.split(" - ")
-        return scores[(one, *run)] - (scores[(other[0], *run)] if other else 0)
-
-    runs = [run for arm, *run in scores if arm == more.split(" - ")[0]]
-    return [value(more, *run) - value(less, *run) for run in runs]
+def values(scores, arms):
+    """Run by run; of "one - other" their differences.   scores {arm: array}"""
+    one, *other = [scores[arm] for arm in arms.split(" - ")]
+    return one - sum(other)
 
 
-def spread(values):
-    return statistics.stdev(values) if len(values) > 1 else float("nan")
+def mean_and_spread(numbers):
+    return np.mean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else np.nan
 
 
 def verdict(gaps, equal):
     """"holds": the mean is larger than the spread and has the paper's sign.   equal: see Claim"""
-    if abs(statistics.mean(gaps)) > spread(gaps):
-        return "holds" if statistics.mean(gaps) > 0 else "does not hold here"
-    nothing = "no difference can" if equal and len(gaps) > 1 else "cannot"
-    return f"{nothing} be seen at this size"
+    mean, spread = mean_and_spread(gaps)
+    if abs(mean) > spread:
+        return "holds" if mean > 0 else "does not hold here"
+    return f"{'no difference can' if equal and len(gaps) > 1 else 'cannot'} be seen at this size"
 
 
 def show(name, claim, after, args):
     """Print the lines of one claim on one data set, as rows of a Markdown table."""
-    scores = {}
-    for k, (run, _) in after.items():
+    scores = {arm: np.empty(0) for arm in claim.arms}
+    for (arm, *_), (run, _) in after.items():
         result = json.loads((args.work / run / "results.json").read_text())
-        scores[k] = 100 * result.get("top1", result.get("mean IoU"))
-    for arm in claim.arms:
-        values = [value for (one, *_), value in scores.items() if one == arm]
-        print(f"| {name} | {arm} | {statistics.mean(values):.1f} ± {spread(values):.1f} | |")
+        scores[arm] = np.append(scores[arm], 100 * result.get("top1", result.get("mean IoU")))
+    for arm, numbers in scores.items():
+        print("| {} | {} | {:.1f} ± {:.1f} | |".format(name, arm, *mean_and_spread(numbers)))
     for more, less in claim.pairs:
-        gaps = differences(scores, more, less)
-        found = f"{statistics.mean(gaps):+.1f} ± {spread(gaps):.1f}, {min(gaps):+.1f} to"
-        end = f"{max(gaps):+.1f} | {verdict(gaps, claim.equal)} |"
-        print(f"| {name} | {more} - ({less}) | {found} {end}", flush=True)
+        gaps = values(scores, more) - values(scores, less)
+        found = "{:+.1f} ± {:.1f}".format(*mean_and_spread(gaps))
+        found += f", {min(gaps):+.1f} to {max(gaps):+.1f} | {verdict(gaps, claim.equal)}"
+        print(f"| {name} | {more} - ({less}) | {found} |", flush=True)
 
 
 def main():
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(CLAIMS), help="claims (default: %(default)s)")
     parser.add_argument("--sets", default=",".join(SETS), help="data sets (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the fine-tuning per split")
@@ -292,31 +263,22 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.seeds = args.folds = 1
-    if min(args.seeds, args.folds, args.jobs) < 1:
-        parser.error("--seeds, --folds and --jobs must be at least 1")
     asked, sets = (text.replace(" ", "").split(",") for text in (args.only, args.sets))
     if unknown := (set(asked) - set(CLAIMS)) | (set(sets) - set(SETS)):
         parser.error(f"{', '.join(sorted(unknown))} is unknown: see --help")
-    args.work = args.work.resolve()
-    if not args.list:
-        args.work.mkdir(parents=True, exist_ok=True)
     for number in asked:
         claim = CLAIMS[number]
         print(f"\n{number}  {claim.text}", flush=True)
         for name in [s for s in claim.sets if s in sets]:
-            used = {name, *(arm.source or name for arm in claim.arms.values())}
-            parts = {part for s in used for part in (SETS[s].data, SETS[s].images)} - {"", "toy"}
-            if missing := [x for x in parts if not list(REAL.glob(f"{x}*"))]:  # folder or archive
-                print(f"  {name}: left out, MAE_TEST_DATA names no folder with {missing[0]}")
+            try:
+                before, after = plan(claim, name, args)
+            except FileNotFoundError as error:
+                print(f"  {name}: left out, see MAE_TEST_DATA: {error}")
                 continue
-            before, after = plan(claim, name, args)
-            if args.list:
-                commands = [*before.values(), *(command for _, command in after.values())]
-                print("".join(f"  python {command}\n" for command in commands), end="")
-                continue
-            run_all(before, args)
-            run_all(dict(after.values()), args)
-            show(name, claim, after, args)
+            for jobs in (before, dict(after.values())):
+                run_all(jobs, args)
+            if not args.list:
+                show(name, claim, after, args)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """As a run has on two cores: results are compared bit for bit."""
+def one_thread():  # as a run has on two cores: results are compared bit for bit
     torch.set_num_threads(1)
 
 
@@ -43,7 +42,6 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real():
-    """Folder of real clips, or skip."""
     folder = Path(os.environ.get("MAE_TEST_DATA") or "/nowhere")
     if not folder.is_dir():
         pytest.skip("MAE_TEST_DATA names no folder of real clips")
@@ -53,7 +51,6 @@ def real():
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """run(mae_image, "--flag", "value", code=0) -> what it prints. In this process, in tmp_path."""
-
     def call(module, *flags, code=0):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
@@ -64,20 +61,17 @@ def run(tmp_path, monkeypatch, capsys):
         text = "".join(capsys.readouterr())
         assert status == code, f"exit code {status}\n{text}"
         return text
-
     return call
 
 
 @pytest.fixture
 def refused(run):
     """refused(mae_image, "--flag", "value") -> the one line of error, exit code 2."""
-
     def call(module, *flags):
         lines = run(module, *flags, code=2).strip().splitlines()
         mark = f"{module.__name__}.py: error: "
         assert lines[-1].startswith(mark) and sum(mark in line for line in lines) == 1, lines
         return lines[-1]
-
     return call
 
 

@@ -6,7 +6,6 @@ from mae_video import VideoMAE
 
 
 def renamed(key, names):
-    """The key with the first of the names that it begins with replaced."""
     ours = next((name for name in names if key.startswith(name)), "")
     return names.get(ours, "") + key.removeprefix(ours)
 

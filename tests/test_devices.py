@@ -25,8 +25,7 @@ from conftest import TINY_IMAGE, TINY_VIDEO
 
 
 class FakeGPU(TorchFunctionMode):
-    """`with FakeGPU():` there is a device "cuda"; where the CPU `waits` for values they are zero."""
-
+    """`with FakeGPU():` there is a device "cuda"; values the CPU `waits` for are zero."""
     fake, waits = FakeTensorMode(allow_non_fake_inputs=True), False
 
     def __torch_function__(self, function, _, args=(), kwargs=None):
@@ -54,7 +53,6 @@ def is_fake(x):
 
 
 def zeros(x):
-    """A real tensor in place of a fake one."""
     return torch.zeros(x.shape, dtype=x.dtype) if is_fake(x) else x
 
 
@@ -103,7 +101,6 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_runs_on_the_gpu(name, gpu, toy, run, tmp_path, monkeypatch):
-    """All of main(), with the loss of one update in place of the training; masks on the CPU."""
     (script, *flags), losses = SCRIPTS[name], []
 
     def one_update(model, dataset, loss_of, optimizer, look, cfg, plan=None):

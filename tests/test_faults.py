@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -98,13 +99,11 @@ def start(tmp_path, flags, script="mae_image.py", until="update      5/"):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_second_run_in_a_folder_is_refused_and_a_signal_saves_the_first(
-        toy, tmp_path, refused, name):
-    """Also where the folder was removed: the run makes it again."""
+def test_a_second_run_there_is_refused_and_a_signal_saves_the_first(toy, tmp_path, refused, name):
     process, removed = start(tmp_path, [*LONG, "--data", toy, "--workers", 2]), name == "SIGHUP"
     folder = tmp_path / "runs/mae_image"
     assert "another run writes to runs/mae_image" in refused(mae_image, "--resume")
-    if removed:
+    if removed:  # the run makes it again
         folder.rename(tmp_path / "gone")
     os.killpg(process.pid, getattr(signal, name))  # a terminal sends it to the workers, too
     text = process.communicate(timeout=60)[0]
@@ -124,12 +123,11 @@ def surroundings():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_killed_run_resumes_bit_for_bit(name, toy, tmp_path, run):
-    """Killed at a random moment, resumed with other workers; weights and log are the same."""
     (tmp_path / "toy").symlink_to(toy)
     module, flags = SCRIPTS[name]
     flags = [*flags, "--data", "toy", "--epochs", 6, "--accum", 2, "--clip", 1, "--log-every", 1]
     run(module, *flags, "--out", "whole")
-    flags = [*flags, "--out", "killed", "--workers"]
+    flags = [*flags, "--out", "killed", "--workers"]  # resumed with another number of them
     process = start(tmp_path, [*flags, 2], f"{module.__name__}.py", "update      2/")
     time.sleep(random.random() * 0.5)
     os.killpg(process.pid, signal.SIGKILL)
@@ -166,16 +164,16 @@ def test_a_run_whose_folder_is_replaced_leaves_the_new_one_alone(toy, tmp_path, 
     (torch.Tensor, "share_memory_", SHM, "No space left .*--workers 0.*--shm-size"),
     (torch.multiprocessing.Process, "start", OSError(24, "Too many open files"),
      "no workers can be started: .*Too many open files; try --workers 0"),
-    (os, "getppid", 1, "the loader failed: .* exited unexpectedly")])  # their parent has died
-def test_where_workers_cannot_work_one_line_says_why(
-        place, method, outcome, words, toy, refused, monkeypatch):
-    def answer(*self):
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    monkeypatch.setattr(place, method, answer)  # workers are forked, and have it
+    (os, "getppid", [1] * 99, "the loader failed: .* exited unexpectedly")])  # the parent died
+def test_failing_workers_are_one_line(place, method, outcome, words, toy, refused, monkeypatch):
+    monkeypatch.setattr(place, method, Mock(side_effect=outcome))  # workers are forked: they, too
     assert re.search(words, refused(mae_video, *TINY_VIDEO, "--data", toy, "--workers", 2))
+
+
+def test_a_full_disk_is_named_and_ends_no_run(toy, run, monkeypatch):
+    monkeypatch.setattr(data, "write_whole", lambda path, save: save("/dev/full"))
+    text = run(mae_image, *TINY_IMAGE, "--data", toy, "--smoke", code=1)
+    assert "checkpoint.pt: [Errno 28] No space left on device; the last one" in text
 
 
 def test_ctrl_c_waits_until_all_workers_run(monkeypatch, request):
@@ -191,7 +189,7 @@ def test_ctrl_c_waits_until_all_workers_run(monkeypatch, request):
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt):
         data.start_loader([], 1)
-    assert started
+    assert started and signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_two_shrinks_into_one_folder_do_not_disturb_each_other(tmp_path):
@@ -201,7 +199,7 @@ def test_two_shrinks_into_one_folder_do_not_disturb_each_other(tmp_path):
     command = [sys.executable, ROOT / "data.py", "shrink", "in", "out", "--short-side", "16"]
     both = [subprocess.Popen(command, cwd=tmp_path) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    assert all(read(tmp_path / f"out/{i}.mp4").shape[0] == 8 for i in range(8))
+    assert all(read(tmp_path / f"out/{i}.avi").shape[0] == 8 for i in range(8))
 
 
 def test_workers_may_be_started_by_a_server(request):

@@ -2,7 +2,6 @@
 
 All official numbers are of squares. So what depends on height and width is written here once more:
 it must have the official numbers, too, and then says what our models must give for rectangles.
-(test_open.py: a classifier has the encoder of pretraining, for rectangles, too.)
 """
 
 import math
@@ -32,20 +31,18 @@ def test_our_numbers_are_the_official_ones(path):
 
 
 def test_a_wrong_number_is_noticed(tmp_path, capsys):
-    source = Path(__file__).parent / "golden/mae_vit_cls.npz"
-    (tmp_path / "x.json").write_text(source.with_suffix(".json").read_text())
+    source, copy = Path(__file__).parent / "golden/mae_vit_cls.npz", tmp_path / "x.npz"
+    copy.with_suffix(".json").write_text(source.with_suffix(".json").read_text())
     arrays = dict(np.load(source))
     arrays["features"].flat[7] += 1e-3
-    np.savez(tmp_path / "x.npz", **arrays)
-    for path, code in ((tmp_path / "x.npz", 1), (source, 0)):
+    np.savez(copy, **arrays)
+    for path, code in ((copy, 1), (source, 0)):
         with pytest.raises(SystemExit) as stop:
-            replay_golden.main([str(path)])
+            replay_golden.main([path])
         assert stop.value.code == code and ("TOO FAR" in capsys.readouterr().out) == bool(code)
 
 
 # Plain code. What knows nothing of height and width (blocks, heads) is that of our models.
-
-
 def take(x, keep):
     return torch.stack([row[numbers] for row, numbers in zip(x, keep)])
 
@@ -65,14 +62,12 @@ def table_2d(width, h, w, rows_first):
     def half(place):
         angles = [place / 10000 ** (k / (width // 4)) for k in range(width // 4)]
         return [f(a) for f in (math.sin, math.cos) for a in angles]
-
     places = [(r, c) if rows_first else (c, r) for r in range(h) for c in range(w)]
     return torch.tensor([half(first) + half(second) for first, second in places])
 
 
 def resized(table, old, new, mode):
-    square = table.T.reshape(1, -1, *old)
-    return F.interpolate(square, new, mode=mode)[0].flatten(1).T
+    return F.interpolate(table.T.reshape(1, -1, *old), new, mode=mode)[0].flatten(1).T
 
 
 def positions(r, part=""):
@@ -103,15 +98,13 @@ def pretrain(r, model, x, prefix):
     if r.kind == "omni" and x.ndim == 4:  # a clip one cube long
         x = x[:, :, None].repeat(1, 1, 2, 1, 1)
     y = model.patch_embed.proj(x).flatten(2).mT  # (B, N, D), by the strided convolution
-    N = y.shape[1]
-    if "noise" in r.arrays:
-        keep = r.tensor("noise").argsort(dim=1)[:, : int(N * (1 - r.config["mask_ratio"]))]
-    else:
-        mask = r.tensor(f"{prefix}mask").bool()
-        keep = torch.stack([(~row).nonzero()[:, 0] for row in mask])
+    N, noisy = y.shape[1], "noise" in r.arrays
+    order = r.tensor("noise" if noisy else f"{prefix}mask").float()
+    count = int(N * (1 - r.config["mask_ratio"])) if noisy else int((order[0] == 0).sum())
+    keep = order.argsort(dim=1, stable=True)[:, :count]
     y = model.norm(model.blocks(with_class_token(r, take(y + table[:N], keep), row)))
     z = y if r.kind == "omni" else model.decoder_embed(y)
-    full = put(z[:, -keep.shape[1] :], keep, model.mask_token, N) + places[:N]
+    full = put(z[:, -count:], keep, model.mask_token, N) + places[:N]
     if r.kind == "omni":
         full = model.decoder_embed(full)
     elif r.kind == "mae":  # the decoder has the class token of the encoder
@@ -119,16 +112,15 @@ def pretrain(r, model, x, prefix):
     full = with_class_token(r, full, first, "decoder_")
     pred = model.decoder_pred(model.decoder_norm(model.decoder_blocks(full))[:, -N:])
     if r.kind == "videomae":
-        pred = pred[mask].unflatten(0, (len(x), -1))
-    return {"latent": y if r.kind == "mae" else y[:, -keep.shape[1] :], "pred": pred}
+        pred = pred[order.bool()].unflatten(0, (len(x), -1))
+    return {"latent": y if r.kind == "mae" else y[:, -count:], "pred": pred}
 
 
 def multimae(r, model, inputs, keep):
     """Latent and predictions for inputs {modality: map}, of whose tokens `keep` are visible."""
     c, grid, tokens = r.config, r.config["grid"][1:], []
     p = {m: c["patch_size"] // c["stride"][m] for m in c["modalities"]}
-    m, x = next(iter(inputs.items()))
-    size = [n // p[m] for n in x.shape[-2:]]
+    size = [[n // p[m] for n in x.shape[-2:]] for m, x in inputs.items()][0]
     for m, x in inputs.items():
         layer, mode = model.input_adapters[m], "bilinear" if m == "semseg" else "bicubic"
         x = layer.class_emb(x).movedim(-1, 1) if m == "semseg" else x
@@ -160,10 +152,8 @@ def plain(r):
     if r.kind == "multimae":
         for name, (inputs, keep, _) in replay_golden.scenarios(r).items():
             parts[f"{name}/"] = multimae(r, model, inputs, keep)
-    else:
-        for kind in [kind for kind in ("image", "video") if f"{kind}_u8" in r.arrays]:
-            prefix = f"{kind}/" if r.kind == "omni" else ""
-            parts[prefix] = pretrain(r, model, r.pixels(f"{kind}_u8"), prefix)
+    for kind, prefix in r.inputs() if r.kind != "multimae" else ():
+        parts[prefix] = pretrain(r, model, r.pixels(f"{kind}_u8"), prefix)
     return {prefix + k: value for prefix, part in parts.items() for k, value in part.items()}
 
 

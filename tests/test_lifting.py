@@ -8,9 +8,8 @@ import re
 
 import pytest
 
-from conftest import ROOT
+from test_style import ORDER, ROOT
 
-ORDER = ["masking", "data", "mae_image", "mae_video", "omni", "multimae", "finetune"]
 BANNER = re.compile(r"^# =+ ((?:THE PAPERS?, part|PART|THE RUN).*\n(?:#.*\n)*)", re.M)
 
 
@@ -85,9 +84,9 @@ def test_a_banner_names_what_its_part_needs_and_nothing_else(name, part):
     (items, imported), own, everything = named(name, part), of_part(name, part), lift(name, part)
     used, names = zip(*[used_by(*one) for one in own])
     assert set().union(*names) == imported
-    direct = set().union(*used) - own
     # a name that stands alone may be there for another one's sake
-    direct |= {d for whole, item in items if not whole for one in item for d in used_by(*one)[0]}
+    alone = [used_by(*one)[0] for whole, item in items if not whole for one in item]
+    direct = set().union(*used, *alone) - own
     assert [sorted(item) for _, item in items if not item & direct] == []  # not needed
     for one in everything:
         assert used_by(*one)[0] <= everything, f"{one} needs {used_by(*one)[0] - everything}"

@@ -116,8 +116,7 @@ def test_finetuning_is_the_plain_loop(tmp_path, monkeypatch, mode, recipe):
         return 0.5 ** (2 - int(name.split(".")[2]) if "blocks" in name else 3)
 
     parameters = {n: p for n, p in reference.named_parameters() if p.requires_grad}
-    # without weight decay: MAE Table 10
-    optimizer = finetune.LARS(list(parameters.values()), momentum=0.9)
+    optimizer = finetune.LARS(list(parameters.values()), momentum=0.9)  # no decay: MAE Table 10
     if mode != "linear":
         optimizer = torch.optim.AdamW([
             {"params": [p], "scale": scale(n), "weight_decay": cfg.weight_decay * (p.ndim > 1)}
@@ -129,8 +128,7 @@ def test_finetuning_is_the_plain_loop(tmp_path, monkeypatch, mode, recipe):
         torch.manual_seed(data.seeded(cfg.seed, 6, step, 0).initial_seed())
         reference.train()
         for keys in np.split(np.array(keys_of(cfg, 3, step)), cfg.accum):
-            x = torch.cat([dataset[key][0] for key in keys.tolist()])
-            x = reference.encoder.normalize(x)
+            x = reference.encoder.normalize(torch.cat([dataset[key][0] for key in keys.tolist()]))
             labels = torch.from_numpy(dataset.labels[keys[:, 1]].repeat(2))
             if recipe:
                 x, labels = finetune.mix(finetune.erase(x, 0.9), labels, 5, 0.8, 1.0)
@@ -143,23 +141,17 @@ def test_finetuning_is_the_plain_loop(tmp_path, monkeypatch, mode, recipe):
     assert not changed(model, reference) and changed(model, untrained) == set(parameters)
 
 
-def caught(monkeypatch, module, *flags):
-    """What a script gives to its training loop.   -> model, dataset, draw_mask"""
-    found, name = [], "train_classifier" if module is finetune else "pretrain"
-    monkeypatch.setattr(module, name, lambda *given: found.extend(given[:3]))
-    module.main([str(flag) for flag in flags])
-    return found
-
-
 @pytest.mark.parametrize("module, flags, masks, reached", [
     (mae_image, "--no-flip --min-crop 0.7 --norm-pix --seed 5 --mask-ratio 0.5", {4: 8},
      {"size": (16, 64), "cfg.flip": False, "cfg.min_crop": 0.7, "cfg.seed": 5, "train": True,
       "model.norm_pix": True}),
     (mae_video, "--fold 2 --no-flip --min-crop 0.9 --crop multiscale --sampling segments "
-     "--stride 3 --repeat 2 --seed 5 --model mae_st --norm-pix --mask-ratio 0.5", {5: 16},
+     "--stride 3 --repeat 2 --seed 5 --model mae_st --norm-pix --mask-ratio 0.6", {5: 20},
      {"size": (16, 64), "cfg.flip": False, "cfg.min_crop": 0.9, "cfg.crop": "multiscale",
       "cfg.sampling": "segments", "cfg.frames": 4, "cfg.stride": 3, "cfg.seed": 5, "repeat": 2,
       "train": True, "model.__class__": mae_video.MAEST, "model.norm_pix": True}),
+    (mae_video, "--mask-ratio 0.6", {5: 18}, {"model.__class__": mae_video.VideoMAE}),  # tubes
+    (mae_video, "--mask-ratio 0.6 --mask random", {5: 20}, {"train": True}),
     (omni, "--fold 2 --flip --no-flip-image --min-crop 0.9 --min-crop-image 0.4 --norm-pix "
      "--mask-ratio 0.5 --mask-ratio-image 0.25", {4: 4, 5: 16},
      {"videos.cfg.min_crop": 0.9, "videos.cfg.flip": True, "images.cfg.min_crop": 0.4,
@@ -171,14 +163,16 @@ def caught(monkeypatch, module, *flags):
      {"dataset.cfg.flip": False, "dataset.cfg.min_crop": 0.7, "dataset.repeat": 2,
       "dataset.cfg.sampling": "segments", "dataset.cfg.frames": 4, "paths.size": 36,
       "augment.magnitude": 3, "model.dropout.p": 0.3, "model.encoder.blocks.3.drop_path": 0.25})])
-def test_flags_reach_model_data_and_masks(
-        module, flags, masks, reached, toy, monkeypatch, tmp_path):
+def test_flags_reach_model_data_masks(module, flags, masks, reached, toy, monkeypatch, tmp_path):
     """masks: of an image with 16 tokens (4) or a clip with 2 x 16 (5) so many are hidden."""
     monkeypatch.chdir(tmp_path)
     common = ["--data", toy, "--img-size", "16x64", "--patch", 8, "--workers", 0]
     common += ["--images", toy] * (module is omni)
     common += ["--frames", 4, "--tubelet", 2] * hasattr(module.Config, "frames")
-    model, dataset, draw_mask = caught(monkeypatch, module, *common, *flags.split())
+    given, name = [], "train_classifier" if module is finetune else "pretrain"
+    monkeypatch.setattr(module, name, lambda *found: given.extend(found[:3]))
+    module.main([*map(str, common), *flags.split()])
+    model, dataset, draw_mask = given  # to the training loop
     for name, value in reached.items():
         owner = model if name.startswith("model.") else dataset
         assert operator.attrgetter(name.removeprefix("model."))(owner) == value, name
@@ -187,11 +181,3 @@ def test_flags_reach_model_data_and_masks(
         assert (mask.sum(dim=1) == count).all()
     if "--fold 2" in flags:  # group 3 is for testing
         assert "_g02_" in " ".join(dataset.paths) and "_g03_" not in " ".join(dataset.paths)
-
-
-def test_videomae_hides_tubes_unless_another_mask_is_asked_for(toy, monkeypatch):
-    sizes = ["--data", toy, "--frames", 4, "--tubelet", 2, "--workers", 0]
-    for flags, tubes in ([], True), (["--model", "mae_st"], False), (["--mask", "random"], False):
-        draw_mask = caught(monkeypatch, mae_video, *sizes, *flags)[2]
-        mask = draw_mask(None, 8, data.seeded(0)).reshape(8, 2, -1)
-        assert torch.equal(mask[:, 0], mask[:, 1]) == tubes

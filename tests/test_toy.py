@@ -9,14 +9,12 @@ import data
 @pytest.fixture
 def scene(monkeypatch):
     """scene(motion, i) -> objects of a clip, (kind, color, radius, place), as they are drawn."""
-
     def drawn(motion, i):
         caught = []
         with monkeypatch.context() as patched, pytest.raises(TypeError):
             patched.setattr(data, "render", caught.append)  # returns nothing: no file is written
             data.write_toy((None, f"{motion}/x", [9, i]))
         return caught[0]
-
     return drawn
 
 
