@@ -274,7 +274,7 @@ def table_loader(setup):
     count, rounds, rows = (1, 1, []) if setup.quick else (20, 7, [])
     torch.set_num_threads(1)
     places = {"start": np.zeros((count, 1), int), "middle": 120 + np.arange(count)[:, None],
-              "4 clips anywhere": np.random.default_rng(0).integers(0, 240, (count, 4))}
+              "4 clips anywhere": np.random.default_rng(0).integers(0, 200, (count, 4))}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: write_clip(folder, name) for name in CODECS} | {"shrunk": f"{folder}/d.mp4"}
         data.shrink_file((files["MP4, H.264"], Path(files["shrunk"]), 128))
