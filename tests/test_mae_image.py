@@ -270,17 +270,17 @@ def test_two_processes_and_accumulation_do_what_one_does_and_one_writes(straight
         assert all(torch.allclose(p, q, atol=2e-4) for p, q in zip(u, v)), k
 
 
-def test_a_full_disk_is_told_and_the_old_checkpoint_stays(toy, run, tmp_path, monkeypatch, request):
+def test_a_full_disk_is_told_and_the_old_checkpoint_stays(toy, run, tmp_path, monkeypatch):
     size, limits = resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)
-    request.addfinalizer(lambda: resource.setrlimit(size, limits))
-
     def log_losses(run, lr):
         if run.done == 5:  # from now on no file can grow beyond 4096 bytes
             resource.setrlimit(size, (4096, limits[1]))
-
     monkeypatch.setattr(mae_image.Run, "log_losses", log_losses)
-    text, folder = run(mae_image, *TINY_IMAGE, "--data", toy, code=1), tmp_path / "runs/mae_image"
-    step = weights(folder)["step"]
+    try:
+        text = run(mae_image, *TINY_IMAGE, "--data", toy, code=1)
+    finally:  # at once: pytest's own output may go to a file
+        resource.setrlimit(size, limits)
+    step = weights(folder := tmp_path / "runs/mae_image")["step"]
     assert f"[Errno 27] File too large; the last one written is of update {step}\n" in text
     assert 1 <= step < 5 and not list(folder.glob(".*checkpoint.pt"))
 
