@@ -69,7 +69,6 @@ def seeded(*numbers):
 # ==== PART 1: which files, with which labels ======================================================
 # (needs: collections, functools, itertools, os, re, unicodedata, zlib, dataclass, Path, np,
 # datasets, VIDEO, IMAGE)
-
 @dataclass
 class Files:
     """One split of a data set. Arrays: a list of objects would be copied into every worker."""
@@ -348,7 +347,6 @@ def fingerprint(files):
 # ==== PART 2: decoding (about FFmpeg's habits, not about learning: a student may skip it) =========
 # (needs: contextlib, errno, functools, itertools, os, re, warnings, av, np, Image, ImageOps,
 # CONTAINERS, PICTURES)
-
 class BrokenFile(ValueError):
     """This file cannot be read; the message says why."""
 
@@ -546,7 +544,6 @@ def read_image(path):
 
 # ==== PART 3: one crop and one flip for all frames of a clip ======================================
 # (needs: contextlib, torch, v2, TF)
-
 def make_crop(pixels, size, box, flip=False, how=v2.InterpolationMode.BILINEAR):
     """Cut out a box, resize it, perhaps mirror it: all frames alike.
 
@@ -579,7 +576,6 @@ def torchvision_draws_from(generator):
 # ==== PART 4: from files to batches ===============================================================
 # (needs: os, signal, time, np, torch, DataLoader, Dataset, v2, seeded, parts 2, 3; masking.py
 # is_first, numbers, printable, rank_and_world, report)
-
 def height_width(text):
     """--img-size, "64" or "64x112" -> (height, width)."""
     return numbers(text, 2) if "x" in text else numbers(text, 1) * 2
@@ -748,7 +744,6 @@ def in_parallel(work, jobs, what):
 
 # ==== PART 5: checkpoints to the disk and back ====================================================
 # (needs: argparse, contextlib, os, Path, np, torch, part 2)
-
 def write_whole(path, save):
     """save(part), then rename: a crash or a full disk leaves what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -805,7 +800,6 @@ def load_file(path):
 # Videos: the object swings along some of the three axes, each with a phase of its own drawn
 # uniformly, and the class is which. One frame alone looks alike in all classes, by construction:
 # motion decides. A mirrored clip and a reversed one keep their class.
-
 KINDS = ("Ball", "Box", "Cone", "Post")
 MAPS = ("floor", "wall") + KINDS  # class numbers of the semantic maps
 MOTIONS = {  # which of x, y, z the object swings along
@@ -943,7 +937,6 @@ def write_video(frames, rate, path):
 
 
 # ==== THE RUN: the commands toy, check, shrink ====================================================
-
 def finish(paths, results):
     """Print what is wrong with which file.   Exit code 1 if any has more than a note"""
     bad = 0

@@ -58,7 +58,6 @@ READERS = {"multimae": public_multimae, "omni": public_omni, "mae": public_mae,
 # ==== THE PAPERS, part 1: a classifier around the encoder =========================================
 # (needs: math, torch, nn; mae_image.py DECODER, part 3; mae_video.py parts 1, 3;
 # multimae.py part 3)
-
 class TunedBlock(nn.Module):
     """The pretrained block with what only fine-tuning adds; the names of its tensors stay.
 
@@ -167,7 +166,6 @@ def change_grid(encoder, new):
 
 # ==== THE PAPERS, part 2: the recipe ==============================================================
 # (needs: re, torch, v2; data.py seeded, torchvision_draws_from, part 4)
-
 def layer_groups(model, weight_decay, layer_decay):
     """AdamW's groups: layer-wise decay of the learning rate, MAE App. A.1 (from BEiT, 2106.08254).
 
@@ -254,7 +252,6 @@ class Augmented(data.FileDataset):
 
 
 # ==== THE PAPERS, part 3: testing, on all that stands below =======================================
-
 def spatial_views(pixels, size, crops):
     """The largest boxes of the aspect of `size`, evenly along what is too long; one: the middle.
 
@@ -369,7 +366,6 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
 
 
 # ==== THE RUN, part 1: settings ===================================================================
-
 Mode = typing.Literal["finetune", "scratch", "linear", "knn", "features"]
 
 
@@ -466,7 +462,6 @@ def planes_of(cfg):
 
 
 # ==== THE RUN, part 2: from a file to a classifier ================================================
-
 def build(cfg, classes, found=None):
     """-> Classifier or DenseHead.   found None: random weights"""
     stored, state = {}, {}
@@ -528,7 +523,6 @@ def as_it_was_built(cfg, found):
 
 
 # ==== THE RUN, part 3: data, results, main ========================================================
-
 def open_images(files, cfg, train):
     """Images, with the maps that belong to them where some are needed."""
     planes = planes_of(cfg)

@@ -59,7 +59,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ==== THE PAPER, part 1: from pixels to patches and back (needs: torch, F, nn) ====================
-
 def parts_of(length, part, what):
     """How many parts a side has.   Raises ValueError if it cannot be cut evenly"""
     if length % part:
@@ -136,7 +135,6 @@ def sincos_2d(width, h, w):
 
 # ==== THE PAPER, part 2: the Transformer block (ViT, arXiv 2010.11929) ============================
 # (needs: F, nn, parts_of)
-
 class Attention(nn.Module):
     """Multi-head self-attention; heads are consecutive slices of the width."""
 
@@ -199,7 +197,6 @@ def init_weights(module):
 
 # ==== THE PAPER, part 3: the model ================================================================
 # (needs: torch, F, nn, ENCODERS, IMAGENET_*, parts 1, 2; masking.py part 3)
-
 class MAE(nn.Module):
     """Masked autoencoder for images.   loss, pred = model(imgs, mask)
 
@@ -331,7 +328,6 @@ def to_unit_range(x, mean, std):
 
 # ==== THE PAPER, part 4: how it is trained (App. A.1, Table 8) ====================================
 # train() uses batches() and start_loader() of data.py, and the class Run, at the end of this file.
-
 def lr_at(step, peak, floor, warmup, total, inclusive=False):
     """Linear warm-up from 0, then half a cosine from `peak` to `floor`.   All counted in updates.
 
@@ -435,7 +431,6 @@ def pretrain(model, dataset, draw_mask, look, cfg, plan=None):
 
 
 # ==== THE RUN, part 1: what a model paints, in pictures ===========================================
-
 @torch.no_grad()
 def reconstruct(model, imgs, mask):
     """What the model makes of a masked batch.
@@ -559,7 +554,6 @@ def not_fatal(path):
 
 
 # ==== THE RUN, part 2: settings and main ==========================================================
-
 @dataclasses.dataclass
 class RunConfig:
     """What every training script can be told."""
@@ -693,7 +687,6 @@ def list_both(cfg, list_files, root, *options):
 
 
 # ---- Nothing below is about MAE: settings, processes, the folder of a run, files of weights ------
-
 def encoder_size(text):
     """--size, a name in ENCODERS or numbers as in 128x4x4 -> (width, blocks, heads)."""
     return ENCODERS.get(text) or numbers(text, 3)

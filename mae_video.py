@@ -52,9 +52,9 @@ from mae_image import (ENCODERS, MAE, PatchEmbed, RunConfig, begin, check_shape,
                        shapes, show_one, sizes_in, to_unit_range, transformer)
 from masking import MASKS, hidden, picture_table, restore, run_script, visible
 
+
 # ==== THE PAPERS, part 1: from frames to cubes and back, positions, the target ====================
 # (needs: torch, F; mae_image.py parts_of, rows_and_columns)
-
 def grid_of(frames, img_size, tubelet, patch):
     """-> token grid (t, h, w).   Raises ValueError if a side cannot be cut evenly"""
     return parts_of(frames, tubelet, "clip length"), *rows_and_columns(img_size, patch)
@@ -121,7 +121,6 @@ def normalize_channels(patches, channels, deviation):
 
 # ==== THE PAPERS, part 2: VideoMAE ================================================================
 # (needs: math, torch, nn, part 1; mae_image.py parts 1-3; masking.py part 3)
-
 class VideoMAE(nn.Module):
     """VideoMAE.   loss, pred = model(clips, mask)
 
@@ -218,8 +217,6 @@ class VideoMAE(nn.Module):
 
 # ==== THE PAPERS, part 3: MAE-ST ==================================================================
 # (needs: torch, nn, parts 1, 2; mae_image.py parts 1-3; masking.py part 3)
-
-
 def target_frames(frames, predicted):
     """Which frames are painted: `predicted` points from first to last, truncated (public code).
 
@@ -340,7 +337,6 @@ class MAEST(nn.Module):
 # ==== THE PAPERS, part 4: which frames, which crop (needs: np, torch; data.py parts 2-4) ==========
 # n is the number of frames of the video. Frame numbers are int (T,) in [0, n); a video that is too
 # short gives its last frames several times.
-
 def dense_clip(n, length, stride, start):
     """`length` frames, `stride` apart: VideoMAE Sec. 3.3 "temporal downsampling" (4, on SSv2 2)."""
     frames = start + stride * np.arange(length)
@@ -457,7 +453,6 @@ class ClipDataset(data.FileDataset):
 
 
 # ==== THE RUN =====================================================================================
-
 MODELS = {"videomae": VideoMAE, "mae_st": MAEST}
 Mask = typing.Literal["paper", "tube", "random", "frame", "block", "causal"]
 
@@ -568,7 +563,6 @@ def draw_clips(pictures, path, note):
 
 
 # ---- Public files of the two papers --------------------------------------------------------------
-
 def public_videomae(state):
     """MCG-NJU/VideoMAE, HuggingFace's VideoMAE -> settings, our names, guesses."""
     names = {r"^(encoder|backbone)\.": "", "^encoder_to_decoder": "decoder_embed",

@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-# ==== THE PAPER, part 1: how many tokens are hidden (needs: nothing) ==============================
 
+# ==== THE PAPER, part 1: how many tokens are hidden (needs: nothing) ==============================
 def num_hidden(tokens, ratio, rule):
     """How many of `tokens` tokens a mask of `ratio`, in [0, 1), hides.
 
@@ -55,7 +55,6 @@ def num_hidden(tokens, ratio, rule):
 # ==== THE PAPER, part 2: which tokens are hidden (needs: np, torch, part 1) =======================
 # The kinds in MASKS take (batch, grid, ratio, generator) and return a mask (B, N) on the CPU. The
 # generator is an explicit torch.Generator: the same seed gives the same masks on every machine.
-
 def hide_largest(noise, count):
     """Mask that hides, in each row, the `count` tokens with the largest noise.
 
@@ -177,7 +176,6 @@ MASKS = {"random": random_mask, "tube": tube_mask, "frame": frame_mask, "block":
 # ==== THE PAPER, part 3: applying a mask (needs: torch) ===========================================
 # All gathering and scattering of tokens. Keep masks on the CPU even where x is on a GPU: counting
 # the visible tokens of a mask on the GPU would make the CPU wait for it.
-
 @torch.compiler.disable  # K is a Python number: torch.compile takes what is before and after this
 def token_order(mask, device):
     """Token indices, visible ones first, each part in raster order, and how many are visible.
@@ -221,7 +219,6 @@ def restore(vis, mask, token):
 
 
 # ==== THE RUN, part 1: pictures and printing ======================================================
-
 HOLE = (1.0, 0.8, 0.85)  # left-out patches in every picture: pink, as depth maps have all greys
 
 
@@ -287,7 +284,6 @@ def as_pixels(mask, frames, H, W, h, w):
 
 
 # ==== THE RUN, part 2: the command line of all scripts (no paper needs it) ========================
-
 def run_script(main):
     """main(), in which an error that the user can fix becomes one line and exit code 2.
 

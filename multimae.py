@@ -61,7 +61,6 @@ STRIDE = 4  # class maps have a quarter of the height and width, and so have the
 
 
 # ==== THE PAPER, part 1: from modalities to tokens (needs: nn; mae_image.py part 1) ===============
-
 def sincos_rows_first(width, h, w):
     """Fixed positions (1, h*w, width): the first half of the channels is the row (MAE: column)."""
     return sincos_2d(width, h, w).roll(width // 2, dims=1)[None]
@@ -99,7 +98,6 @@ def standardize_depth(depth):
 
 # ==== THE PAPER, part 2: one decoder per task =====================================================
 # (needs: torch, F, nn; mae_image.py part 2; masking.py part 3)
-
 class CrossAttention(nn.Module):
     """Queries look at another set of tokens.   x (B, N, E), context (B, K, E) -> (B, N, E)"""
 
@@ -167,7 +165,6 @@ class Decoder(nn.Module):
 # ==== THE PAPER, part 3: the model ================================================================
 # (needs: torch, F, nn, MODALITIES, PLANES, STRIDE, parts 1, 2; mae_image.py parts 1-3;
 # mae_video.py resize_table; masking.py part 3)
-
 class MultiMAE(nn.Module):
     """MultiMAE.   loss, preds = model(inputs, mask)
 
@@ -400,7 +397,6 @@ def mean_iou(guess, truth, classes):
 
 # ==== THE PAPER, part 4: aligned files ============================================================
 # (needs: Path, np, torch, InterpolationMode; data.py IMAGE, parts 2-4)
-
 class AlignedDataset(data.FileDataset):
     """Items uint8 (1, H, W, planes): RGB 3, depth 2 (high, low byte), classes 1.
 
@@ -467,7 +463,6 @@ def read_map(path, m):
 
 
 # ==== THE RUN =====================================================================================
-
 @dataclasses.dataclass
 class Config(RunConfig):
     SCRIPT, BASELINE = "multimae", "constant maps"

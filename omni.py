@@ -51,9 +51,9 @@ from mae_video import (ClipConfig, ClipDataset, VideoMAE, draw_clips, grid_of, n
                        patchify_clips, sinusoid)
 from masking import hidden, random_mask, rank_and_world, report, restore, run_script
 
+
 # ==== THE PAPER, part 1: the model ================================================================
 # (needs: math, torch, nn; mae_image.py parts 1-3; mae_video.py parts 1, 2; masking.py part 3)
-
 class OmniMAE(nn.Module):
     """OmniMAE.   loss, pred = model(x, mask)
 
@@ -135,7 +135,6 @@ class OmniMAE(nn.Module):
 
 
 # ==== THE PAPER, part 2: joint training (needs: np, torch; data.py seeded, part 4) ================
-
 class JointDataset(data.FileDataset):
     """Images and videos as one dataset: items 0 .. I-1 are the images, I .. I+V-1 the videos.
 
@@ -189,7 +188,6 @@ def mixed_plan(epoch, images, videos, batch, repeat, seed, pieces):
 
 
 # ==== THE RUN =====================================================================================
-
 @dataclasses.dataclass
 class Config(ClipConfig):
     SCRIPT, BASELINE = "omni", "mean prediction"
