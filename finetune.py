@@ -706,9 +706,10 @@ def use_features(model, train_files, test_files, cfg):
     if cfg.mode == "knn":
         votes, neighbours = nearest_neighbours(
             x, torch.from_numpy(known.labels), y, len(known.classes))
-        if is_first() and planes_of(cfg)[0] == "rgb":
+        result = write_results(votes[:, None], asked, cfg)
+        if planes_of(cfg)[0] == "rgb":
             draw_neighbours(asked, known, neighbours, cfg)
-        return write_results(votes[:, None], asked, cfg)
+        return result
     np.savez(file := io.BytesIO(),
              train_features=x, train_labels=known.labels, train_paths=known.paths,
              test_features=y, test_labels=asked.labels, test_paths=asked.paths)

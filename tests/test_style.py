@@ -25,7 +25,7 @@ ORDER = ["masking", "data", "mae_image", "mae_video", "omni", "multimae", "finet
 FILES = [ROOT / f"{name}.py" for name in ORDER]
 TEXT = {path: path.read_text() for path in [*FILES, *(ROOT / "tests").glob("*.py")]}
 README = (ROOT / "README.md").read_text()
-LINES, LONGEST = 4880, 1155  # of all scripts, of one
+LINES, LONGEST = 4885, 1155  # of all scripts, of one
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
