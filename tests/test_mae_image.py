@@ -342,8 +342,8 @@ def test_a_smoke_test_is_overwritten_and_a_loss_of_nan_is_not_saved(toy, run, re
     (["--decoder", "64x2x5"], "64 is not a multiple of 5"), (["--init", "."], ". is no file"),
     (["--decoder", "90x1x3"], "width 90 is not a multiple of 4"), (["--lr", -1], "too small"),
     (["--batch", 1000], "64 training files do not fill one"), (["--device", "cuda:9"], "be used"),
-    (["--out", "/proc/x"], "/proc/x"), (["--mask-ratio", 0], "hides nothing"),
-    (["--resume"], "is no file"), (["--picture", "x"], "/checkpoint.pt is no file")])
+    (["--mask", "grid", "--mask-ratio", 0.5], "hides 75 %"), (["--out", "/proc/x"], "/proc/x"),
+    (["--mask-ratio", 0], "hides nothing"), (["--picture", "x"], "/checkpoint.pt is no file")])
 def test_bad_input_is_one_line_and_exit_code_2(refused, toy, flags, message):
     assert message in refused(mae_image, "--data", toy, *flags)
 
