@@ -484,8 +484,8 @@ def held_out(val, draw_mask, seed, count=64):
     -> uint8 batch, mask (B, N), see object_maps
     """
     count = min(count, len(val), max(6, 2**25 // val[0, 0][0].numel()))  # 64 large clips: 5 GB
-    batch, used, problems = data.collate(  # over all classes
-        [val[0, int(i)] for i in np.linspace(0, len(val) - 1, count)])
+    batch, used, problems = data.collate([  # spread out: the list of a folder goes class by class
+        val[0, int(i)] for i in np.linspace(0, len(val) - 1, count)])
     for path, problem in problems:
         report(f"held-out file {path}: {problem}")
     mask = draw_mask(batch, len(batch), data.seeded(seed, 2))

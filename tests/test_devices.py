@@ -102,7 +102,6 @@ SCRIPTS = {
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_runs_on_the_gpu(name, gpu, toy, run, tmp_path, monkeypatch):
     (script, *flags), losses = SCRIPTS[name], []
-
     def one_update(model, dataset, loss_of, optimizer, look, cfg, plan=None):
         assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"cuda"}
         plan = plan or (lambda epoch: data.shuffled(0, epoch, len(dataset), cfg.batch))
@@ -115,7 +114,6 @@ def test_a_script_runs_on_the_gpu(name, gpu, toy, run, tmp_path, monkeypatch):
         with torch.no_grad():
             look(tmp_path / "picture.png")
         return types.SimpleNamespace(stopping=False, finish=lambda result="": None)
-
     monkeypatch.setattr(mae_image, "start_processes", lambda cfg: torch.device("cuda"))
     monkeypatch.setattr(finetune if script is finetune else mae_image, "train", one_update)
     gpu.waits = True

@@ -178,12 +178,10 @@ def test_a_full_disk_is_named_and_ends_no_run(toy, run, monkeypatch):
 
 def test_ctrl_c_waits_until_all_workers_run(monkeypatch, request):
     started = []
-
     def interrupted(loader):
         os.kill(os.getpid(), signal.SIGINT)
         started.append(loader)
         return iter([])
-
     monkeypatch.setattr(data.DataLoader, "__iter__", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))

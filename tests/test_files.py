@@ -166,7 +166,6 @@ def test_cifar10_comes_through_torchvision_unless_there_is_such_a_folder(monkeyp
     def fake(folder, train, download):
         pixels, labels = np.full((30, 32, 32, 3), 7 + train, np.uint8), list(range(10)) * 3
         return argparse.Namespace(data=pixels, targets=labels, classes=list("abcdefghij"))
-
     monkeypatch.setattr(data.datasets, "CIFAR10", fake)
     monkeypatch.chdir(tmp_path)
     files, cfg = data.list_images("cifar10"), mae_image.Config(img_size="24x16")

@@ -127,14 +127,11 @@ def test_views_are_answered_as_if_one_by_one_and_a_broken_file_is_left_out(toy, 
 
 def test_a_worker_killed_while_testing_is_one_line(toy, monkeypatch):
     files, read, model = data.list_videos(toy, "val"), finetune.ViewDataset.__getitem__, tiny()
-
     def kill(self, i):  # asked for after batch 0
         return os.kill(os.getpid(), signal.SIGKILL) if i == 4 else read(self, i)
-
     def answers(x):
         time.sleep(0.5)  # torch's handler would raise right here
         return model.answers(x)
-
     monkeypatch.setattr(finetune.ViewDataset, "__getitem__", kill)
     with pytest.raises(ValueError, match="the loader failed: .*(killed|exited)"):
         finetune.run_views(model, files, Config(**VIEWS, batch=1, clips=1, workers=1), answers)

@@ -4,12 +4,15 @@ import ast
 import dis
 import fnmatch
 import functools
+import importlib
 import re
 
 import pytest
+import torch
 
 from test_style import ORDER, ROOT
 
+S = "(16, 1, 2), (16, 1, 2)"  # encoder and decoder: width, depth, heads
 BANNER = re.compile(r"^# =+ ((?:THE PAPERS?, part|PART|THE RUN).*\n(?:#.*\n)*)", re.M)
 
 
@@ -90,3 +93,20 @@ def test_a_banner_names_what_its_part_needs_and_nothing_else(name, part):
     assert [sorted(item) for _, item in items if not item & direct] == []  # not needed
     for one in everything:
         assert used_by(*one)[0] <= everything, f"{one} needs {used_by(*one)[0] - everything}"
+
+
+@pytest.mark.parametrize("name, part, line", [
+    ("mae_image", "part 3", f"MAE(32, 8, {S})(x, mask)"),
+    ("mae_video", "part 2", f"VideoMAE(4, 32, 4, 8, {S})(clip, mask)"),
+    ("mae_video", "part 3", f"MAEST(4, 32, 4, 8, {S})(clip, mask)"),
+    ("omni", "part 1", f"OmniMAE(4, 32, 4, 8, {S})(x, mask)"),
+    ("multimae", "part 3", f"MultiMAE(32, 8, {S}, ['rgb'])({{'rgb': x}}, mask)")])
+def test_a_model_runs_alone_with_what_its_banner_names(name, part, line):
+    everything, scope = lift(name, part), {"torch": torch, "__name__": "lifted"}
+    for file, one in [(file, one) for file in ORDER for one in read(file)[0]]:
+        if (file, one) in everything:
+            scope |= {n: vars(importlib.import_module(file))[n] for n in used_by(file, one)[1]}
+            exec(ast.unparse(read(file)[0][one][1]), scope)
+    scope |= {"x": torch.zeros(1, 3, 32, 32), "mask": torch.arange(16)[None] % 2 > 0}
+    exec(f"clip = x[:, :, None].repeat(1, 1, 4, 1, 1)\nloss = {line}[0]\nloss.backward()", scope)
+    assert scope["loss"].isfinite() and not set(ORDER) & set(scope)

@@ -65,10 +65,8 @@ def test_pretraining_is_the_plain_loop(tmp_path, options):
     reference, untrained = copy.deepcopy(model), copy.deepcopy(model)
     cfg, dataset = loop_config(mae_image, tmp_path, lr=2.0, **options), Noise((16, 16, 3))
     rounded = cfg.precision == "bfloat16"
-
     def draw_mask(batch, rows, generator):
         return random_mask(rows, model.grid, 0.75, generator)
-
     mae_image.pretrain(model, dataset, draw_mask, lambda path: {"val_loss": 0.0}, cfg)
     parameters = list(reference.parameters())
     decay = [{"params": [p], "weight_decay": cfg.weight_decay * (p.ndim > 1)} for p in parameters]
@@ -102,19 +100,15 @@ def test_finetuning_is_the_plain_loop(tmp_path, monkeypatch, mode, recipe):
     model, dataset = finetune.Classifier(encoder, 5, **options), Noise((4, 16, 16, 3), repeat=2)
     reference, untrained = copy.deepcopy(model), copy.deepcopy(model)
     cfg = loop_config(finetune, tmp_path, mode=mode, lr=1.0, layer_decay=0.5, **recipe)
-
     def run_views(model, files, *_):  # after which training has to be in training mode again
         return model.eval() and torch.full((len(files.paths), 1, 5), 0.2), files
-
     monkeypatch.setattr(finetune, "run_views", run_views)
     monkeypatch.setattr(finetune, "write_results", lambda *_: "done")
     finetune.train_classifier(model, dataset, dataset, cfg)
-
     def scale(name):
         if mode != "finetune" or not name.startswith("encoder."):
             return 1.0
         return 0.5 ** (2 - int(name.split(".")[2]) if "blocks" in name else 3)
-
     parameters = {n: p for n, p in reference.named_parameters() if p.requires_grad}
     optimizer = finetune.LARS(list(parameters.values()), momentum=0.9)  # no decay: MAE Table 10
     if mode != "linear":

@@ -287,10 +287,8 @@ def test_a_full_disk_is_told_and_the_old_checkpoint_stays(toy, run, tmp_path, mo
 
 def test_a_killed_worker_ends_the_run_with_a_checkpoint(toy, refused, tmp_path, monkeypatch):
     read = data.ImageDataset.__getitem__
-
     def kill(self, key):  # a worker that reads for update 21
         return os.kill(os.getpid(), signal.SIGKILL) if key[0] == 5 else read(self, key)
-
     monkeypatch.setattr(data.ImageDataset, "__getitem__", kill)
     monkeypatch.setattr(sys, "stdout", open(os.devnull))  # no line can be written: it continues
     flags = [*TINY_IMAGE, "--data", toy, "--epochs", 6, "--log-every", 1000]

@@ -92,7 +92,6 @@ def test_what_a_user_can_mend_is_one_line_and_no_process_group_stays_open(refuse
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         raise error
-
     assert message in refused(types.SimpleNamespace(__name__="script", main=main))
     assert not torch.distributed.is_initialized()
 

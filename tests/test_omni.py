@@ -67,13 +67,10 @@ def test_a_mixed_update_has_the_gradients_of_both_together(joint, tmp_path, monk
     cfg = omni.Config(batch=8, repeat=2, accum=2, epochs=1, workers=0, lr=0.0, log_every=1,
                       pictures=0, device="cpu", smoke=True, out=str(tmp_path / "run"))
     plan = functools.partial(mixed_plan, images=64, videos=72, batch=8, repeat=2, pieces=2, seed=0)
-
     def draw_mask(batch, rows, generator):
         return random_mask(rows, (1, 2, 4) if batch.ndim == 4 else model.grid, 0.5, generator)
-
     def step(self):
         gradients.append([p.grad.clone() for p in model.parameters()])
-
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     mae_image.pretrain(model, joint, draw_mask, None, cfg, plan)
     for step in range(3):
